@@ -1,0 +1,45 @@
+"""Every tolerance of the test suite, each with its origin, and the only functions that compare numbers.
+
+Errors are relative to the largest absolute value of the expected tensor. Comparing nothing is an error.
+"""
+
+import torch
+
+# Published values are float32 roundings of a float64 computation: "about 1e-5 of each tensor's largest value" is the
+# tolerance that came with them. Measured here: at most 2e-6 in float32, at most 6e-8 (the rounding) in float64.
+PUBLISHED = {torch.float32: 1e-5, torch.float64: 1e-7}
+
+# Two float32 formulas for the same number, summed in another order (packed, padded, compiled, another backend).
+# Measured: up to 4e-6 through twelve layers; the bound is the published one.
+SAME = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+# A kernel may err at most this many times as much as the plain PyTorch formula in the same dtype, both against float64
+# (the rule of flash-attention's tests).
+FORWARD, GRADIENT, MODEL = 2.0, 3.0, 4.0
+
+# Below these errors the ratio rule compares noise: a few roundings of one number in the dtype (2, 2, 2 and 4 ulp).
+FLOOR = {torch.float64: 1e-15, torch.float32: 2.4e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4}
+
+
+def relative_error(actual, expected):
+    """Largest absolute difference over the largest absolute expected value; refuses empty or misshapen input."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
+    if actual.numel() == 0:
+        raise AssertionError("there is nothing to compare")
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if not torch.isfinite(actual).all():
+        raise AssertionError("the result has values that are not finite")
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def assert_same(actual, expected, tolerance, what=""):
+    """Fail unless the relative error stays within `tolerance`."""
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what} relative error {error:.2e} exceeds {tolerance:.2e}"
+
+
+def assert_no_worse(actual, plain, truth, factor, what=""):
+    """Fail unless `actual` errs at most `factor` times as much as `plain`, both against float64 `truth`."""
+    allowed = max(factor * relative_error(plain, truth), FLOOR[actual.dtype])
+    assert_same(actual, truth, allowed, what)
