@@ -93,7 +93,9 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
     if rows:
         is_token = packed.row_mask()
         query, key, value = (packed.to_rows(x).flatten(0, 1) for x in (query, key, value))
-    span = max(lengths, default=0)
+    if not len(query):
+        return value
+    span = max(lengths)
     steps = torch.arange(1 - span, span, device=query.device).abs()  # [2 * span - 1]
     bias = (-alibi_slopes[:, None] * steps).to(query.dtype)
     width = 2 * span - 1

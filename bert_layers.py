@@ -89,7 +89,7 @@ def foreign_attention(*args, **kwargs):
         ValueError: always; another architecture was given the name.
     """
     raise ValueError(
-        f"attn_implementation must be one that this architecture supports; {AUTOMATIC!r} and 'triton' belong to MosaicBERT"
+        f"attn_implementation must be one that this architecture has; {AUTOMATIC!r} and 'triton' are MosaicBERT's"
     )
 
 
@@ -262,7 +262,8 @@ class BertEncoder(nn.Module):
     def forward(self, hidden, packed, output_hidden_states, output_attentions):
         """[T, E] to [T, E], the hidden states before and after each layer ([T, E] each) and the weights of each layer;
         None for what was not asked for."""
-        slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=torch.float32, device=hidden.device)
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        slopes = torch.tensor(alibi_slopes(self.num_heads), dtype=precision, device=hidden.device)
         states = (hidden,) if output_hidden_states else None
         weights = () if output_attentions else None
         for layer in self.layer:
@@ -571,7 +572,8 @@ def describe_batch(input_ids, attention_mask, token_type_ids, position_ids, inpu
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(
-            f"exactly one of input_ids and inputs_embeds must be given, got {'neither' if input_ids is None else 'both'}"
+            "exactly one of input_ids and inputs_embeds must be given, "
+            f"got {'neither' if input_ids is None else 'both'}"
         )
     name, tokens, rank = ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
     if tokens.dim() != rank:
