@@ -1,0 +1,197 @@
+"""What several scripts need: reading text and checkpoints, and writing a folder whole or not at all."""
+
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+AUTO_MAP = {
+    "AutoConfig": "configuration_bert.BertConfig",
+    "AutoModel": "bert_layers.BertModel",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
+    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
+    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
+    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+
+
+def repository_class(name: str):
+    """A class of this repository's model code, loaded the way the Hub's clients load it.
+
+    Args:
+        name: `BertConfig` or a model class.
+
+    Returns:
+        The class.
+    """
+    module = "configuration_bert" if name == "BertConfig" else "bert_layers"
+    return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
+
+
+def read_texts(paths: list[str]) -> Iterator[str]:
+    """Read documents one at a time.
+
+    Args:
+        paths: files of JSON lines with a `text` field (`.jsonl`, `.json`) or plain text with one document a
+            paragraph (any other name); either may be gzipped (`.gz`).
+
+    Yields:
+        The text of each document that is not empty, in the files' order.
+
+    Raises:
+        ValueError: a JSON line has no `text` string; names file and line.
+    """
+    for path in paths:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        name = str(path).removesuffix(".gz")
+        with opener(path, "rt", encoding="utf-8") as lines:
+            if not name.endswith((".jsonl", ".json")):
+                for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+                    if filled:
+                        yield "".join(paragraph).strip()
+                continue
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                    raise ValueError(
+                        f"{path}, line {number}: expected an object with a string `text`, got {line[:60]!r}"
+                    )
+                if record["text"].strip():
+                    yield record["text"]
+
+
+def find_checkpoint(source: str, revision: Optional[str] = None) -> tuple[Path, Optional[str]]:
+    """Bring a model repository to this machine.
+
+    Args:
+        source: a folder, or a Hub id (`owner/name`).
+        revision: branch, tag or commit of a Hub id.
+
+    Returns:
+        The folder, and the commit that it holds (None for a folder that is no Hub snapshot).
+
+    Raises:
+        ValueError: `revision` was given for a folder.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ValueError(f"source: expected a folder or a Hub id (owner/name), got {source!r}")
+        folder = Path(snapshot_download(source, revision=revision))
+    elif revision is not None:
+        raise ValueError(f"revision: only a Hub id has revisions, but {source!r} is a folder")
+    commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
+    return folder, commit
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a model folder, sharded or whole, safetensors before pickle.
+
+    Args:
+        folder: holds `model.safetensors` or `pytorch_model.bin`, or the `.index.json` of either with its shards.
+
+    Returns:
+        Name to tensor, on CPU. Pickles are opened with `weights_only=True`.
+
+    Raises:
+        ValueError: no weights, or a shard is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            shards = [name]
+        elif index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            continue
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}")
+        weights = {}
+        for shard in shards:
+            if shard.endswith(".safetensors"):
+                weights.update(load_file(folder / shard))
+            else:
+                weights.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+        return weights
+    raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of their shards")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files that exist, without their limits on length.
+
+    ALiBi has no longest input; a limit, fixed padding or truncation would come from the source's position embedding.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name, limits in (
+        ("tokenizer.json", ("truncation", "padding")),
+        ("tokenizer_config.json", ("model_max_length",)),
+    ):
+        if (target / name).is_file():
+            content = json.loads((target / name).read_text(encoding="utf-8"))
+            for limit in limits:
+                content.pop(limit, None)
+            write_json(target / name, content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file as transformers does: sorted, two spaces, a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Offer an empty folder beside the target, which takes the target's place when the block ends well.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace a target that exists and is not empty.
+
+    Yields:
+        The folder to write to. It is removed when the block raises; the target is then as it was.
+
+    Raises:
+        ValueError: the target is there already and `overwrite` is not set.
+    """
+    target = Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise ValueError(f"target: {target} exists and is not an empty folder; pass --overwrite to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        content = stage / "new"
+        content.mkdir()
+        yield content
+        if target.exists():
+            os.rename(target, stage / "old")
+        os.rename(content, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

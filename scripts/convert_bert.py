@@ -1,0 +1,400 @@
+#!/usr/bin/env python3
+"""Turn any Hugging Face BERT into a MosaicBERT to train on from: a warm start.
+
+Attention: query, key and value merge into `Wqkv`. Positions: ALiBi takes the place of the position embedding, whose
+mean goes into the token types. Feed-forward: MosaicBERT multiplies gelu(gate) by a value and has no bias, BERT has a
+bias and no value. On every LayerNorm output x some vector v has v·x close to 1, so that with
+
+    gate rows = W1 + b1 vᵀ        value rows = v
+
+the new block computes gelu(W1 x + b1 (v·x)) · (v·x), almost what the old one did. v is fitted by least squares on the
+text given with --text, layer by layer, on what the new model itself feeds to that layer. A fifth of the text is kept
+out of the fit; the report is about that fifth.
+
+The MLM head is the source's. Without one, the decoder is tied to the embeddings, its bias is the log of how often each
+token occurs in the text, and the transform is the identity with a LayerNorm scale of 0.3: measured on MiniLM, answers
+then start near the frequencies and leave them sooner than with a scale of 1 or a random transform.
+
+    convert_bert.py bert-base-uncased my-warm-start --text corpus/*.jsonl.gz
+    convert_bert.py ./MiniLM my-warm-start --text corpus/*.jsonl.gz --layers 0 1 2 3 --pad-vocab 64
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from common import copy_tokenizer, find_checkpoint, load_weights, read_texts, repository_class, staged_folder
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one feed-forward block kept its function, on text that the fit has not seen.
+
+    Attributes:
+        layer: number of the layer in the source.
+        mean: of v·x over the tokens; 1 would be exact.
+        std: of v·x over the tokens; 0 would be exact.
+        inner_error: ‖new − old‖ / ‖old‖ of the feed-forward output, before residual and LayerNorm.
+        block_error: the same after them, which is what the next layer sees.
+    """
+
+    layer: int
+    mean: float
+    std: float
+    inner_error: float
+    block_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer:2d}: v·x {self.mean:.4f} ± {self.std:.4f}, relative error "
+            f"{self.inner_error:.4f} before and {self.block_error:.4f} after residual and LayerNorm"
+        )
+
+
+def read_source(weights: Weights) -> Weights:
+    """Give a BERT state dict the names that this script reads.
+
+    Args:
+        weights: as saved, with or without `bert.`, LayerNorm named `gamma` and `beta` or `weight` and `bias`.
+
+    Returns:
+        float32 tensors; encoder names without `bert.`, the MLM head as `cls.predictions.…`.
+
+    Raises:
+        ValueError: this is no BERT; names what is missing.
+    """
+    named = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("module.").removeprefix("bert.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if tensor.is_floating_point():
+            named[name] = tensor.float()
+    needed = ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"]
+    needed += ["embeddings.token_type_embeddings.weight", "encoder.layer.0.attention.self.query.weight"]
+    needed += ["encoder.layer.0.intermediate.dense.bias"]
+    missing = [name for name in needed if name not in named]
+    if missing:
+        raise ValueError(f"source: expected the weights of a BERT, but these are missing: {', '.join(missing)}")
+    return named
+
+
+def convert_embeddings(source: Weights) -> Weights:
+    """Take the embeddings over, the mean position embedding added to each token type.
+
+    Args:
+        source: as `read_source` returns it.
+
+    Returns:
+        The embeddings' tensors under the target's names.
+    """
+    kept = ("word_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+    converted = {f"bert.embeddings.{name}": source[f"embeddings.{name}"] for name in kept}
+    mean_position = source["embeddings.position_embeddings.weight"].mean(dim=0)
+    types = "bert.embeddings.token_type_embeddings.weight"
+    converted[types] = converted[types] + mean_position
+    return converted
+
+
+def convert_layer(source: Weights, old: int, new: int) -> Weights:
+    """Convert all of an encoder layer but its feed-forward gate and value.
+
+    Args:
+        source: as `read_source` returns it.
+        old: number of the layer in the source.
+        new: number of the layer in the target.
+
+    Returns:
+        The layer's tensors under the target's names, `mlp.gated_layers.weight` missing.
+    """
+    there, here = f"encoder.layer.{old}.", f"bert.encoder.layer.{new}."
+    converted = {}
+    for kind in ("weight", "bias"):
+        qkv = [source[f"{there}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+        converted[f"{here}attention.self.Wqkv.{kind}"] = torch.cat(qkv)
+        for name in ("attention.output.dense", "attention.output.LayerNorm"):
+            converted[f"{here}{name}.{kind}"] = source[f"{there}{name}.{kind}"]
+        converted[f"{here}mlp.wo.{kind}"] = source[f"{there}output.dense.{kind}"]
+        converted[f"{here}mlp.layernorm.{kind}"] = source[f"{there}output.LayerNorm.{kind}"]
+    return converted
+
+
+def fit_constant(inputs: torch.Tensor, ridge: float = 1e-6) -> torch.Tensor:
+    """Find the vector v whose product with every input is as close to 1 as can be.
+
+    Args:
+        inputs: float32 [T, E].
+        ridge: added to the normal equations' diagonal, in units of its mean.
+
+    Returns:
+        float32 [E]. Solved in float64.
+    """
+    inputs = inputs.double()
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, inputs.sum(dim=0)).float()
+
+
+def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Build the bias-free gate and value rows: gate = W1 + b1 vᵀ, value = v.
+
+    Args:
+        weight: float32 [F, E], W1.
+        bias: float32 [F], b1.
+        constant: float32 [E], v.
+
+    Returns:
+        float32 [2F, E], `gated_layers.weight`.
+    """
+    return torch.cat((weight + torch.outer(bias, constant), constant.expand_as(weight)))
+
+
+class GatedLayerFit:
+    """Fits a feed-forward block when its first input arrives, then lets it run: a forward pre-hook.
+
+    Args:
+        layer: number of the layer in the source.
+        weight: float32 [F, E], W1.
+        bias: float32 [F], b1.
+        held_out: bool [T], the tokens to report on; the others are fitted.
+    """
+
+    def __init__(self, layer: int, weight: torch.Tensor, bias: torch.Tensor, held_out: torch.Tensor):
+        self.layer, self.weight, self.bias, self.held_out = layer, weight, bias, held_out
+        self.report: Optional[LayerReport] = None
+
+    def __call__(self, mlp, args) -> None:
+        (hidden,) = args  # [T, E]
+        constant = fit_constant(hidden[~self.held_out])
+        mlp.gated_layers.weight.copy_(fold_bias(self.weight, self.bias, constant))
+        hidden = hidden[self.held_out]
+        gate, value = mlp.gated_layers(hidden).chunk(2, dim=-1)
+        new = mlp.wo(F.gelu(gate) * value)
+        old = mlp.wo(F.gelu(F.linear(hidden, self.weight, self.bias)))
+        products = hidden @ constant
+        self.report = LayerReport(
+            self.layer,
+            products.mean().item(),
+            products.std().item(),
+            relative_error(new, old),
+            relative_error(mlp.layernorm(new + hidden), mlp.layernorm(old + hidden)),
+        )
+
+
+@torch.no_grad()
+def fit_encoder(model, source: Weights, layers: list[int], windows: list[torch.Tensor]) -> list[LayerReport]:
+    """Run the model on text once, and fit each feed-forward block on what reaches it.
+
+    Args:
+        model: a MosaicBERT with all of the source's weights but the gated layers'; in eval mode.
+        source: as `read_source` returns it.
+        layers: which layer of the source each layer of the model comes from.
+        windows: int64 [S] token ids each; every fifth is kept out of the fit.
+
+    Returns:
+        A report a layer.
+    """
+    ids = pad_sequence(windows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True).bool()
+    held_out = (torch.arange(len(windows)) % 5 == 0)[:, None].expand(mask.shape)[mask]
+    fits = []
+    for old, layer in zip(layers, model.bert.encoder.layer):
+        dense = f"encoder.layer.{old}.intermediate.dense."
+        fits.append(GatedLayerFit(old, source[f"{dense}weight"], source[f"{dense}bias"], held_out))
+        layer.mlp.register_forward_pre_hook(fits[-1])
+    model.bert(ids, attention_mask=mask)
+    return [fit.report for fit in fits]
+
+
+def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
+    """‖new − old‖ / ‖old‖ over all elements."""
+    return ((new - old).norm() / old.norm()).item()
+
+
+def convert_head(source: Weights, counts: torch.Tensor) -> Weights:
+    """Take the source's MLM head over, or make one to start from.
+
+    Args:
+        source: as `read_source` returns it.
+        counts: int64 [V], how often each token occurs in the text.
+
+    Returns:
+        The target's `cls.…` tensors.
+
+    Raises:
+        ValueError: the source's decoder is not tied to its embeddings.
+    """
+    embeddings = source["embeddings.word_embeddings.weight"]
+    width = embeddings.shape[1]
+    head = {"cls.predictions.decoder.weight": embeddings}
+    if "cls.predictions.transform.dense.weight" in source:
+        decoder = source.get("cls.predictions.decoder.weight", embeddings)
+        if not torch.equal(decoder, embeddings):
+            raise ValueError("source: its MLM decoder is not tied to its embeddings; MosaicBERT's is")
+        for name in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
+            head[f"cls.predictions.transform.{name}"] = source[f"cls.predictions.transform.{name}"]
+        bias = source.get("cls.predictions.bias", source.get("cls.predictions.decoder.bias"))
+        head["cls.predictions.decoder.bias"] = torch.zeros(len(embeddings)) if bias is None else bias
+        return head
+    head["cls.predictions.transform.dense.weight"] = torch.eye(width)
+    head["cls.predictions.transform.dense.bias"] = torch.zeros(width)
+    head["cls.predictions.transform.LayerNorm.weight"] = torch.full((width,), 0.3)
+    head["cls.predictions.transform.LayerNorm.bias"] = torch.zeros(width)
+    head["cls.predictions.decoder.bias"] = ((counts + 1) / (counts + 1).sum()).log().float()
+    return head
+
+
+def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> list[list[int]]:
+    """Cut text into windows, an equal share from every file.
+
+    Args:
+        paths: files for `read_texts`.
+        tokenizer: a fast tokenizer.
+        length: tokens a window at most, special tokens included.
+        num_tokens: how many to read, about.
+
+    Returns:
+        Token ids of each window, special tokens included.
+
+    Raises:
+        ValueError: the files hold too little text.
+    """
+    windows = []
+    for path in tqdm(paths, desc="text", unit="file"):
+        quota = num_tokens / len(paths)
+        for text in read_texts([path]):
+            # Four windows a document, lest one book fill its file's share.
+            encoded = tokenizer(
+                text[: 40 * length], max_length=length, truncation=True, return_overflowing_tokens=True, verbose=False
+            )
+            windows += encoded["input_ids"][:4]
+            quota -= sum(map(len, encoded["input_ids"][:4]))
+            if quota <= 0:
+                break
+    if len(windows) < 5:
+        raise ValueError(f"text: expected at least 5 windows of text to fit on, got {len(windows)}")
+    return windows
+
+
+def convert_config(config: dict, num_layers: int, vocab_size: int) -> dict:
+    """Choose the fields of the target's config.
+
+    Args:
+        config: the source's config.json.
+        num_layers: L.
+        vocab_size: V, padded.
+
+    Returns:
+        Arguments for MosaicBERT's `BertConfig`.
+
+    Raises:
+        ValueError: the source has another feed-forward activation than the exact GELU, or other positions than learned
+            absolute ones.
+    """
+    for name, expected in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if config.get(name, expected) != expected:
+            raise ValueError(f"source: expected {name} {expected}, got {config[name]!r}")
+    kept = ("attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout_prob", "hidden_size")
+    kept += ("initializer_range", "intermediate_size", "layer_norm_eps", "num_attention_heads", "pad_token_id")
+    kept += ("type_vocab_size",)
+    fields = {name: config[name] for name in kept if name in config}
+    return {**fields, "num_hidden_layers": num_layers, "vocab_size": vocab_size}
+
+
+@torch.no_grad()
+def load_rows(model, weights: Weights) -> None:
+    """Copy weights into a model whose vocabulary may be longer; its further rows become zero.
+
+    Args:
+        model: a MosaicBERT.
+        weights: some of its tensors, by name.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in weights.items():
+        parameters[name].zero_()[: len(tensor)].copy_(tensor)
+
+
+def convert(
+    source: Path, target: Path, texts: list[str], layers: Optional[list[int]], multiple: int, length: int, tokens: int
+) -> list[LayerReport]:
+    """Convert one model folder into another.
+
+    Args:
+        source: a BERT's folder with its tokenizer.
+        target: an empty folder.
+        texts: files for `read_texts`.
+        layers: which encoder layers to keep; None: all.
+        multiple: the vocabulary size becomes a multiple of this.
+        length: tokens a window of text at most.
+        tokens: how many tokens to fit and report on, about.
+
+    Returns:
+        A report a layer.
+
+    Raises:
+        ValueError: the source is no BERT that can be converted, or `layers` names one that it lacks.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    weights = read_source(load_weights(source))
+    layers = list(range(config["num_hidden_layers"])) if layers is None else layers
+    if not layers or min(layers) < 0 or max(layers) >= config["num_hidden_layers"]:
+        raise ValueError(f"layers: expected numbers from 0 to {config['num_hidden_layers'] - 1}, got {layers}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    vocab_size = -(-config["vocab_size"] // multiple) * multiple
+    model_config = repository_class("BertConfig")(**convert_config(config, len(layers), vocab_size))
+    model = repository_class("BertForMaskedLM")(model_config).eval()
+
+    # Frequencies need more text than the fit of E numbers.
+    counted = itertools.chain(*read_windows(texts, tokenizer, length, 40 * tokens))
+    counts = torch.bincount(torch.tensor(list(counted)), minlength=config["vocab_size"])
+    counts[tokenizer.all_special_ids] = 0
+    converted = {**convert_embeddings(weights), **convert_head(weights, counts)}
+    for new, old in enumerate(layers):
+        converted.update(convert_layer(weights, old, new))
+    load_rows(model, converted)
+    model.silence_dead_slots(len(tokenizer))
+    windows = [torch.tensor(window) for window in read_windows(texts, tokenizer, length, tokens)]
+    reports = fit_encoder(model, weights, layers, windows)
+
+    model.save_pretrained(target)
+    copy_tokenizer(source, target)
+    return reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder or Hub id of a BERT")
+    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="text, or JSON lines with a `text`; .gz too"
+    )
+    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="encoder layers to keep (default: all)")
+    parser.add_argument(
+        "--pad-vocab", type=int, default=64, metavar="N", help="make the vocabulary a multiple of N (default: 64)"
+    )
+    parser.add_argument("--length", type=int, default=128, help="tokens a window of text (default: 128)")
+    parser.add_argument("--tokens", type=int, default=25_000, help="tokens to fit and report on (default: 25000)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    args = parser.parse_args()
+    try:
+        folder, _ = find_checkpoint(args.source, args.revision)
+        with staged_folder(args.target, args.overwrite) as stage:
+            for report in convert(folder, stage, args.text, args.layers, args.pad_vocab, args.length, args.tokens):
+                print(report)
+    except ValueError as error:
+        sys.exit(f"convert_bert.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
