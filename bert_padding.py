@@ -4,7 +4,6 @@ Letters: B batch, S padded length, T real tokens, N sequences.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Optional
 
 import torch
@@ -49,9 +48,9 @@ class PackedBatch:
         """N, the number of sequences, empty ones included."""
         return self.cu_seqlens.shape[0] - 1
 
-    @cached_property
+    @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, N Python integers; copied from the device, once, where they are not known."""
+        """Tokens of each sequence, N Python integers; copied from the device where they are not known."""
         return self.cu_seqlens.diff().tolist() if self.known_lengths is None else list(self.known_lengths)
 
     @property
@@ -108,7 +107,7 @@ class PackedBatch:
             empty = self.cu_seqlens.diff() == 0
         return taken.masked_fill(empty.view(-1, *[1] * (packed.dim() - 1)), 0)
 
-    @cached_property
+    @property
     def row_indices(self) -> torch.Tensor:
         """int64 [T]: sequence number * row_length + position, the place of each token in an [N, row_length] layout."""
         lengths = self.cu_seqlens.diff().long()
@@ -158,6 +157,10 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     """
     batch, length = shape
     if attention_mask is None or traced:
+        key_mask = None
+        if traced:
+            every = torch.ones(shape, dtype=torch.bool, device=device)
+            key_mask = every if attention_mask is None else attention_mask != 0
         return PackedBatch(
             shape=shape,
             indices=None,
@@ -165,8 +168,8 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
             positions=torch.arange(length, device=device).repeat(batch),
             row_length=length,
             max_seqlen=length,
-            key_mask=None if attention_mask is None else attention_mask != 0,
-            known_lengths=(length,) * batch,
+            key_mask=key_mask,
+            known_lengths=None if traced else (length,) * batch,
         )
     keep = attention_mask != 0
     columns = torch.arange(length, device=device)
@@ -202,9 +205,12 @@ def pack_flattened(cu_seqlens: torch.Tensor, max_seqlen: Optional[int], total: i
         The batch; its layout is (1, T).
     """
     cu_seqlens = cu_seqlens.to(torch.int32)
-    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long(), output_size=total)
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    lengths = cu_seqlens.diff()
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths.long(), output_size=total)
+    known_lengths = None
+    if cu_seqlens.device.type == "cpu" or max_seqlen is None:
+        known_lengths = tuple(lengths.tolist())
+        max_seqlen = max(known_lengths, default=0)
     return PackedBatch(
         shape=(1, total),
         indices=None,
@@ -212,4 +218,5 @@ def pack_flattened(cu_seqlens: torch.Tensor, max_seqlen: Optional[int], total: i
         positions=torch.arange(total, device=cu_seqlens.device) - starts,
         row_length=max_seqlen,
         max_seqlen=max_seqlen,
+        known_lengths=known_lengths,
     )
