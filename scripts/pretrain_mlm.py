@@ -1,0 +1,694 @@
+"""Train a MosaicBERT masked language model: from scratch, from a warm start, or on from where a run stopped.
+
+Batches hold no padding. Documents are cut into sequences of at most --max_length wordpieces, and sequences are
+concatenated into rows of about --tokens_per_row wordpieces; `cu_seq_lens_q` and `max_length_q` say where each one
+starts. The defaults are MosaicBERT's published recipe; every flag of transformers' TrainingArguments works too.
+
+    # MosaicBERT-Base from scratch on eight GPUs
+    torchrun --nproc-per-node 8 scripts/pretrain_mlm.py --train_data allenai/c4:en --streaming --max_steps 70000 \\
+        --tokenizer bert-base-uncased --output_dir runs/base
+
+    # a small model, warm-started, on two CPU cores
+    python scripts/pretrain_mlm.py --model warm-start-folder --train_data corpus/*.jsonl.gz --use_cpu \\
+        --tokens_per_row 4096 --global_batch_size 64 --max_steps 5000 --output_dir runs/small
+
+    # after a crash: the same command with --resume_from_checkpoint last
+"""
+
+import argparse
+import glob
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import datasets
+import numpy as np
+import torch
+from common import AUTO_MAP, REPOSITORY
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+IGNORED = -100  # label of a wordpiece that is not predicted
+SHORTEST = 8  # wordpieces without [CLS] and [SEP]: what is left of a document below this is dropped
+SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model: Optional[str] = field(
+        default=None, metadata={"help": "Folder or Hub id to start from. Default: random weights."}
+    )
+    config: Optional[str] = field(
+        default=None,
+        metadata={"help": "Folder or config.json with the shape of a model with random weights (default: base size)."},
+    )
+    config_fields: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Config fields as NAME=VALUE, for instance num_hidden_layers=4 hidden_dropout_prob=0."},
+    )
+    tokenizer: Optional[str] = field(
+        default=None, metadata={"help": "Folder or Hub id. Default: --model, else this repository's."}
+    )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "dtype of the final file's weights: float32, bfloat16 or float16."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on, and how text becomes rows."""
+
+    train_data: list[str] = field(
+        metadata={
+            "help": "Files (.txt: a document is a paragraph; .jsonl or .json with a `text` field; both also .gz), glob "
+            "patterns, `datasets` ids (id or id:config), or folders of MDS shards."
+        }
+    )
+    validation_data: list[str] = field(default_factory=list, metadata={"help": "The same, for evaluation."})
+    text_field: str = field(default="text", metadata={"help": "Name of the field that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training instead of tokenising first."})
+    max_length: list[int] = field(
+        default_factory=lambda: [128],
+        metadata={"help": "Wordpieces of a sequence with [CLS] and [SEP]; several lengths are mixed."},
+    )
+    length_shares: list[float] = field(
+        default_factory=list, metadata={"help": "Share of the wordpieces cut to each --max_length (default: equal)."}
+    )
+    tokens_per_row: int = field(
+        default=16_384, metadata={"help": "Wordpieces of one packed row, at most: sets memory and speed."}
+    )
+    global_batch_size: int = field(
+        default=4096,
+        metadata={
+            "help": "Sequences (of the first --max_length) in one optimizer step of all processes together, reached "
+            "by accumulation unless --gradient_accumulation_steps is given."
+        },
+    )
+    mask_probability: float = field(default=0.3, metadata={"help": "Share of the wordpieces predicted in training."})
+    eval_mask_probability: float = field(default=0.15, metadata={"help": "The same in evaluation."})
+    eval_tokens: int = field(default=262_144, metadata={"help": "Wordpieces to evaluate on at each length, at most."})
+    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where `datasets` keeps tokenised text."})
+    num_proc: Optional[int] = field(default=None, metadata={"help": "Processes that tokenise."})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """TrainingArguments with MosaicBERT's published recipe as defaults."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    decoupled_weight_decay: float = field(
+        default=1e-5,
+        metadata={
+            "help": "Weight decay a step at the peak, independent of --learning_rate, as the recipe states it. "
+            "torch.optim.AdamW multiplies by the learning rate, so it is handed this divided by the peak: 0.02."
+        },
+    )
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second beta."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
+    warmup_share: float = field(default=0.06, metadata={"help": "Share of the steps that warm up."})
+    final_lr_share: float = field(default=0.02, metadata={"help": "Learning rate at the end over its peak."})
+    gradient_accumulation_steps: int = field(
+        default=0, metadata={"help": "Rows a process adds up before a step; 0 follows --global_batch_size."}
+    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows in one forward."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows in one forward."})
+    max_steps: int = field(default=70_000, metadata={"help": "Optimizer steps."})
+    num_train_epochs: float = field(default=0.0, metadata={"help": "Passes over the data, instead of --max_steps."})
+    bf16: bool = field(default=True, metadata={"help": "Autocast to bfloat16."})
+    use_cpu: bool = field(default=not torch.cuda.is_available(), metadata={"help": "Train on the CPU."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    save_steps: float = field(default=1000, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, …"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows have their own keys."})
+    average_tokens_across_devices: bool = field(
+        default=True, metadata={"help": "Weigh every predicted wordpiece alike, on whichever process it is."}
+    )
+    include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count the wordpieces seen."})
+    peak_tflops: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "What the device can do, for model FLOP utilisation. Default: the speed of one large matrix "
+            "product in the training dtype, measured at the start."
+        },
+    )
+
+
+def load_texts(sources: list[str], text_field: str = "text", streaming: bool = False, cache_dir: Optional[str] = None):
+    """Open text as one dataset with the single column `text`.
+
+    Args:
+        sources: files, glob patterns, `datasets` ids (`id` or `id:config`), or folders of MDS shards.
+        text_field: name of the column that holds the text.
+        streaming: read while iterating. MDS shards are always read so.
+        cache_dir: where `datasets` keeps what it reads; None: its default.
+
+    Returns:
+        A `datasets.Dataset`, or a `datasets.IterableDataset` where something is streamed.
+
+    Raises:
+        ValueError: no file matches a pattern, a file's suffix is unknown, or there is no such text field.
+    """
+    parts = [_load_source(source, text_field, streaming, cache_dir) for source in sources]
+    if any(isinstance(part, datasets.IterableDataset) for part in parts):
+        parts = [p if isinstance(p, datasets.IterableDataset) else p.to_iterable_dataset() for p in parts]
+    return datasets.concatenate_datasets(parts)
+
+
+def _load_source(source: str, text_field: str, streaming: bool, cache_dir: Optional[str]):
+    if os.path.isfile(os.path.join(source, "index.json")):
+        return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"folder": source, "name": text_field})
+    files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    options = {"split": "train", "streaming": streaming, "cache_dir": cache_dir}
+    if files:
+        suffixes = {Path(path.removesuffix(".gz")).suffix for path in files}
+        if suffixes == {".txt"}:
+            return datasets.load_dataset("text", data_files=files, sample_by="paragraph", **options)
+        if not suffixes <= {".json", ".jsonl"}:
+            raise ValueError(f"data must be .txt, .json or .jsonl files, or these with .gz, got {files[0]!r}")
+        part = datasets.load_dataset("json", data_files=files, **options)
+    elif "*" in source or source.endswith((".txt", ".json", ".jsonl", ".gz")):
+        raise ValueError(f"no file matches {source!r}")
+    else:
+        name, _, config = source.partition(":")
+        part = datasets.load_dataset(name, config or None, **options)
+    if part.column_names is not None and text_field not in part.column_names:
+        raise ValueError(f"text_field must be one of {part.column_names}, the fields of {source!r}, got {text_field!r}")
+    part = part.select_columns(text_field)
+    return part if text_field == "text" else part.rename_column(text_field, "text")
+
+
+def _read_shards(folder: str, name: str):
+    from streaming import StreamingDataset  # MosaicML Streaming: only needed for MDS shards
+
+    for sample in StreamingDataset(local=folder, shuffle=False, batch_size=1):
+        yield {"text": sample[name]}
+
+
+def cut_documents(
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: list[int],
+    shares: list[float],
+    seed: int,
+) -> dict[str, list]:
+    """Tokenise documents and cut each into sequences, [CLS] and [SEP] included.
+
+    Args:
+        batch: `text`, the documents.
+        indices: number of each document in its dataset; with `seed`, it decides where cuts fall.
+        tokenizer: has `cls_token_id` and `sep_token_id`.
+        lengths: wordpieces of a sequence, at most; each cut draws one of these.
+        shares: for each length, the share of all wordpieces that is cut to it. They add up to 1.
+        seed: of the draws.
+
+    Returns:
+        `input_ids`, a list of integer arrays, and `length`, the size of each.
+    """
+    texts = tokenizer(
+        batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    dtype = token_dtype(tokenizer)
+    odds = np.array(shares) / np.array(lengths)
+    odds /= odds.sum()
+    sequences = []
+    for index, ids in zip(indices, texts["input_ids"]):
+        generator = np.random.default_rng((seed, index))
+        start = 0
+        while len(ids) - start >= SHORTEST:
+            end = start + generator.choice(lengths, p=odds) - 2
+            sequences.append(np.array([tokenizer.cls_token_id, *ids[start:end], tokenizer.sep_token_id], dtype=dtype))
+            start = end
+    return {"input_ids": sequences, "length": [len(sequence) for sequence in sequences]}
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The smaller of uint16 and int32 that holds every token id."""
+    return "uint16" if len(tokenizer) <= 2**16 else "int32"
+
+
+def load_sequences(
+    texts,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: list[int],
+    shares: list[float],
+    seed: int,
+    num_proc: Optional[int] = None,
+):
+    """Tokenise and cut a dataset of documents, on disk and once, or while it streams.
+
+    Args:
+        texts: what `load_texts` returns.
+        tokenizer, lengths, shares, seed: as `cut_documents` takes them.
+        num_proc: processes that tokenise; None: this one (a fast tokenizer uses all cores by itself).
+
+    Returns:
+        A dataset of the same kind with columns `input_ids` and `length`, one sequence a row.
+
+    Raises:
+        ValueError: the tokenizer lacks a token that is needed.
+    """
+    for name in ("cls_token", "sep_token", "mask_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer must have a {name}, {tokenizer.name_or_path!r} has none")
+    settings = {"tokenizer": tokenizer, "lengths": lengths, "shares": shares, "seed": seed}
+    features = datasets.Features(
+        {"input_ids": datasets.Sequence(datasets.Value(token_dtype(tokenizer))), "length": datasets.Value("int32")}
+    )
+    options = {
+        "batched": True,
+        "batch_size": 256,
+        "with_indices": True,
+        "remove_columns": ["text"],
+        "fn_kwargs": settings,
+    }
+    if isinstance(texts, datasets.IterableDataset):
+        return texts.map(cut_documents, features=features, **options)
+    # A tokenizer's pickle changes when it is used, so the name of the cache file comes from what it says about itself.
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    state = [texts._fingerprint, vocabulary, lengths, shares, seed, SHORTEST]
+    return texts.map(
+        cut_documents,
+        features=features,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(state),
+        num_proc=num_proc,
+        desc="tokenise",
+        **options,
+    )
+
+
+def mask_row(
+    sequences: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, probability: float, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Concatenate sequences to one row and choose what is to be predicted, as BERT does.
+
+    Of the chosen wordpieces 80% become [MASK], 10% a random wordpiece, and 10% stay. Special tokens are not chosen.
+
+    Args:
+        sequences: integer arrays; they are put in the order of their lengths.
+        tokenizer: says what [MASK] and the special tokens are.
+        probability: share of the wordpieces that is chosen.
+        generator: source of the draws.
+
+    Returns:
+        `input_ids` and `labels`, int64 [T], labels -100 where nothing is predicted, and `lengths`, int64 [N].
+
+    Source: https://arxiv.org/abs/1810.04805, section 3.1; 30% is https://arxiv.org/abs/2312.17482, section 3.2.
+    """
+    sequences = sorted(sequences, key=len)  # attention serves neighbours of equal length in one call
+    input_ids = np.concatenate(sequences).astype(np.int64)
+    chosen = (generator.random(len(input_ids)) < probability) & ~np.isin(input_ids, tokenizer.all_special_ids)
+    labels = np.where(chosen, input_ids, IGNORED)
+    fate = generator.random(len(input_ids))
+    input_ids[chosen & (fate < 0.8)] = tokenizer.mask_token_id
+    swapped = chosen & (fate >= 0.8) & (fate < 0.9)
+    input_ids[swapped] = generator.integers(len(tokenizer), size=int(swapped.sum()))
+    return {"input_ids": input_ids, "labels": labels, "lengths": np.array([len(s) for s in sequences])}
+
+
+def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Collate rows of `mask_row` to one batch without padding.
+
+    Returns:
+        `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], where each sequence
+        starts; `max_length_q` and `max_length_k`, wordpieces of the longest. The names are those of transformers'
+        DataCollatorWithFlattening.
+    """
+    batch = {
+        name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None] for name in ("input_ids", "labels")
+    }
+    lengths = np.concatenate([row["lengths"] for row in rows])
+    starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+    longest = int(lengths.max())
+    return {**batch, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Masked rows of concatenated sequences; row i is a function of i and the seed alone, so a run can resume anywhere.
+
+    Rows past the first pass repeat the same rows in another order, with other masks.
+
+    Args:
+        sequences: what `load_sequences` returns for a `datasets.Dataset`.
+        tokenizer: as `mask_row` takes it.
+        tokens_per_row: wordpieces of a row, at most.
+        mask_probability: as `mask_row` takes it.
+        seed: of the order and the masks.
+
+    Attributes:
+        rows_per_pass: rows that hold every sequence once.
+        num_rows: what `len` says. Set it to what a run needs; it starts as one pass.
+
+    Raises:
+        ValueError: there is no sequence, or one is longer than a row.
+    """
+
+    def __init__(self, sequences, tokenizer, tokens_per_row: int, mask_probability: float, seed: int):
+        self.sequences = sequences.with_format("numpy")
+        lengths = self.sequences[:]["length"] if len(sequences) else np.zeros(0)
+        if not len(lengths):
+            raise ValueError(f"the data holds no document of at least {SHORTEST} wordpieces")
+        if lengths.max() > tokens_per_row:
+            raise ValueError(
+                f"tokens_per_row must be at least the longest sequence, {lengths.max()}, got {tokens_per_row}"
+            )
+        self.order = np.random.default_rng(seed).permutation(len(lengths))
+        starts, filled = [0], 0
+        for place, length in enumerate(lengths[self.order]):
+            if filled + length > tokens_per_row:
+                starts.append(place)
+                filled = 0
+            filled += length
+        self.bounds = [*starts, len(lengths)]
+        self.rows_per_pass = self.num_rows = len(starts)
+        self.tokenizer, self.mask_probability, self.seed = tokenizer, mask_probability, seed
+        self._pass, self._pass_order = 0, np.arange(self.rows_per_pass)
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        number, place = divmod(index, self.rows_per_pass)
+        if number != self._pass:
+            self._pass = number
+            self._pass_order = np.random.default_rng((self.seed, number)).permutation(self.rows_per_pass)
+        row = self._pass_order[place]
+        sequences = self.sequences[self.order[self.bounds[row] : self.bounds[row + 1]]]["input_ids"]
+        return mask_row(
+            list(sequences), self.tokenizer, self.mask_probability, np.random.default_rng((self.seed, index))
+        )
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
+    """The rows of `PackedRows` from a stream, without end: when the stream ends it is read again in another order.
+
+    Args:
+        sequences: what `load_sequences` returns for a `datasets.IterableDataset`.
+        tokenizer, tokens_per_row, mask_probability, seed: as `PackedRows` takes them.
+    """
+
+    def __init__(self, sequences, tokenizer, tokens_per_row: int, mask_probability: float, seed: int):
+        self.sequences = sequences.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).with_format("numpy")
+        self.tokenizer, self.tokens_per_row = tokenizer, tokens_per_row
+        self.mask_probability, self.seed = mask_probability, seed
+
+    def __iter__(self):
+        index, row, filled = 0, [], 0
+        for number in itertools.count():
+            self.sequences.set_epoch(number)
+            for sequence in self.sequences:
+                ids = sequence["input_ids"]
+                if row and filled + len(ids) > self.tokens_per_row:
+                    generator = np.random.default_rng((self.seed, index))
+                    yield mask_row(row, self.tokenizer, self.mask_probability, generator)
+                    index, row, filled = index + 1, [], 0
+                row.append(ids)
+                filled += len(ids)
+            if not row and not index:
+                raise ValueError(f"the data holds no document of at least {SHORTEST} wordpieces")
+
+
+class PretrainingTrainer(Trainer):
+    """Trainer with the recipe's schedule, rows in their own order, and speed in the log.
+
+    Each logged loss comes with `tokens_per_second` and `mfu` (model FLOP utilisation: the FLOPs of forward and
+    backward, without recomputation, over what the device can do) of the steps since the last one, and with `seconds`,
+    the time spent training so far, evaluation and saving left out.
+
+    Args:
+        peak_flops: FLOPs a second that one process's device can do.
+        **kwargs: as Trainer takes them.
+    """
+
+    def __init__(self, peak_flops: float, **kwargs):
+        super().__init__(**kwargs)
+        self.peak_flops = peak_flops * self.args.world_size
+        self._mark = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
+            warmup = int(self.args.warmup_steps) or math.ceil(self.args.warmup_share * num_training_steps)
+            share = partial(linear_schedule, warmup=warmup, total=num_training_steps, final=self.args.final_lr_share)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return count_flops(self.accelerator.unwrap_model(self.model).config, inputs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._mark is None:
+            self._start_clock()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _start_clock(self):
+        self._mark = (time.perf_counter(), self.state.num_input_tokens_seen, self.state.total_flos)
+
+    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+        if "loss" in logs:
+            began, tokens, flops = self._mark
+            seconds = time.perf_counter() - began
+            before = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
+            logs["tokens_per_second"] = round((self.state.num_input_tokens_seen - tokens) / seconds)
+            logs["mfu"] = round((self.state.total_flos - flops) / seconds / self.peak_flops, 3)
+            logs["seconds"] = round(before + seconds, 1)
+        super().log(logs)
+        if self.is_world_process_zero():
+            replace_json(os.path.join(self.args.output_dir, "log_history.json"), self.state.log_history)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        logs, began = self.control.should_log, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if logs:
+            self._start_clock()
+        else:
+            self._mark = (self._mark[0] + time.perf_counter() - began, *self._mark[1:])
+
+
+def replace_json(path: str, content) -> None:
+    """Write a JSON file beside `path` and rename it, so that a reader never sees half of it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def linear_schedule(step: int, warmup: int, total: int, final: float) -> float:
+    """The learning rate of a step over its peak: up from 0 in a line, then down in a line.
+
+    Args:
+        step: number of the step, from 0.
+        warmup: steps that warm up.
+        total: steps of the run.
+        final: where the line ends.
+
+    Source: https://arxiv.org/abs/2312.17482, appendix A.
+    """
+    if step < warmup:
+        return step / warmup
+    return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, total - warmup))
+
+
+def count_flops(config, inputs: dict[str, Any]) -> int:
+    """FLOPs of the matrix products of one training step, forward and backward (twice forward).
+
+    Args:
+        config: of the model.
+        inputs: a batch of `flatten_rows`.
+
+    Returns:
+        The number; a multiply and an add are two.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    lengths = inputs["cu_seq_lens_q"].diff().long()
+    tokens, pairs = int(lengths.sum()), int((lengths**2).sum())
+    predicted = int((inputs["labels"] != IGNORED).sum())
+    layer = 2 * tokens * (4 * hidden**2 + 3 * hidden * inner) + 4 * pairs * hidden
+    head = 2 * predicted * (hidden**2 + hidden * config.vocab_size)
+    return 3 * (config.num_hidden_layers * layer + head)
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, the best of five, on `device` in `dtype`."""
+    size = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # reading a number waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: a pair has no name or no equals sign.
+    """
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"config_fields must be NAME=VALUE, got {pair!r}")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def build_model(arguments: ModelArguments, vocabulary: int):
+    """Make or load the model that is to be trained, in float32.
+
+    Args:
+        arguments: `model` to start from, or `config` or nothing for random weights; `config_fields` on top.
+        vocabulary: entries of the tokenizer. Random weights get the next multiple of 64 as `vocab_size`.
+
+    Returns:
+        A `BertForMaskedLM` of this repository's code, whatever code its source brings.
+
+    Raises:
+        ValueError: both `model` and `config` are given, a field is malformed, or the vocabulary does not fit.
+    """
+    fields = parse_fields(arguments.config_fields)
+    if arguments.model and arguments.config:
+        raise ValueError("config must not be given with model, which brings its own")
+    config_class, model_class = (
+        get_class_from_dynamic_module(AUTO_MAP[name], str(REPOSITORY))
+        for name in ("AutoConfig", "AutoModelForMaskedLM")
+    )
+    source = arguments.model or arguments.config
+    config = config_class.from_pretrained(source) if source else config_class()
+    if not arguments.model:
+        config.vocab_size = math.ceil(vocabulary / 64) * 64
+    for name, value in fields.items():
+        if not hasattr(config, name):
+            raise ValueError(f"config_fields: the config has no field {name!r}")
+        setattr(config, name, value)
+    if config.vocab_size < vocabulary:
+        raise ValueError(f"vocab_size must be at least the tokenizer's {vocabulary} entries, got {config.vocab_size}")
+    model = model_class.from_pretrained(arguments.model, config=config) if arguments.model else model_class(config)
+    model.silence_dead_slots(vocabulary)
+    return model.float()
+
+
+def last_checkpoint(folder: str) -> Optional[str]:
+    """The newest complete checkpoint of a run, or None. The trainer's state is what a checkpoint writes last."""
+    states = Path(folder).glob("checkpoint-*/trainer_state.json")
+    return max((str(s.parent) for s in states), key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
+def train(model_arguments: ModelArguments, data: DataArguments, arguments: PretrainingArguments) -> PretrainingTrainer:
+    """Run the training that the arguments describe and write the final repository to `output_dir`.
+
+    Returns:
+        The trainer, done.
+
+    Raises:
+        ValueError: arguments that contradict each other or the data; each names what was wrong.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(f"one process drives one GPU, got {arguments.n_gpu}: start with torchrun --nproc-per-node")
+    shares = data.length_shares or [1.0] * len(data.max_length)
+    if len(shares) != len(data.max_length) or min(shares) <= 0:
+        raise ValueError(f"length_shares must be one positive number a max_length, got {shares}")
+    if min(data.max_length) < SHORTEST + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(data.max_length)}")
+    shares = [share / sum(shares) for share in shares]
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.tokenizer or model_arguments.model or str(REPOSITORY))
+
+    def rows(sources, lengths, shares, probability):
+        with arguments.main_process_first():
+            texts = load_texts(sources, data.text_field, data.streaming, data.cache_dir)
+            sequences = load_sequences(texts, tokenizer, lengths, shares, arguments.seed, data.num_proc)
+        kind = PackedRows if isinstance(sequences, datasets.Dataset) else StreamedRows
+        return kind(sequences, tokenizer, data.tokens_per_row, probability, arguments.seed)
+
+    train_rows = rows(data.train_data, data.max_length, shares, data.mask_probability)
+    eval_rows = {}
+    for length in data.max_length if data.validation_data else ():
+        eval_rows[str(length)] = rows(data.validation_data, [length], [1.0], data.eval_mask_probability)
+
+    if arguments.gradient_accumulation_steps == 0:
+        tokens_a_round = data.tokens_per_row * arguments.per_device_train_batch_size * arguments.world_size
+        wanted = data.global_batch_size * data.max_length[0] / tokens_a_round
+        arguments.gradient_accumulation_steps = max(1, round(wanted))
+    rows_a_step = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size * arguments.world_size
+    if isinstance(train_rows, PackedRows):
+        if arguments.num_train_epochs:
+            arguments.max_steps = math.ceil(arguments.num_train_epochs * train_rows.rows_per_pass / rows_a_step)
+        train_rows.num_rows = arguments.max_steps * rows_a_step
+    elif arguments.num_train_epochs:
+        raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
+    for dataset in eval_rows.values():
+        dataset.num_rows = min(dataset.num_rows, math.ceil(data.eval_tokens / data.tokens_per_row))
+    if not arguments.weight_decay:
+        arguments.weight_decay = arguments.decoupled_weight_decay / arguments.learning_rate
+
+    set_seed(arguments.seed)
+    model = build_model(model_arguments, len(tokenizer))
+    if arguments.peak_tflops:
+        peak_flops = arguments.peak_tflops * 1e12
+    else:
+        peak_flops = measure_matmul_flops(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    if arguments.process_index == 0:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{weights:,} weights; {arguments.max_steps:,} steps of {rows_a_step} rows of {data.tokens_per_row:,} "
+            f"wordpieces; one device can do {peak_flops / 1e12:.2f} TFLOP/s",
+            flush=True,
+        )
+    sparse_prediction, model.config.sparse_prediction = model.config.sparse_prediction, True
+    trainer = PretrainingTrainer(
+        peak_flops=peak_flops,
+        model=model,
+        args=arguments,
+        data_collator=flatten_rows,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows or None,
+        processing_class=tokenizer,
+    )
+    checkpoint = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir) if checkpoint == "last" else checkpoint)
+    if eval_rows:
+        trainer.evaluate()
+    model.config.sparse_prediction = sparse_prediction
+    model.to(getattr(torch, model_arguments.save_dtype))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, PretrainingArguments),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train(*parser.parse_args_into_dataclasses())
+
+
+if __name__ == "__main__":
+    main()
