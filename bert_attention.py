@@ -99,17 +99,17 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
     steps = torch.arange(1 - span, span, device=query.device).abs()  # [2 * span - 1]
     bias = (-alibi_slopes[:, None] * steps).to(query.dtype)
     width = 2 * span - 1
-    contexts, start = [], 0
-    for number, length in enumerate(lengths):
-        end = start + length
+    contexts = []
+    # One split: the backward of a slice would add a zero [T, H, D] a sequence.
+    parts = zip(*(x.split(lengths) for x in (query, key, value)))
+    for number, (length, part) in enumerate(zip(lengths, parts)):
         if length:
             mask = bias.as_strided((1, bias.shape[0], length, length), (0, width, 1, 1), span - length)
             if rows:
                 mask = mask.masked_fill(~is_token[number], torch.finfo(bias.dtype).min)
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            q, k, v = (x.transpose(0, 1)[None] for x in part)
             q = q.flip(2)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
             contexts.append(out[0].transpose(0, 1).flip(0))
-        start = end
     context = torch.cat(contexts) if contexts else query
     return packed.from_rows(context.unflatten(0, (packed.num_sequences, packed.row_length))) if rows else context
