@@ -1,6 +1,7 @@
 """Small models and batches that several test files use."""
 
 import torch
+
 from mosaicbert.bert_layers import BertForMaskedLM
 from mosaicbert.configuration_bert import BertConfig
 

@@ -6,6 +6,7 @@ import numerics
 import pytest
 import torch
 from models import VOCAB, holed_batch, ragged_batch, tiny_model
+
 from mosaicbert.bert_layers import (
     ATTENTION_BACKENDS,
     BertForMaskedLM,
@@ -178,7 +179,9 @@ def test_users_16_inputs_embeds_equal_input_ids_and_token_types_are_optional(bac
     model = tiny_model(attn_implementation=backend)
     ids, mask = holed_batch()
     expected = model(ids, mask).logits
-    numerics.assert_same(model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits, expected, 0.0)
+    numerics.assert_same(
+        model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits, expected, 0.0
+    )
     numerics.assert_same(model(ids, mask, token_type_ids=torch.zeros_like(ids)).logits, expected, 0.0)
     assert numerics.relative_error(model(ids, mask, token_type_ids=torch.ones_like(ids)).logits, expected) > 1e-3
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mosaicbert.bert_padding import pack_flattened, pack_padded
 
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ import pytest
 import reference
 import torch
 from models import VOCAB, holed_batch, tiny_model
+from safetensors.torch import load_file
+
 from mosaicbert.bert_attention import alibi_slopes
 from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel
-from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data" / "reference"
 SHARED = Path(__file__).parents[2] / "shared" / "reference"
