@@ -78,6 +78,9 @@ ATTENTION_BACKENDS = {
     "eager": AttentionBackend(eager_attention, "any", FLOATS, returns_weights=True),
 }
 
+# Decoder bias of a vocabulary slot without a token: finite in every dtype, and no softmax leaves anything of it.
+DEAD_SLOT_BIAS = -10_000.0
+
 # What the config holds when nobody asked for a backend: the first row that can serve the call.
 AUTOMATIC = "auto"
 
@@ -699,7 +702,31 @@ class BertForMaskedLM(BertPreTrainedModel):
         bias = self.cls.predictions.decoder.bias
         if not 0 < num_tokens <= len(bias):
             raise ValueError(f"num_tokens must lie in [1, {len(bias)}], the model's vocabulary, got {num_tokens}")
-        bias[num_tokens:] = -10_000.0
+        bias[num_tokens:] = DEAD_SLOT_BIAS
+
+    def resize_token_embeddings(
+        self, new_num_tokens: Optional[int] = None, pad_to_multiple_of: Optional[int] = None, *args, **kwargs
+    ) -> nn.Embedding:
+        """Change the vocabulary; slots that padding adds are dead, and dead slots that become tokens start as new ones.
+
+        Args:
+            new_num_tokens: entries of the tokenizer's vocabulary; None: as many as there are.
+            pad_to_multiple_of: the vocabulary size becomes a multiple of this; None: no dead slots.
+            *args, **kwargs: see transformers' method.
+
+        Returns:
+            The word embedding.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return super().resize_token_embeddings()
+        # Half way to the dead bias: a low precision rounds it.
+        num_tokens = int((self.cls.predictions.decoder.bias > DEAD_SLOT_BIAS / 2).nonzero().max()) + 1
+        if num_tokens < self.config.vocab_size:  # transformers draws new rows from all old ones: dead ones go first
+            super().resize_token_embeddings(num_tokens)
+        num_tokens = num_tokens if new_num_tokens is None else new_num_tokens
+        embeddings = super().resize_token_embeddings(num_tokens, pad_to_multiple_of, *args, **kwargs)
+        self.silence_dead_slots(num_tokens)
+        return embeddings
 
     def forward(
         self,
