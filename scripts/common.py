@@ -6,13 +6,15 @@ import itertools
 import json
 import os
 import shutil
+import string
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
 import torch
-from huggingface_hub import snapshot_download
+import yaml
+from huggingface_hub import metadata_load, snapshot_download
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -26,6 +28,13 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
     "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
 }
+CODE_FILES = (
+    "configuration_bert.py",
+    "bert_padding.py",
+    "bert_attention.py",
+    "flash_attn_triton.py",
+    "bert_layers.py",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,6 +46,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
+# What a model repository holds, and the only files that are pushed.
+MODEL_PATTERNS = (*CODE_FILES, *TOKENIZER_FILES, "config.json", "README.md", "LICENSE", "*.safetensors*")
 
 
 def repository_class(name: str):
@@ -160,6 +171,41 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             for limit in limits:
                 content.pop(limit, None)
             write_json(target / name, content)
+
+
+def write_card(
+    target: Path, source: str, folder: Path, revision: Optional[str], made: str, license: Optional[str], notes: str = ""
+) -> None:
+    """Write the README.md of a model that was made from another one.
+
+    Args:
+        target: the new model's folder.
+        source: Hub id, folder or file that it was made from; of a local path only the name is told.
+        folder: where the source's own README.md may lie.
+        revision: commit of the source, None when unknown.
+        made: how it was made, one sentence.
+        license: identifier such as `apache-2.0`; None: what the source's card says, or `unknown`.
+        notes: Markdown to end with.
+    """
+    is_hub_id = not Path(source).exists()
+    name = source if is_hub_id else Path(source).resolve().name
+    card = folder / "README.md"
+    stated = (metadata_load(card) or {}) if card.is_file() else {}
+    license = license or stated.get("license") or "unknown"
+    metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **({"base_model": name} if is_hub_id else {})}
+    if license != "unknown":
+        metadata["license"] = license
+    template = string.Template((REPOSITORY / "scripts" / "card_template.md").read_text(encoding="utf-8"))
+    text = template.substitute(
+        metadata=yaml.safe_dump(metadata, sort_keys=True).strip(),
+        title=f"{name.split('/')[-1]} as MosaicBERT",
+        source=f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder",
+        revision=f"`{revision}`" if revision else "unknown",
+        license=license,
+        made=made,
+        notes=f"\n{notes.strip()}\n" if notes else "",
+    )
+    (target / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:
