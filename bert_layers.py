@@ -381,12 +381,16 @@ class BertPreTrainedModel(PreTrainedModel):
         return output if wanted else output.to_tuple()
 
     def tie_weights(self, *args, **kwargs):
-        """Give decoder and word embedding one tensor, also where a file holds both."""
+        """Give decoder and word embedding one tensor, whichever of the two a file holds."""
+        decoder, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        tied = decoder is not None and self.config.tie_word_embeddings
+        # Before 5.0 an embedding whose weight is only in the file as the decoder's stays on the meta device.
+        if tied and embedding.weight.is_meta and not decoder.weight.is_meta:
+            embedding.weight = decoder.weight
         super().tie_weights(*args, **kwargs)
-        decoder = self.get_output_embeddings()
         # 5.0 leaves them apart when a file holds both keys, as every published file does.
-        if decoder is not None and self.config.tie_word_embeddings:
-            decoder.weight = self.get_input_embeddings().weight
+        if tied:
+            decoder.weight = embedding.weight
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and code: a complete repository. Arguments are those of transformers' method."""

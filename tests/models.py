@@ -20,7 +20,7 @@ def tiny_model(model_class=BertForMaskedLM, seed=0, **fields):
     attention = {"attn_implementation": fields.pop("attn_implementation")} if "attn_implementation" in fields else {}
     model = model_class._from_config(tiny_config(**fields), **attention).eval()
     with torch.no_grad():  # biases and LayerNorms off their trivial start, so that an exchanged one shows
-        for name, parameter in model.named_parameters():
+        for _, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
