@@ -1,0 +1,93 @@
+"""LoRA with peft on the documented target modules."""
+
+import copy
+
+import numerics
+import pytest
+import torch
+from models import ragged_batch, tiny_model
+
+from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification
+
+peft = pytest.importorskip("peft")
+SAME = numerics.SAME[torch.float32]
+TARGETS = ["Wqkv", "gated_layers", "wo"]
+
+
+def adapted(model, **options):
+    """The model with a LoRA adapter on `TARGETS`; its B matrices are zero, so its function is unchanged at first."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=TARGETS, **options))
+
+
+def train(model, steps=5, **labels):
+    """A few steps of AdamW; returns the losses."""
+    ids, mask = ragged_batch([9, 4])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, attention_mask=mask, **labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_users_12_lora_trains_saves_only_the_adapter_reloads_and_merges(tmp_path):
+    base = tiny_model()
+    ids, mask = ragged_batch([9, 4])
+    model = adapted(copy.deepcopy(base))
+    numerics.assert_same(model(input_ids=ids, attention_mask=mask).logits, base(ids, mask).logits, 0.0)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    losses = train(model, labels=ids)
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    adapted_modules = {
+        name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_" in name
+    }
+    assert adapted_modules == set(TARGETS)
+
+    model.eval().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+    }
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    numerics.assert_same(reloaded(input_ids=ids, attention_mask=mask).logits, expected, 0.0)
+
+    merged = reloaded.merge_and_unload()
+    assert isinstance(merged, BertForMaskedLM)
+    assert merged.cls.predictions.decoder.weight is merged.bert.embeddings.word_embeddings.weight
+    numerics.assert_same(merged(ids, mask).logits, expected, SAME)
+    merged.save_pretrained(tmp_path / "merged")
+    numerics.assert_same(BertForMaskedLM.from_pretrained(tmp_path / "merged")(ids, mask).logits, expected, SAME)
+
+
+def test_lora_for_classification_saves_the_classifier_too(tmp_path):
+    base = tiny_model(BertForSequenceClassification, num_labels=3)
+    ids, mask = ragged_batch([9, 4])
+    model = adapted(copy.deepcopy(base), task_type="SEQ_CLS")
+    losses = train(model, labels=torch.tensor([2, 0]))
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    numerics.assert_same(reloaded(input_ids=ids, attention_mask=mask).logits, expected, 0.0)
+
+
+def test_lora_under_gradient_checkpointing_gives_the_same_gradients():
+    ids, mask = ragged_batch([9, 4])
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(tiny_model(hidden_dropout_prob=0.0)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora_B" in name})
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        numerics.assert_same(gradients[1][name], gradient, SAME, name)

@@ -1,0 +1,50 @@
+"""Sentence embeddings: masked mean pooling by hand and by sentence-transformers."""
+
+import numerics
+import numpy
+import pytest
+import torch
+from folders import write_complete_repository
+from transformers import AutoModel, AutoTokenizer
+
+SAME = numerics.SAME[torch.float32]
+SENTENCES = ["the cat sat on the mat", "a dog ran", "it was a big red house under a small tree and then the bird flew"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    write_complete_repository(folder)
+    return str(folder)
+
+
+def mean_pooled(repository, sentences):
+    """Mean of the last hidden states over real tokens, float32 [B, E]."""
+    tokenizer = AutoTokenizer.from_pretrained(repository)
+    model = AutoModel.from_pretrained(repository, trust_remote_code=True).eval()
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    # Hidden states are zero at padding, so the sum is that of the real tokens.
+    return hidden.sum(dim=1) / batch["attention_mask"].sum(dim=1, keepdim=True)
+
+
+def test_users_22_masked_mean_of_a_batch_equals_single_sentences(repository):
+    together = mean_pooled(repository, SENTENCES)
+    for row, sentence in zip(together, SENTENCES):
+        numerics.assert_same(row, mean_pooled(repository, [sentence])[0], SAME)
+
+
+def test_users_22_sentence_transformers_loads_the_repository_and_pools_the_same(repository, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(repository, trust_remote_code=True, device="cpu")
+    assert "Wqkv" in str(model[0].auto_model), "stock BERT was loaded"
+    vectors = model.encode(SENTENCES, convert_to_tensor=True)
+    numerics.assert_same(vectors, mean_pooled(repository, SENTENCES), SAME)
+    single = torch.from_numpy(numpy.stack([model.encode(sentence) for sentence in SENTENCES]))
+    numerics.assert_same(vectors, single, SAME)
+
+    model.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    assert "Wqkv" in str(again[0].auto_model), "stock BERT was loaded"
+    numerics.assert_same(again.encode(SENTENCES, convert_to_tensor=True), vectors, 0.0)
