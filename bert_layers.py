@@ -380,6 +380,11 @@ class BertPreTrainedModel(PreTrainedModel):
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
+    def refuse_flattened(self, kwargs: dict) -> None:
+        """Raise ValueError when `kwargs` hold the boundaries of concatenated texts; for heads that need rows."""
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(f"cu_seq_lens_q cannot be served by {type(self).__name__}, which needs one row a text")
+
     def tie_weights(self, *args, **kwargs):
         """Give decoder and word embedding one tensor, whichever of the two a file holds."""
         decoder, embedding = self.get_output_embeddings(), self.get_input_embeddings()
@@ -1004,6 +1009,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         if (start_positions is None) != (end_positions is None):
             given = "start_positions" if end_positions is None else "end_positions"
             raise ValueError(f"start_positions and end_positions must be given together, got {given} only")
+        self.refuse_flattened(kwargs)
         encoded = self.bert.encode(
             input_ids,
             attention_mask,
@@ -1079,6 +1085,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; input of another rank, labels of another shape.
         """
+        self.refuse_flattened(kwargs)
         name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         rank = 3 if inputs_embeds is None else 4
         if tokens is not None and tokens.dim() != rank:

@@ -1,0 +1,136 @@
+"""Each head: what it returns, and its loss against the formula written out."""
+
+import numerics
+import pytest
+import torch
+import torch.nn.functional as F
+from models import holed_batch, ragged_batch, tiny_model
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from mosaicbert.bert_layers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+SAME = numerics.SAME[torch.float32]
+
+
+def trains(model, loss):
+    """Whether a loss reaches the first layer."""
+    loss.backward()
+    return model.bert.encoder.layer[0].attention.self.Wqkv.weight.grad.abs().sum() > 0
+
+
+def test_encoder_returns_standard_output_with_and_without_pooler():
+    ids, mask = ragged_batch([7, 4])
+    output = tiny_model(BertModel)(ids, mask)
+    assert isinstance(output, BaseModelOutputWithPooling)
+    assert output.last_hidden_state.shape == (2, 7, 48) and output.pooler_output.shape == (2, 48)
+    bare = BertModel(tiny_model(BertModel).config, add_pooling_layer=False).eval()
+    assert bare(ids, mask).pooler_output is None
+
+
+def test_sequence_classification_losses_follow_the_problem_type():
+    ids, mask = ragged_batch([7, 4, 9])
+    cases = [
+        ("single_label_classification", 3, torch.tensor([2, 0, 1]), F.cross_entropy),
+        ("multi_label_classification", 3, torch.rand(3, 3).round(), F.binary_cross_entropy_with_logits),
+        ("regression", 3, torch.randn(3, 3), F.mse_loss),
+        ("regression", 1, torch.randn(3), lambda logits, labels: F.mse_loss(logits[:, 0], labels)),
+    ]
+    for problem, count, labels, formula in cases:
+        for declared in (problem, None):
+            model = tiny_model(BertForSequenceClassification, num_labels=count)
+            model.config.problem_type = declared
+            if declared is None and problem == "regression" and count > 1:
+                continue  # floats for several labels mean multi label unless the config says otherwise
+            output = model(ids, mask, labels=labels)
+            assert isinstance(output, SequenceClassifierOutput) and output.logits.shape == (3, count)
+            numerics.assert_same(output.loss, formula(output.logits, labels), SAME, problem)
+            assert model.config.problem_type == declared, "a forward must not write into the config"
+            assert trains(model, output.loss)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_users_16_a_batch_of_one_keeps_its_dimension(count):
+    model = tiny_model(BertForSequenceClassification, num_labels=count)
+    ids, _ = ragged_batch([5])
+    labels = torch.tensor([0.5]) if count == 1 else torch.tensor([1])
+    output = model(ids, labels=labels)
+    assert output.logits.shape == (1, count) and torch.isfinite(output.loss)
+
+
+def test_classifier_dropout_null_means_hidden_dropout_prob():
+    assert tiny_model(BertForSequenceClassification, hidden_dropout_prob=0.3).dropout.p == 0.3
+    assert tiny_model(BertForSequenceClassification, classifier_dropout=0.0).dropout.p == 0.0
+
+
+def test_token_classification_counts_labelled_tokens_only():
+    model = tiny_model(BertForTokenClassification, num_labels=5)
+    ids, mask = holed_batch()
+    labels = torch.randint(0, 5, ids.shape, generator=torch.Generator().manual_seed(0))
+    labels[:, ::3] = -100
+    output = model(ids, mask, labels=labels)
+    assert isinstance(output, TokenClassifierOutput) and output.logits.shape == (*ids.shape, 5)
+    counted = mask.bool() & (labels != -100)
+    numerics.assert_same(output.loss, F.cross_entropy(output.logits[counted], labels[counted]), SAME)
+    assert output.logits[~mask.bool()].abs().sum() == 0
+    assert trains(model, output.loss)
+
+
+def test_question_answering_never_points_at_padding():
+    model = tiny_model(BertForQuestionAnswering)
+    ids, mask = ragged_batch([9, 5, 12])
+    start, end = torch.tensor([1, 2, 3]), torch.tensor([8, 40, -1])
+    output = model(ids, mask, start_positions=start, end_positions=end)
+    assert isinstance(output, QuestionAnsweringModelOutput)
+    assert output.start_logits.shape == output.end_logits.shape == (3, 12)
+    assert (output.start_logits[~mask.bool()] == torch.finfo(torch.float32).min).all()
+    # Ends 40 and -1 lie outside the 12 places: cut off, not counted.
+    expected = (F.cross_entropy(output.start_logits, start) + F.cross_entropy(output.end_logits[:1], end[:1])) / 2
+    numerics.assert_same(output.loss, expected, SAME)
+    assert trains(model, output.loss)
+    half = model.bfloat16()(ids, mask)
+    assert torch.isfinite(half.start_logits).all()
+
+
+def test_multiple_choice_scores_each_choice_alone():
+    model = tiny_model(BertForMultipleChoice)
+    ids, mask = ragged_batch([9, 5, 12, 3, 8, 1])
+    output = model(ids.view(2, 3, -1), mask.view(2, 3, -1), labels=torch.tensor([2, 0]))
+    assert isinstance(output, MultipleChoiceModelOutput) and output.logits.shape == (2, 3)
+    numerics.assert_same(output.loss, F.cross_entropy(output.logits, torch.tensor([2, 0])), SAME)
+    one_by_one = model(ids[:, None], mask[:, None]).logits
+    numerics.assert_same(output.logits.view(6, 1), one_by_one, SAME)
+    embeds = model.get_input_embeddings()(ids).view(2, 3, -1, 48)
+    numerics.assert_same(model(inputs_embeds=embeds, attention_mask=mask.view(2, 3, -1)).logits, output.logits, SAME)
+    assert trains(model, output.loss)
+
+
+@pytest.mark.parametrize(
+    "model_class, labels",
+    [
+        (BertForSequenceClassification, {"labels": torch.tensor([0, 1])}),
+        (BertForTokenClassification, {"labels": torch.ones(2, 6, dtype=torch.long)}),
+        (BertForQuestionAnswering, {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}),
+    ],
+)
+def test_every_head_serves_tuples_extra_outputs_and_num_items(model_class, labels):
+    model = tiny_model(model_class)
+    ids, mask = ragged_batch([6, 4])
+    full = model(ids, mask, **labels, output_hidden_states=True, output_attentions=True)
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    as_tuple = model(ids, mask, **labels, return_dict=False)
+    assert as_tuple[0].item() == pytest.approx(full.loss.item(), rel=1e-5)
+    count = {BertForSequenceClassification: 2, BertForTokenClassification: 10, BertForQuestionAnswering: 2}[model_class]
+    divided = model(ids, mask, **labels, num_items_in_batch=4).loss.item()
+    assert divided == pytest.approx(full.loss.item() * count / 4, rel=1e-5)
