@@ -1,0 +1,57 @@
+# Every command builds what it needs; on a fresh machine start with `make demo` or `make test`.
+PYTHON ?= python3
+PIP = pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0
+# The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
+MATRIX_TESTS = tests/test_loading.py tests/test_save_formats.py tests/test_reference.py tests/test_padding.py \
+	tests/test_heads.py tests/test_errors.py tests/test_model.py
+TEXT ?= I [MASK] to the store yesterday.
+
+.PHONY: demo test matrix gpu lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo  ## fill a mask with the shipped checkpoint
+	.venv/bin/python scripts/fill_mask.py "$(TEXT)"
+
+test: .venv/test  ## the default suite
+	.venv/bin/python -m pytest
+
+gpu: .venv/test  ## the tests that need a CUDA or ROCm device
+	.venv/bin/python -m pytest -m gpu
+
+lint: .venv/lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+matrix: $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported release
+
+matrix-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: constraints.txt | .venv/bin/python
+	.venv/bin/$(PIP) torch transformers
+	touch $@
+
+.venv/test: constraints.txt setup.cfg | .venv/bin/python
+	.venv/bin/$(PIP) setuptools torch
+	.venv/bin/$(PIP) ".[test]"
+	.venv/bin/pip uninstall --quiet --yes mosaicbert
+	touch $@ .venv/demo
+
+.venv/lint: constraints.txt | .venv/bin/python
+	.venv/bin/$(PIP) ruff
+	touch $@
+
+# Each release brings its own huggingface_hub and tokenizers, so only torch and the tools are pinned here.
+.venv-%/ready: constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	grep -vE "^(transformers|peft|sentence-transformers|datasets)==" constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --constraint .venv-$*/constraints.txt \
+		setuptools torch transformers==$* accelerate einops pytest
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info
