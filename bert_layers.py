@@ -4,6 +4,7 @@ Letters: B batch, S padded length, T real tokens, N sequences, H heads, D head s
 F intermediate size, V vocabulary, M labelled tokens.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Callable, Optional, Union
 
@@ -400,6 +401,9 @@ class BertPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and code: a complete repository. Arguments are those of transformers' method."""
         self.config.auto_map = dict(AUTO_MAP)
+        # 5.0 saves the LayerNorms of a loaded model as gamma and beta, which its Trainer skips when it resumes.
+        if "save_original_format" in inspect.signature(PreTrainedModel.save_pretrained).parameters:
+            kwargs.setdefault("save_original_format", False)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

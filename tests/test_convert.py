@@ -261,7 +261,7 @@ def test_converted_reference_cases_give_the_published_numbers(tmp_path, case):
     lines = convert_checkpoint.convert(str(source), tmp_path, check=True)
     assert lines[-1].startswith("outputs before and after differ by 0.0e+00")
     expected = load_file(source / "expected.safetensors")
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float64)
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.float64)
     mask = expected["attention_mask"]
     hidden = model(expected["input_ids"], mask, expected.get("token_type_ids")).last_hidden_state
     layers = model.config.num_hidden_layers

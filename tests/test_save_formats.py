@@ -56,7 +56,7 @@ def test_users_7_both_formats_of_published_weights_load_and_save_again(tmp_path,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_saved_dtype_comes_back(tmp_path, dtype):
     tiny_model().to(dtype).save_pretrained(tmp_path)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True, dtype="auto")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype="auto")
     assert model.dtype == dtype
     assert model.cls.predictions.decoder.weight.dtype == dtype
 
@@ -97,6 +97,8 @@ def test_users_7_a_trainer_checkpoint_of_a_local_base_model_holds_code_and_resum
     model, losses = train(tmp_path / "base", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert set(common.CODE_FILES) <= {path.name for path in checkpoint.iterdir()}
+    # transformers 5.0 saved LayerNorm.gamma here, and resumed with LayerNorms as they were before training.
+    assert set(load_file(checkpoint / "model.safetensors")) <= set(model.state_dict())
     resumed, again = train(tmp_path / "base", tmp_path / "run", resume_from_checkpoint=str(checkpoint))
     assert again == losses
     for (name, expected), actual in zip(model.named_parameters(), resumed.parameters()):
