@@ -19,15 +19,6 @@ from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-AUTO_MAP = {
-    "AutoConfig": "configuration_bert.BertConfig",
-    "AutoModel": "bert_layers.BertModel",
-    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
-    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
-    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
-    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
-    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
-}
 CODE_FILES = (
     "configuration_bert.py",
     "bert_padding.py",

@@ -30,7 +30,7 @@ from typing import Any, Optional
 import datasets
 import numpy as np
 import torch
-from common import AUTO_MAP, REPOSITORY
+from common import REPOSITORY, repository_class
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -39,7 +39,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 IGNORED = -100  # label of a wordpiece that is not predicted
 SHORTEST = 8  # wordpieces without [CLS] and [SEP]: what is left of a document below this is dropped
@@ -574,10 +573,7 @@ def build_model(arguments: ModelArguments, vocabulary: int):
     fields = parse_fields(arguments.config_fields)
     if arguments.model and arguments.config:
         raise ValueError("config must not be given with model, which brings its own")
-    config_class, model_class = (
-        get_class_from_dynamic_module(AUTO_MAP[name], str(REPOSITORY))
-        for name in ("AutoConfig", "AutoModelForMaskedLM")
-    )
+    config_class, model_class = repository_class("BertConfig"), repository_class("BertForMaskedLM")
     source = arguments.model or arguments.config
     config = config_class.from_pretrained(source) if source else config_class()
     if not arguments.model:
