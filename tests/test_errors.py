@@ -139,6 +139,7 @@ def test_an_unknown_activation_is_named():
 
 
 def test_an_attention_implementation_that_cannot_serve_says_why():
+    pytest.importorskip("triton", reason="without Triton the reason is another one: tests/test_loading.py")
     model = tiny_model(attn_implementation="triton")
     with fails("attn_implementation 'triton' cannot serve this call: it supports devices cuda, got cpu"):
         model(IDS)
@@ -152,6 +153,6 @@ def test_the_names_registered_with_transformers_refuse_other_architectures():
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 8, "vocab_size": 101}
     for name in ("auto", "triton"):
-        stock = StockModel(StockConfig(**sizes, attn_implementation=name))
-        with pytest.raises(ValueError, match="'triton' are MosaicBERT's"):
-            stock(IDS)
+        # Before 4.57 stock BERT had a table of its own and does not find the name.
+        with pytest.raises((ValueError, KeyError), match="'triton' are MosaicBERT's|" + name):
+            StockModel(StockConfig(**sizes, attn_implementation=name))(IDS)

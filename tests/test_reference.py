@@ -31,7 +31,7 @@ def case_folder(name):
 def test_mlm_gives_published_states_logits_loss_and_gradients(name, dtype, backend):
     folder = case_folder(name)
     expected = load_file(folder / "expected.safetensors")
-    model = BertForMaskedLM.from_pretrained(folder, dtype=dtype, attn_implementation=backend).eval()
+    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=backend).to(dtype).eval()
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
     attended = expected["attention_mask"].bool()
     tolerance = numerics.PUBLISHED[dtype]
@@ -57,7 +57,7 @@ def test_mlm_gives_published_states_logits_loss_and_gradients(name, dtype, backe
 def test_classifier_gives_published_pooled_logits_and_losses(dtype, backend):
     folder = case_folder("seqcls-6heads-dim32")
     expected = load_file(folder / "expected.safetensors")
-    model = BertForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation=backend).eval()
+    model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=backend).to(dtype).eval()
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
     tolerance = numerics.PUBLISHED[dtype]
 
