@@ -119,7 +119,8 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         folder: holds `model.safetensors` or `pytorch_model.bin`, or the `.index.json` of either with its shards.
 
     Returns:
-        Name to tensor, on CPU. Pickles are opened with `weights_only=True`.
+        Name to tensor, on CPU; a LayerNorm's are `weight` and `bias` where old files say `gamma` and `beta`. Pickles
+        are opened with `weights_only=True`.
 
     Raises:
         ValueError: no weights, or a shard is missing.
@@ -141,6 +142,9 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
                 weights.update(load_file(folder / shard))
             else:
                 weights.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+        legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+        for old, new in legacy.items():
+            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
         return weights
     raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of their shards")
 

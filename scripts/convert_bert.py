@@ -70,30 +70,32 @@ class LayerReport:
         )
 
 
-def read_source(weights: Weights) -> Weights:
+def read_source(weights: Weights, num_layers: int) -> Weights:
     """Give a BERT state dict the names that this script reads.
 
     Args:
-        weights: as saved, with or without `bert.`, LayerNorm named `gamma` and `beta` or `weight` and `bias`.
+        weights: as `load_weights` returns it, with or without `bert.`.
+        num_layers: encoder layers that must be there.
 
     Returns:
         float32 tensors; encoder names without `bert.`, the MLM head as `cls.predictions.…`.
 
     Raises:
-        ValueError: this is no BERT; names what is missing.
+        ValueError: this is no BERT, or a part of one; names what is missing.
     """
     named = {}
     for name, tensor in weights.items():
-        name = name.removeprefix("module.").removeprefix("bert.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if tensor.is_floating_point():
-            named[name] = tensor.float()
-    needed = ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"]
-    needed += ["embeddings.token_type_embeddings.weight", "encoder.layer.0.attention.self.query.weight"]
-    needed += ["encoder.layer.0.intermediate.dense.bias"]
+            named[name.removeprefix("module.").removeprefix("bert.")] = tensor.float()
+    modules = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    modules += ["attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"]
+    modules = [f"encoder.layer.{layer}.{module}" for layer in range(num_layers) for module in modules]
+    needed = [f"{module}.{kind}" for module in ("embeddings.LayerNorm", *modules) for kind in ("weight", "bias")]
+    needed += [f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
     missing = [name for name in needed if name not in named]
     if missing:
-        raise ValueError(f"source: expected the weights of a BERT, but these are missing: {', '.join(missing)}")
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(f"source: expected the weights of a BERT, but it lacks {', '.join(missing[:8])}{more}")
     return named
 
 
@@ -239,12 +241,11 @@ def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
     return ((new - old).norm() / old.norm()).item()
 
 
-def convert_head(source: Weights, counts: torch.Tensor) -> Weights:
-    """Take the source's MLM head over, or make one to start from.
+def convert_head(source: Weights) -> Weights:
+    """Take the source's MLM head over.
 
     Args:
-        source: as `read_source` returns it.
-        counts: int64 [V], how often each token occurs in the text.
+        source: as `read_source` returns it, with a head.
 
     Returns:
         The target's `cls.…` tensors.
@@ -253,23 +254,47 @@ def convert_head(source: Weights, counts: torch.Tensor) -> Weights:
         ValueError: the source's decoder is not tied to its embeddings.
     """
     embeddings = source["embeddings.word_embeddings.weight"]
-    width = embeddings.shape[1]
+    if not torch.equal(source.get("cls.predictions.decoder.weight", embeddings), embeddings):
+        raise ValueError("source: its MLM decoder is not tied to its embeddings; MosaicBERT's is")
+    bias = source.get("cls.predictions.bias", source.get("cls.predictions.decoder.bias"))
     head = {"cls.predictions.decoder.weight": embeddings}
-    if "cls.predictions.transform.dense.weight" in source:
-        decoder = source.get("cls.predictions.decoder.weight", embeddings)
-        if not torch.equal(decoder, embeddings):
-            raise ValueError("source: its MLM decoder is not tied to its embeddings; MosaicBERT's is")
-        for name in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
-            head[f"cls.predictions.transform.{name}"] = source[f"cls.predictions.transform.{name}"]
-        bias = source.get("cls.predictions.bias", source.get("cls.predictions.decoder.bias"))
-        head["cls.predictions.decoder.bias"] = torch.zeros(len(embeddings)) if bias is None else bias
-        return head
-    head["cls.predictions.transform.dense.weight"] = torch.eye(width)
-    head["cls.predictions.transform.dense.bias"] = torch.zeros(width)
-    head["cls.predictions.transform.LayerNorm.weight"] = torch.full((width,), 0.3)
-    head["cls.predictions.transform.LayerNorm.bias"] = torch.zeros(width)
-    head["cls.predictions.decoder.bias"] = ((counts + 1) / (counts + 1).sum()).log().float()
+    head["cls.predictions.decoder.bias"] = torch.zeros(len(embeddings)) if bias is None else bias
+    for name in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
+        head[f"cls.predictions.transform.{name}"] = source[f"cls.predictions.transform.{name}"]
     return head
+
+
+def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
+    """Make an MLM head to start from.
+
+    Args:
+        embeddings: float32 [V, E], the word embeddings.
+        counts: int64 [V], how often each token occurs in the text.
+
+    Returns:
+        The target's `cls.…` tensors.
+    """
+    width = embeddings.shape[1]
+    return {
+        "cls.predictions.decoder.weight": embeddings,
+        "cls.predictions.decoder.bias": ((counts + 1) / (counts + 1).sum()).log().float(),
+        "cls.predictions.transform.dense.weight": torch.eye(width),
+        "cls.predictions.transform.dense.bias": torch.zeros(width),
+        "cls.predictions.transform.LayerNorm.weight": torch.full((width,), 0.3),
+        "cls.predictions.transform.LayerNorm.bias": torch.zeros(width),
+    }
+
+
+def count_tokens(paths: list[str], tokenizer, length: int, num_tokens: int, vocab_size: int) -> torch.Tensor:
+    """Count how often each token occurs in text; arguments as for `read_windows`, and V.
+
+    Returns:
+        int64 [V], zero for special tokens.
+    """
+    windows = read_windows(paths, tokenizer, length, num_tokens)
+    counts = torch.bincount(torch.tensor(list(itertools.chain(*windows))), minlength=vocab_size)
+    counts[tokenizer.all_special_ids] = 0
+    return counts
 
 
 def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> list[list[int]]:
@@ -371,7 +396,7 @@ def convert(
         ValueError: the source is no BERT that can be converted, or `layers` names one that it lacks.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    weights = read_source(load_weights(source))
+    weights = read_source(load_weights(source), config["num_hidden_layers"])
     layers = list(range(config["num_hidden_layers"])) if layers is None else layers
     if not layers or min(layers) < 0 or max(layers) >= config["num_hidden_layers"]:
         raise ValueError(f"layers: expected numbers from 0 to {config['num_hidden_layers'] - 1}, got {layers}")
@@ -380,11 +405,12 @@ def convert(
     model_config = repository_class("BertConfig")(**convert_config(config, len(layers), vocab_size))
     model = repository_class("BertForMaskedLM")(model_config).eval()
 
-    # Frequencies need more text than the fit of E numbers.
-    counted = itertools.chain(*read_windows(texts, tokenizer, length, 40 * tokens))
-    counts = torch.bincount(torch.tensor(list(counted)), minlength=config["vocab_size"])
-    counts[tokenizer.all_special_ids] = 0
-    converted = {**convert_embeddings(weights), **convert_head(weights, counts)}
+    if "cls.predictions.transform.dense.weight" in weights:
+        head = convert_head(weights)
+    else:  # frequencies need more text than the fit of E numbers
+        counts = count_tokens(texts, tokenizer, length, 40 * tokens, config["vocab_size"])
+        head = new_head(weights["embeddings.word_embeddings.weight"], counts)
+    converted = {**convert_embeddings(weights), **head}
     for new, old in enumerate(layers):
         converted.update(convert_layer(weights, old, new))
     load_rows(model, converted)
@@ -425,7 +451,7 @@ def main() -> None:
             made = "`scripts/convert_bert.py`: a warm start, not trained since"
             write_card(stage, args.source, folder, commit, made, args.license, f"## Fit\n\n```\n{report}\n```")
         print(report)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"convert_bert.py: {error}")
 
 

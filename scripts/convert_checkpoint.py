@@ -419,7 +419,7 @@ def main() -> None:
                 args.verify,
                 args.text,
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"convert_checkpoint.py: {error}")
     print("\n".join(lines))
 

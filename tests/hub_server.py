@@ -361,7 +361,7 @@ ROUTES = [
 
 
 class HubServer:
-    """The Hub's state, and the threads that serve it while the `with` block runs.
+    """The Hub's state, and the thread that serves it while the `with` block runs.
 
     Attributes:
         repositories: `owner/name` to `Repository`.
@@ -375,21 +375,19 @@ class HubServer:
         self.large: dict[str, bytes] = {}
         self.ranges: list[Optional[str]] = []
         self.cuts: list[int] = []
-        # Two, because the Hub sends downloads of large files to another host, and the client tells hosts apart.
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-        for server in self.servers:
-            server.hub = self
-            server.daemon_threads = True
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.hub = self
+        self.server.daemon_threads = True
 
     @property
     def url(self) -> str:
-        """Where the Hub listens."""
-        return f"http://127.0.0.1:{self.servers[0].server_address[1]}"
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     @property
     def storage_url(self) -> str:
-        """Where large files are downloaded from."""
-        return f"http://127.0.0.1:{self.servers[1].server_address[1]}"
+        """Where large files are downloaded from: another host name, as on the Hub; the client tells hosts apart."""
+        return f"http://localhost:{self.server.server_address[1]}"
 
     def environment(self, home, token: Optional[str] = TOKEN) -> dict[str, str]:
         """Variables that send a client here, with a cache of its own.
@@ -400,14 +398,12 @@ class HubServer:
         """
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return {**variables, "HF_TOKEN": token or "", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        return {**variables, "HF_TOKEN": token or "", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost"}
 
     def __enter__(self):
-        for server in self.servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *exc):
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
