@@ -165,37 +165,45 @@ def _keys_valid(key_mask, start, rows, length, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _split_bias(own, other, origin, slope, sign):
-    """-slope * distance in a tile on one side of the diagonal, as a part of the row and a part of the column.
+def _add_bias(scores, factor, slope, own, other, nearest, is_before, extra, IS_FAR: tl.constexpr):
+    """Scores with their bias, which splits into a part of the row and a part of the column off the diagonal.
 
-    Counted from `origin`, a place of the other tile, so that scores that weigh something come from small numbers. On
-    the diagonal, where rows and columns meet, the bias is minus the absolute value of the parts' sum.
+    Distances are counted from `nearest`, the place of the other tile next to the diagonal, so that both parts have one
+    sign and nothing cancels.
 
     Args:
+        scores: float32 [OWN, OTHER], products of queries and keys.
+        factor: multiplies them.
+        slope: float32 scalar.
         own: int32 [OWN], places.
         other: int32 [OTHER], places.
-        origin: int32 scalar.
-        slope: float32 scalar.
-        sign: 1 where the other tile comes first, -1 where it comes last, either on the diagonal.
+        nearest: int32 scalar, a place; on the diagonal any place nearby.
+        is_before: whether the other tile comes first; without meaning on the diagonal.
+        extra: float32 [OTHER], added to each row.
+        IS_FAR: whether the tile lies off the diagonal.
 
     Returns:
-        float32 [OWN] and [OTHER].
+        float32 [OWN, OTHER] without the row's part, and that part, float32 [OWN].
     """
-    return (origin - own).to(tl.float32) * (slope * sign), (other - origin).to(tl.float32) * (slope * sign)
+    row = (own - nearest).to(tl.float32)
+    column = (other - nearest).to(tl.float32)
+    if IS_FAR:
+        side = tl.where(is_before, slope, -slope)
+        return scores * factor + (extra + column * side)[None, :], row * -side
+    else:
+        return scores * factor + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
 
 
 @triton.jit
-def _keep(seed, stream, queries, first_key, dropout_p, KEYS: tl.constexpr):
-    """Which weights dropout keeps, bool [queries, KEYS].
+def _keep(seed, stream, queries, keys, dropout_p):
+    """Which weights dropout keeps, for token numbers that broadcast to the tile.
 
-    Philox keyed by the seed and counted by (key // 4, query, stream), one output for each of four neighbouring keys:
-    a weight's fate depends on its place alone, not on tile sizes. `first_key` and KEYS are multiples of 4.
+    Philox keyed by the seed and counted by (key, query, stream): a weight's fate depends on its place alone, not on
+    tile sizes. Seven rounds are the fewest that pass BigCrush (https://doi.org/10.1145/2063384.2063405). One draw a
+    weight costs about as much as moving four neighbouring draws to the threads that need them.
     """
-    fours = first_key // 4 + tl.arange(0, KEYS // 4)
-    zero = (queries[:, None] + fours[None, :]) * 0
-    a, b, c, d = tl.philox(seed, zero + fours[None, :], zero + queries[:, None], zero + stream, zero)
-    draws = tl.join(tl.join(a, c), tl.join(b, d))  # [queries, KEYS / 4, 2, 2], in the order a, b, c, d
-    draws = tl.reshape(draws, (queries.shape[0], KEYS))
+    zero = (queries + keys) * 0
+    draws, _, _, _ = tl.philox(seed, zero + keys, zero + queries, zero + stream, zero, 7)
     return tl.uint_to_uniform_float(draws) >= dropout_p
 
 
@@ -252,36 +260,58 @@ def _measure_kernel(
             tl.atomic_max(peak + which, tl.max(value, axis=0))
 
 
+def suits_dtype(config, dtype: torch.dtype) -> bool:
+    """Whether a tile size is worth trying for a dtype."""
+    own, other = config.kwargs["OWN"], config.kwargs["OTHER"]
+    if dtype == torch.float32:
+        # Multiplied in registers: beyond four scores a thread it spills, and compiles for minutes.
+        return own * other <= 4 * 32 * config.num_warps
+    return min(own, other) >= 32 and own * other >= 8 * 32 * config.num_warps
+
+
 def _fitting(configs, named_args, **constants):
-    """Tile sizes worth trying: those whose tiles fit into shared memory; for float32, the small ones."""
+    """The tile sizes to try: those that suit the dtype and whose tiles fit into the card's shared memory."""
     query = named_args["query"]
-    size = query.element_size()
-    row = size * constants["BLOCK_DIM"]
     properties = triton.runtime.driver.active.utils.get_device_properties(query.device.index)
 
     def fits(config):
-        own, other = config.kwargs["OWN"], config.kwargs["OTHER"]
-        # Two owned tiles, and two of the other side for each stage of the pipeline. float32 keeps products of whole
-        # tiles in registers, which bounds it first.
-        needed = row * 2 * (own + other * config.num_stages)
-        return needed <= properties["max_shared_mem"] and (size < 4 or own * other * row <= 64 * 32 * 256)
+        # Two owned tiles, and two of the other side for each stage of the pipeline.
+        rows = 2 * (config.kwargs["OWN"] + config.kwargs["OTHER"] * config.num_stages)
+        needed = rows * constants["BLOCK_DIM"] * query.element_size()
+        return needed <= properties["max_shared_mem"] and suits_dtype(config, query.dtype)
 
     return [config for config in configs if fits(config)] or configs[:1]
 
 
 def _tuned(sizes):
-    """Autotune a kernel over (OWN, OTHER, warps, stages); the smallest, first, is also what runs untuned."""
-    return triton.autotune(
-        configs=[
-            triton.Config({"OWN": own, "OTHER": other}, num_warps=warps, num_stages=stages)
-            for own, other, warps, stages in sizes
-        ],
-        key=["HEAD_DIM", "length_bucket", "DROPOUT", "SKIP"],
-        prune_configs_by={"early_config_prune": _fitting},
-    )
+    """Autotune a kernel over (OWN, OTHER, warps, stages); the first is also what runs untuned."""
+    configs = [
+        triton.Config({"OWN": own, "OTHER": other}, num_warps=warps, num_stages=stages)
+        for own, other, warps, stages in sizes
+    ]
+
+    def decorate(kernel):
+        # What `triton.autotune` makes, but for `do_bench`: left out, Triton 3.2 and 3.3 ask for a GPU while this file
+        # is imported, and their `autotune` does not pass it on.
+        return triton.runtime.Autotuner(
+            kernel,
+            kernel.arg_names,
+            configs,
+            key=["HEAD_DIM", "length_bucket", "DROPOUT", "SKIP"],
+            reset_to_zero=None,
+            restore_value=None,
+            prune_configs_by={"early_config_prune": _fitting},
+            do_bench=lambda launch, quantiles: triton.testing.do_bench(launch, quantiles=quantiles),
+        )
+
+    return decorate
 
 
-@_tuned([(32, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)])
+# Small enough for every card, then those for float32.
+_SMALL_TILES = [(32, 32, 4, 2), (16, 16, 4, 1), (32, 16, 4, 1), (32, 32, 8, 2)]
+
+
+@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)])
 @triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
 def _forward_kernel(
     query,
@@ -349,33 +379,30 @@ def _forward_kernel(
         for step in range(steps):
             if is_far:
                 other = _far_tile(step, begin, diagonal, leave, OTHER)
-                sign = tl.where(other < first, 1.0, -1.0)
+                near = tl.where(other < first, other + OTHER - 1, other)
             else:
                 other = diagonal + step * OTHER
-                sign = 1.0
-            columns = other + tl.arange(0, OTHER)
-            exists = columns < length
+                near = first
+            others = other + tl.arange(0, OTHER)
+            exists = others < length
             k = _read(key, key_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            attended = _keys_valid(key_mask, start, columns, length, MASKED)
-            places = _places(positions, start, columns, exists, HOLES)
-            origin = _places(positions, start, other, True, HOLES)
-            row_bias, column_bias = _split_bias(own_places, places, origin, slope, sign)
-            column_bias = tl.where(attended, column_bias, float("-inf"))
-            if is_far:
-                scores = scores * factor + column_bias[None, :]
-                new_top = tl.maximum(top, tl.max(scores, axis=1) + row_bias)
-                weights = tl.exp2(scores + (row_bias - new_top)[:, None])
-            else:
-                scores = scores * factor - tl.abs(row_bias[:, None] + column_bias[None, :])
-                new_top = tl.maximum(top, tl.max(scores, axis=1))
-                weights = tl.exp2(scores - new_top[:, None])
+            attended = _keys_valid(key_mask, start, others, length, MASKED)
+            places = _places(positions, start, others, exists, HOLES)
+            nearest = _places(positions, start, near, True, HOLES)
+            extra = tl.where(attended, 0.0, float("-inf"))
+            scores, row_bias = _add_bias(
+                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            )
+            new_top = tl.maximum(top, tl.max(scores, axis=1) + row_bias)
+            weights = tl.exp2(scores + (row_bias - new_top)[:, None])
             shrink = tl.exp2(top - new_top)
             top = new_top
             mass = mass * shrink + tl.sum(weights, axis=1)
             if DROPOUT:
                 stream = (sequence * num_heads + head).to(tl.int32)
-                weights = tl.where(_keep(tl.load(seed), stream, rows, other, dropout_p, OTHER), weights, 0.0)
+                keep = _keep(tl.load(seed), stream, rows[:, None], others[None, :], dropout_p)
+                weights = tl.where(keep, weights, 0.0)
             v = _read(value, value_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
 
@@ -399,7 +426,7 @@ def _forward_kernel(
     )
 
 
-@_tuned([(32, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3)])
+@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3)])
 @triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
 def _query_gradient_kernel(
     query,
@@ -485,29 +512,27 @@ def _query_gradient_kernel(
         for step in range(steps):
             if is_far:
                 other = _far_tile(step, begin, diagonal, leave, OTHER)
-                sign = tl.where(other < first, 1.0, -1.0)
+                near = tl.where(other < first, other + OTHER - 1, other)
             else:
                 other = diagonal + step * OTHER
-                sign = 1.0
-            columns = other + tl.arange(0, OTHER)
-            exists = columns < length
+                near = first
+            others = other + tl.arange(0, OTHER)
+            exists = others < length
             k = _read(key, key_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             v = _read(value, value_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            attended = _keys_valid(key_mask, start, columns, length, MASKED)
-            places = _places(positions, start, columns, exists, HOLES)
-            origin = _places(positions, start, other, True, HOLES)
-            row_bias, column_bias = _split_bias(own_places, places, origin, slope, sign)
-            column_bias = tl.where(attended, column_bias, float("-inf"))
-            if is_far:
-                weights = tl.exp2(scores * factor + column_bias[None, :] + (row_bias - log_mass)[:, None])
-            else:
-                scores = scores * factor - tl.abs(row_bias[:, None] + column_bias[None, :])
-                weights = tl.exp2(scores - log_mass[:, None])
+            attended = _keys_valid(key_mask, start, others, length, MASKED)
+            places = _places(positions, start, others, exists, HOLES)
+            nearest = _places(positions, start, near, True, HOLES)
+            extra = tl.where(attended, 0.0, float("-inf"))
+            scores, row_bias = _add_bias(
+                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            )
+            weights = tl.exp2(scores + (row_bias - log_mass)[:, None])
             dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
                 stream = (sequence * num_heads + head).to(tl.int32)
-                keep = _keep(tl.load(seed), stream, rows, other, dropout_p, OTHER)
+                keep = _keep(tl.load(seed), stream, rows[:, None], others[None, :], dropout_p)
                 dweights = tl.where(keep, dweights / (1.0 - dropout_p), 0.0)
             dscores = weights * (dweights - row_delta[:, None])
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
@@ -515,7 +540,7 @@ def _query_gradient_kernel(
     _write(dq * scale, query_gradient + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-@_tuned([(32, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)])
+@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)])
 @triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
 def _key_value_gradient_kernel(
     query,
@@ -592,33 +617,31 @@ def _key_value_gradient_kernel(
         for step in range(steps):
             if is_far:
                 other = _far_tile(step, begin, diagonal, leave, OTHER)
-                sign = tl.where(other < first, 1.0, -1.0)
+                near = tl.where(other < first, other + OTHER - 1, other)
             else:
                 other = diagonal + step * OTHER
-                sign = 1.0
-            columns = other + tl.arange(0, OTHER)
-            exists = columns < length
+                near = first
+            others = other + tl.arange(0, OTHER)
+            exists = others < length
             q = _read(query, query_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             do = _read(out_gradient, out_gradient_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            nearest = tl.minimum(columns, length - 1)
-            log_mass = tl.load(normalizer + nearest)
-            column_delta = tl.load(delta + nearest)
+            clamped = tl.minimum(others, length - 1)
+            log_mass = tl.load(normalizer + clamped)
+            column_delta = tl.load(delta + clamped)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-            places = _places(positions, start, columns, exists, HOLES)
-            origin = _places(positions, start, other, True, HOLES)
-            row_bias, column_bias = _split_bias(own_places, places, origin, slope, sign)
-            column_bias = tl.where(exists, column_bias, float("-inf"))
-            if is_far:
-                weights = tl.exp2(scores * factor + (column_bias - log_mass)[None, :] + row_bias[:, None])
-            else:
-                scores = scores * factor - tl.abs(row_bias[:, None] + column_bias[None, :])
-                weights = tl.exp2(scores - log_mass[None, :])
+            places = _places(positions, start, others, exists, HOLES)
+            nearest = _places(positions, start, near, True, HOLES)
+            extra = tl.where(exists, -log_mass, float("-inf"))
+            scores, row_bias = _add_bias(
+                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            )
+            weights = tl.exp2(scores + row_bias[:, None])
             if MASKED:
                 weights = tl.where(attended[:, None], weights, 0.0)
             dropped = weights
             if DROPOUT:
                 stream = (sequence * num_heads + head).to(tl.int32)
-                keep = tl.trans(_keep(tl.load(seed), stream, columns, first, dropout_p, OWN))
+                keep = _keep(tl.load(seed), stream, others[None, :], rows[:, None], dropout_p)
                 dropped = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
             dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -646,12 +669,16 @@ def _launch(kernel, tune: bool, rows: int, sequences: int, heads: int, *argument
     if tune:
         kernel[grid](*arguments, **constants)
     else:
-        kernel.fn[grid](*arguments, **constants, **kernel.configs[0].all_kwargs())
+        config = kernel.configs[0]
+        warps_and_stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        kernel.fn[grid](*arguments, **constants, **config.kwargs, **warps_and_stages)
 
 
 def _constants(head_dim: int, positions, key_mask, dropout_p: float, skip: bool) -> dict:
     """What the three attention kernels are compiled for, beside their tiles."""
     return {
+        # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
+        "enable_fp_fusion": True,
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
         "HOLES": positions is not None,

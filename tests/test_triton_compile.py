@@ -1,0 +1,96 @@
+"""The Triton kernels compiled ahead of time, without a device.
+
+A sample is compiled here; `benchmarks/triton_report.py` compiles all and writes the table that is checked here.
+"""
+
+import csv
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted cannot be compiled"
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "triton_compile.csv"
+# Largest shared memory of a block, in bytes: "Technical Specifications per Compute Capability" of the CUDA C++
+# Programming Guide, and the local data share in AMD's CDNA 3 white paper.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """benchmarks/triton_report.py, with a compile cache of its own, so that everything is compiled."""
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    spec = importlib.util.spec_from_file_location("triton_report", ROOT / "benchmarks" / "triton_report.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del os.environ["TRITON_CACHE_DIR"]
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"])
+def test_kernels_compile_without_a_device(report, kernel, target):
+    kernel = getattr(report.kernels, kernel)
+    config = report.tiles_for(kernel, torch.bfloat16)[2]
+    usage = report.compile_kernel(kernel, config, target, torch.bfloat16, 64)
+    assert usage["registers"] > 0
+    if target == "sm_90":
+        assert usage["spilled_bytes"] == 0
+    assert 0 < usage["shared_bytes"] <= SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, extras",
+    [(torch.float32, 64, ()), (torch.float16, 80, ("DROPOUT",)), (torch.bfloat16, 16, ("HOLES", "MASKED"))],
+)
+def test_variants_compile(report, dtype, head_dim, extras):
+    for name in report.KERNELS:
+        kernel = getattr(report.kernels, name)
+        usage = report.compile_kernel(kernel, report.tiles_for(kernel, dtype)[0], "sm_90", dtype, head_dim, extras)
+        assert usage["shared_bytes"] <= SHARED_LIMIT["sm_90"]
+
+
+def table():
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_covers_every_tile_size_for_every_target_and_two_releases(report):
+    listed = {}
+    for row in table():
+        if (row["head_dim"], row["extras"]) == ("64", ""):
+            size = tuple(int(row[column]) for column in ("own", "other", "warps", "stages"))
+            listed.setdefault((row["triton"], row["target"], row["kernel"], row["dtype"]), set()).add(size)
+    releases = {release for release, *_ in listed}
+    assert len(releases) >= 2
+    for release, target, name, dtype in itertools.product(releases, SHARED_LIMIT, report.KERNELS, report.DTYPES):
+        configs = report.tiles_for(getattr(report.kernels, name), dtype)
+        sizes = {(*config.kwargs.values(), config.num_warps, config.num_stages) for config in configs}
+        assert listed[release, target, name.strip("_"), report.DTYPES[dtype]] == sizes
+
+
+def test_table_shows_no_spill_at_head_size_64_on_sm_90():
+    rows = [
+        row
+        for row in table()
+        if (row["target"], row["head_dim"], row["extras"]) == ("sm_90", "64", "") and row["dtype"] != "fp32"
+    ]
+    assert len(rows) >= 60
+    assert [row for row in rows if row["spilled_bytes"] != "0"] == []
+
+
+def test_table_of_tiles_has_the_shares_that_skipping_leaves():
+    with (ROOT / "benchmarks" / "results" / "triton_tiles.csv").open(newline="") as file:
+        shares = {(row["bound"], int(row["length"])): float(row["share"]) for row in csv.DictReader(file)}
+    # DESIGN: "At C=10 this leaves 53% of the work at S=2048 and 29% at S=8192 for MosaicBERT's 12 slopes."
+    assert round(shares["C=10", 2048], 2) == 0.53 and round(shares["C=10", 8192], 2) == 0.29
