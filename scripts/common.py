@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import shutil
 import string
 import tempfile
@@ -15,6 +16,7 @@ from typing import Optional
 import torch
 import yaml
 from huggingface_hub import metadata_load, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -123,7 +125,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         are opened with `weights_only=True`.
 
     Raises:
-        ValueError: no weights, or a shard is missing.
+        ValueError: no weights, a shard is missing, or a file is damaged or holds more than tensors.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -138,10 +140,13 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}")
         weights = {}
         for shard in shards:
-            if shard.endswith(".safetensors"):
-                weights.update(load_file(folder / shard))
-            else:
-                weights.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+            try:
+                if shard.endswith(".safetensors"):
+                    weights.update(load_file(folder / shard))
+                else:
+                    weights.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise ValueError(f"{folder / shard}: cannot be read, {str(error).splitlines()[0]}") from error
         legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
         for old, new in legacy.items():
             weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
@@ -150,22 +155,22 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that exist, without their limits on length.
-
-    ALiBi has no longest input; a limit, fixed padding or truncation would come from the source's position embedding.
-    """
+    """Copy the tokenizer files that exist, without their limits on length."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for name, limits in (
-        ("tokenizer.json", ("truncation", "padding")),
-        ("tokenizer_config.json", ("model_max_length",)),
-    ):
-        if (target / name).is_file():
-            content = json.loads((target / name).read_text(encoding="utf-8"))
+    lift_limits(target)
+
+
+def lift_limits(folder: Path) -> None:
+    """Remove limits on length from tokenizer files: ALiBi has no longest input, and padding is the caller's choice."""
+    limits_of = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
+    for name, limits in limits_of.items():
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
             for limit in limits:
                 content.pop(limit, None)
-            write_json(target / name, content)
+            write_json(folder / name, content)
 
 
 def write_card(

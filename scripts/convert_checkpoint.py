@@ -23,8 +23,10 @@ import numpy
 import torch
 import transformers
 from common import (
+    TOKENIZER_FILES,
     copy_tokenizer,
     find_checkpoint,
+    lift_limits,
     load_weights,
     read_texts,
     repository_class,
@@ -44,7 +46,7 @@ MODEL_CLASSES = {
     "BertForMultipleChoice": "AutoModelForMultipleChoice",
 }
 HEAD_PREFIXES = ("cls.", "classifier.", "qa_outputs.")
-DECODER = "cls.predictions.decoder."
+DECODER = "cls.predictions.decoder.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
 
@@ -99,10 +101,11 @@ def read_composer(path: Path) -> Checkpoint:
     stored = state.get("integrations", {}).get("huggingface", {})
     files = {}
     for name, file in stored.get("tokenizer", {}).items():
-        content = file["content"]
-        if file["file_extension"] == ".json":
-            content = json.dumps(content, ensure_ascii=False)
-        files[name + file["file_extension"]] = content if isinstance(content, str) else "\n".join(content)
+        name, content = name + file["file_extension"], file["content"]
+        if name in TOKENIZER_FILES:
+            if name.endswith(".json"):
+                content = json.dumps(content, ensure_ascii=False)
+            files[name] = content if isinstance(content, str) else "\n".join(content)
     config = stored.get("model", {}).get("config", {}).get("content")
     if config is None:
         config = read_config(path.parent)
@@ -190,10 +193,10 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
     fields = {
         name: value for name, value in checkpoint.config.items() if name not in (*dropped, "transformers_version")
     }
-    decoder, embedding = weights.get(f"{DECODER}weight"), weights.get(EMBEDDING)
-    if decoder is not None and embedding is not None:
+    if DECODER in weights:
+        embedding = weights.setdefault(EMBEDDING, weights[DECODER])
         # Older code lost the tie on loading, and trained the two apart.
-        fields["tie_word_embeddings"] = torch.equal(decoder, embedding)
+        fields["tie_word_embeddings"] = torch.equal(weights[DECODER], embedding)
     dtypes = {tensor.dtype for tensor in weights.values()}
     model = repository_class(architecture)(repository_class("BertConfig")(**fields)).eval()
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
@@ -203,7 +206,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
         expected = {f"bert.{name}": tensor for name, tensor in expected.items()}
     extra = {name: weights[name] for name in weights if name.startswith("bert.pooler.") and name not in expected}
     problems = []
-    missing = expected.keys() - weights.keys() - {f"{DECODER}weight"}
+    missing = expected.keys() - weights.keys() - {DECODER}
     unknown = weights.keys() - expected.keys() - extra.keys()
     shapes = [
         f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
@@ -236,9 +239,12 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
     Returns:
         The loaded tokenizer, or None when there are no files.
     """
-    for name, content in checkpoint.tokenizer_files.items():
-        (target / name).write_text(content, encoding="utf-8")
-    copy_tokenizer(find_checkpoint(tokenizer)[0] if tokenizer else checkpoint.folder, target)
+    if tokenizer or not checkpoint.tokenizer_files:
+        copy_tokenizer(find_checkpoint(tokenizer)[0] if tokenizer else checkpoint.folder, target)
+    else:
+        for name, content in checkpoint.tokenizer_files.items():
+            (target / name).write_text(content, encoding="utf-8")
+        lift_limits(target)
     if not any((target / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         return None
     return AutoTokenizer.from_pretrained(target)

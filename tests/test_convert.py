@@ -376,6 +376,15 @@ def test_users_8_a_decoder_that_lost_its_tie_keeps_its_own_weight(tmp_path):
     assert torch.equal(model.get_input_embeddings().weight, weights["bert.embeddings.word_embeddings.weight"])
 
 
+def test_an_embedding_that_is_only_stored_as_the_decoder_is_found(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    weights = published_folder(source)
+    repositories.write_repository(source, code=False, without=["bert.embeddings.word_embeddings.weight"])
+    convert_checkpoint.convert(str(source), target)
+    model = loaded_equals(target, weights)
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("model_class", "names"),
     [
@@ -571,6 +580,22 @@ def test_sources_that_are_nothing_are_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match="names shards that are not there: model-1.safetensors"):
         common.load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_a_truncated_weight_file_is_named(tmp_path, weights):
+    repositories.write_repository(tmp_path, weights=weights, code=False)
+    path = tmp_path / weights
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{weights}: cannot be read"):
+        common.load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("module", [convert_bert, convert_checkpoint])
+def test_help_explains_the_script(module, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(module, "--help", monkeypatch=monkeypatch)
+    assert "--overwrite" in capsys.readouterr().out
 
 
 def test_read_texts_reads_lines_and_paragraphs(tmp_path):
