@@ -387,15 +387,16 @@ class BertPreTrainedModel(PreTrainedModel):
             raise ValueError(f"cu_seq_lens_q cannot be served by {type(self).__name__}, which needs one row a text")
 
     def tie_weights(self, *args, **kwargs):
-        """Give decoder and word embedding one tensor, whichever of the two a file holds."""
+        """Give decoder and word embedding one tensor, whichever of the two a file holds, or both if they are equal."""
         decoder, embedding = self.get_output_embeddings(), self.get_input_embeddings()
         tied = decoder is not None and self.config.tie_word_embeddings
         # Before 5.0 an embedding whose weight is only in the file as the decoder's stays on the meta device.
         if tied and embedding.weight.is_meta and not decoder.weight.is_meta:
             embedding.weight = decoder.weight
         super().tie_weights(*args, **kwargs)
-        # 5.0 leaves them apart when a file holds both keys, as every published file does.
-        if tied:
+        # 5.0 leaves them apart when a file holds both keys, as every published file does. Where the two differ, the
+        # decoder was trained apart (the published code lost the tie on loading), and its numbers are kept.
+        if tied and decoder.weight is not embedding.weight and torch.equal(decoder.weight, embedding.weight):
             decoder.weight = embedding.weight
 
     def save_pretrained(self, save_directory, *args, **kwargs):

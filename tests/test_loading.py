@@ -68,6 +68,16 @@ def test_users_8_loads_and_ties_with_either_key_missing(tmp_path, weights, witho
     assert_loads(write_repository(tmp_path / "repo", weights=weights, without=without))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties before it looks at the file")
+def test_users_8_a_decoder_that_was_trained_apart_keeps_its_numbers(tmp_path):
+    apart = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        apart.cls.predictions.decoder.weight.add_(0.1)
+    folder = write_repository(tmp_path / "repo", model=apart)
+    model = AutoModelForMaskedLM.from_pretrained(folder, **REMOTE).eval()
+    numerics.assert_same(model(IDS, MASK).logits, apart(IDS, MASK).logits, 0.0)
+
+
 def test_users_3_loads_with_every_config_people_pass(repository):
     assert_loads(repository, config=AutoConfig.from_pretrained(repository, **REMOTE))
     assert_loads(repository, config=transformers.BertConfig.from_pretrained(repository))
