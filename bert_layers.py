@@ -396,7 +396,7 @@ class BertPreTrainedModel(PreTrainedModel):
         super().tie_weights(*args, **kwargs)
         # 5.0 leaves them apart when a file holds both keys, as every published file does. Where the two differ, the
         # decoder was trained apart (the published code lost the tie on loading), and its numbers are kept.
-        if tied and decoder.weight is not embedding.weight and torch.equal(decoder.weight, embedding.weight):
+        if tied and not embedding.weight.is_meta and torch.equal(decoder.weight, embedding.weight):
             decoder.weight = embedding.weight
 
     def save_pretrained(self, save_directory, *args, **kwargs):
