@@ -1,0 +1,196 @@
+"""Attention against the float64 reference: every formula, layout, dtype, and the exactness of what is skipped."""
+
+import math
+
+import numerics
+import pytest
+import reference
+import torch
+
+from mosaicbert import bert_attention
+from mosaicbert.bert_attention import HeadGroup, alibi_slopes, eager_attention, head_reach, sdpa_attention
+from mosaicbert.bert_padding import pack_flattened, pack_padded
+
+BACKENDS = {"eager": eager_attention, "sdpa": sdpa_attention}
+
+
+def batch(lengths):
+    """Concatenated sequences without holes."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    return pack_flattened(bounds, None, sum(lengths))
+
+
+def holed(lengths=(40, 33, 0, 25), length=40):
+    """Padded rows, each but the first with holes or left padding."""
+    mask = torch.zeros(len(lengths), length, dtype=torch.long)
+    for row, count in enumerate(lengths):
+        mask[row, torch.randperm(length, generator=torch.Generator().manual_seed(row))[:count]] = 1
+    return pack_padded(mask, tuple(mask.shape), mask.device, traced=False)
+
+
+def tensors(packed, heads=3, size=16, dtype=torch.float32, seed=0, norm=1.0):
+    """query, key, value and a gradient of the context: [T, H, D] each."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (4, packed.positions.shape[0], heads, size)
+    query, key, value, grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return query * norm, key * norm, value, grad
+
+
+def attend(function, packed, query, key, value, grad, dropout_p=0.0):
+    """Context and the gradients of query, key and value."""
+    inputs = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    precision = torch.promote_types(query.dtype, torch.float32)
+    slopes = torch.tensor(alibi_slopes(query.shape[1]), dtype=precision)
+    context = function(*inputs, packed, slopes, query.shape[-1] ** -0.5, dropout_p)
+    assert context.dtype == query.dtype and context.shape == query.shape
+    context.backward(grad)
+    return [context, *(x.grad for x in inputs)]
+
+
+def truth(packed, query, key, value, grad):
+    """The same by the reference, float64."""
+    inputs = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    context = reference.attention(*inputs, packed.cu_seqlens.tolist(), packed.positions)
+    context.backward(grad.double())
+    return [context, *(x.grad for x in inputs)]
+
+
+def assert_as_good_as_plain(function, packed, inputs):
+    """The kernel rule: at most 2 (gradients: 3) times the error of the plain formula in the same dtype."""
+    expected = truth(packed, *inputs)
+    plain = attend(eager_attention, packed, *inputs)
+    names = ("context", "query.grad", "key.grad", "value.grad")
+    for name, got, base, exact in zip(names, attend(function, packed, *inputs), plain, expected):
+        factor = numerics.FORWARD if name == "context" else numerics.GRADIENT
+        numerics.assert_no_worse(got, base, exact, factor, name)
+
+
+LAYOUTS = {
+    "short ones": lambda: batch([1, 2, 1]),
+    "odd lengths, one empty": lambda: batch([1, 63, 0, 97]),
+    "neighbours of equal length": lambda: batch([17, 17, 17, 5, 17]),
+    "holes": holed,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sdpa_matches_the_reference_forward_and_backward(layout, dtype):
+    packed = LAYOUTS[layout]()
+    assert_as_good_as_plain(sdpa_attention, packed, tensors(packed, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_and_sdpa_match_the_reference_in_float64(layout, backend):
+    packed = LAYOUTS[layout]()
+    inputs = tensors(packed, heads=5, size=8, dtype=torch.float64)
+    for got, exact in zip(attend(BACKENDS[backend], packed, *inputs), truth(packed, *inputs)):
+        numerics.assert_same(got, exact, numerics.SAME[torch.float64])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_at_all_gives_an_empty_context(backend):
+    packed = batch([0, 0])
+    context = BACKENDS[backend](*tensors(packed)[:3], packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
+    assert context.shape == (0, 3, 16)
+
+
+@pytest.mark.parametrize("layout", ["odd lengths, one empty", "holes"])
+def test_the_formula_for_other_devices_matches_too(layout):
+    """`chunked_attention` serves CUDA without Triton; here on the CPU, and with more than one chunk a sequence."""
+    packed = LAYOUTS[layout]()
+
+    def function(query, key, value, packed, slopes, scale, dropout_p):
+        return bert_attention.chunked_attention(query, key, value, packed, slopes, scale, dropout_p)
+
+    assert_as_good_as_plain(function, packed, tensors(packed))
+    before, bert_attention.CHUNK_ENTRIES = bert_attention.CHUNK_ENTRIES, 7 * 97
+    try:
+        assert_as_good_as_plain(function, packed, tensors(packed))
+    finally:
+        bert_attention.CHUNK_ENTRIES = before
+
+
+@pytest.fixture
+def band_for_all(monkeypatch):
+    """Bands in short sequences, so that the slow reference can judge them."""
+    monkeypatch.setattr(bert_attention, "BAND_FROM", 1)
+    monkeypatch.setattr(bert_attention, "BAND_PAYS", 1.0)
+    monkeypatch.setattr(bert_attention, "BAND_CHUNK", 16)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.05, 1.0, 4.0], ids=lambda norm: f"norm {norm}")
+def test_a_band_is_exact_at_any_norm(band_for_all, norm):
+    packed = batch([130, 97, 97])
+    inputs = tensors(packed, heads=8, norm=norm)
+    if norm == 0.05:  # the steep heads must really leave keys out, or this test shows nothing
+        lists = bert_attention.plan_calls(*inputs[:2], packed.lengths, torch.tensor(alibi_slopes(8)), 0.25)
+        assert any(group.reach < group.length for group in lists)
+        assert sum(len(group.heads) for group in lists) == 3 * 8
+    assert_as_good_as_plain(sdpa_attention, packed, inputs)
+
+
+def test_a_band_is_exact_when_the_farthest_key_is_the_most_alike(band_for_all):
+    """Adversarial: each query has one token's direction reversed as itself and the far end as its match."""
+    packed = batch([180])
+    query, key, value, grad = tensors(packed, heads=4)
+    query = torch.nn.functional.normalize(query[:1].expand_as(query), dim=-1) * 6
+    key = -query.clone()
+    key[-1] = query[-1]
+    key[0] = query[0]
+    assert_as_good_as_plain(sdpa_attention, packed, (query, key, value, grad))
+
+
+def test_a_band_drops_less_than_one_rounding_of_a_row():
+    """The bound itself, in float64 and at the worst case: everything beyond the reach scores C, the own key -C."""
+    for slope in (2**-0.5, 0.25, 2**-8):
+        for norm in (0.0, 1.0, 3.0):
+            query = torch.full((1, 1, 1, 1), norm)
+            slopes = torch.tensor([slope])
+            far = (2 * norm**2 + 24 * math.log(2) + math.log(2 / -math.expm1(-slope))) / slope
+            long = query.expand(1, math.ceil(far) + 5, 1, 1)
+            assert head_reach(long, long, slopes, 1.0) == [pytest.approx(math.ceil(far), abs=1)]
+            distance = torch.arange(math.ceil(far) + 1, math.ceil(far) + 100_000, dtype=torch.float64)
+            dropped = 2 * torch.exp(norm**2 - slope * distance).sum()
+            assert dropped < 2**-24 * math.exp(-(norm**2))
+
+
+def test_scores_that_are_not_finite_look_everywhere():
+    for bad in (float("nan"), float("inf")):
+        query = torch.ones(1, 9, 2, 4)
+        query[0, 3, 1, 2] = bad
+        assert head_reach(query, torch.ones_like(query), torch.tensor([0.5, 0.5]), 1.0)[1] == 9
+
+
+def test_head_groups_cover_every_head_once_and_windows_every_query_once():
+    group = HeadGroup(start=0, count=1, length=4000, heads=list(range(12)), reach=4000)
+    reach = [4000, 30, 40, 900, 31, 4000, 100, 2000, 50, 60, 70, 80]
+    parts = bert_attention.split_by_reach(group, reach)
+    assert sorted(head for part in parts for head in part.heads) == list(range(12))
+    assert len(parts) > 1
+    for part in parts:
+        assert part.reach == max(reach[head] for head in part.heads)
+        queries = [query for start, end, _, _ in part.windows() for query in range(start, end)]
+        assert queries == list(range(4000))
+        for start, end, low, high in part.windows():
+            assert low == max(0, start - part.reach) and high == min(4000, end + part.reach)
+
+
+@pytest.mark.parametrize("layout", ["odd lengths, one empty", "holes"])
+def test_dropout_in_sdpa_has_the_right_mean_and_repeats_in_backward(layout):
+    packed = LAYOUTS[layout]()
+    query, key, value, grad = tensors(packed, heads=2, size=8, dtype=torch.float64)
+    exact = truth(packed, query, key, value, grad)[0]
+    torch.manual_seed(0)
+    draws = torch.stack([attend(sdpa_attention, packed, query, key, value, grad, 0.3)[0].detach() for _ in range(300)])
+    spread = draws.std(0) / 300**0.5
+    # About 6,000 comparisons of a mean: six standard errors happen by chance once in 80,000 runs.
+    assert ((draws.mean(0) - exact).abs() <= 6 * spread + 1e-9).all()
+
+    # With one mask, the context is linear in value: its gradient must come from the mask of the forward pass.
+    value = value.requires_grad_()
+    slopes = torch.tensor(alibi_slopes(2), dtype=torch.float64)
+    context = sdpa_attention(query, key, value, packed, slopes, 8**-0.5, 0.3)
+    (gradient,) = torch.autograd.grad(context, value, grad)
+    numerics.assert_same((gradient * value).sum(), (context * grad).sum(), 1e-9)

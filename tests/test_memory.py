@@ -1,0 +1,76 @@
+"""No buffer grows with the square of the length: every allocation of the CPU allocator is traced and looked at."""
+
+import json
+
+import pytest
+import torch
+from models import VOCAB, tiny_model
+from torch.profiler import ProfilerActivity, profile
+
+from mosaicbert.bert_attention import alibi_slopes, distance_bias, sdpa_attention
+from mosaicbert.bert_padding import pack_flattened, pack_padded
+
+SHORT, LONG = 2048, 16_384
+
+
+def traced(function, folder):
+    """Bytes of the largest single allocation, and the most bytes allocated at once beyond those at the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    path = folder / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    events = [event["args"] for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    assert events, "nothing was traced"
+    sizes = [event["Bytes"] for event in events]
+    totals = [event["Total Allocated"] for event in events]
+    return max(sizes), max(totals) - (totals[0] - sizes[0])
+
+
+def attention_step(length, train, dropout_p=0.0, hole=False):
+    """A call that runs attention over one sequence, and its backward pass when `train`."""
+    mask = torch.ones(1, length)
+    if hole:
+        mask[0, length // 2] = 0
+        packed = pack_padded(mask, (1, length), mask.device, traced=False)
+    else:
+        packed = pack_flattened(torch.tensor([0, length]), None, length)
+    tensors = [torch.randn(len(packed.positions), 2, 16, requires_grad=train) for _ in range(3)]
+
+    def step():
+        context = sdpa_attention(*tensors, packed, torch.tensor([0.25, 2.0**-8]), 0.25, dropout_p)
+        if train:
+            context.sum().backward()
+
+    return step
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+def test_attention_memory_is_linear_up_to_16384_tokens(train, tmp_path):
+    largest, peak = traced(attention_step(LONG, train), tmp_path)
+    assert largest < LONG**2 // 64
+    _, short_peak = traced(attention_step(SHORT, train), tmp_path)
+    assert peak <= 1.3 * short_peak * (LONG / SHORT)
+
+
+@pytest.mark.parametrize("case", [{"hole": True}, {"dropout_p": 0.1}], ids=["hole", "dropout"])
+def test_training_with_holes_or_dropout_keeps_no_square(case, tmp_path):
+    """A chunk's bias and weights are bounded by a constant; four heads of them at most are alive at once."""
+    length = 4096
+    largest, peak = traced(attention_step(length, True, **case), tmp_path)
+    assert largest <= 2 * 4 * 2**20  # two heads, float32
+    assert peak < 2 * 4 * length**2
+
+
+def test_bias_of_twelve_heads_takes_96_bytes_a_token():
+    bias = distance_bias(torch.tensor(alibi_slopes(12)), LONG)
+    assert bias.untyped_storage().nbytes() <= 96 * LONG
+
+
+def test_training_step_of_the_model_holds_no_square(tmp_path):
+    model = tiny_model(hidden_size=32, num_attention_heads=2, intermediate_size=32, num_hidden_layers=1)
+    model.train()
+    ids = torch.randint(1, VOCAB, (1, 8192), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[0, ::7] = ids[0, ::7]
+    largest, _ = traced(lambda: model(ids, labels=labels).loss.backward(), tmp_path)
+    assert largest < 8192**2 // 16
