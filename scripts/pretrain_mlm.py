@@ -139,6 +139,9 @@ class PretrainingArguments(TrainingArguments):
     average_tokens_across_devices: bool = field(
         default=True, metadata={"help": "Weigh every predicted wordpiece alike, on whichever process it is."}
     )
+    ddp_find_unused_parameters: Optional[bool] = field(
+        default=False, metadata={"help": "Every weight takes part in every step, so nothing is searched."}
+    )
     include_num_input_tokens_seen: bool = field(default=True, metadata={"help": "Count the wordpieces seen."})
     peak_tflops: Optional[float] = field(
         default=None,
@@ -378,7 +381,7 @@ class PackedRows(torch.utils.data.Dataset):
         self.bounds = [*starts, len(lengths)]
         self.rows_per_pass = self.num_rows = len(starts)
         self.tokenizer, self.mask_probability, self.seed = tokenizer, mask_probability, seed
-        self._pass, self._pass_order = 0, np.arange(self.rows_per_pass)
+        self._pass = None
 
     def __len__(self):
         return self.num_rows
