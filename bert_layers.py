@@ -5,9 +5,10 @@ F intermediate size, V vocabulary, M labelled tokens.
 """
 
 import inspect
-import time
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Callable, Optional, Union
 
 import torch
@@ -166,39 +167,35 @@ def onednn_product(x, weight, bias):
 
 
 @cache
-def fastest_product(dtype: torch.dtype) -> Callable:
-    """The fastest formula of a linear layer on this processor, measured once a process (some 0.02 s).
+def processor() -> tuple[str, frozenset]:
+    """Vendor and feature flags of this machine's processor, as Linux names them; empty where they are not known."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", frozenset()
+    vendor, flags = (re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in ("vendor_id", "flags"))
+    return vendor[1] if vendor else "", frozenset(flags[1].split() if flags else ())
 
-    Measured: in float32, oneDNN is about 2 times as fast as `F.linear` on AMD and 0.9 to 1.05 times on Intel; bfloat16
-    is 1.6 times as fast when computed in float32 on an Intel with avx512_bf16 and without AMX.
 
-    Args:
-        dtype: of input and weight.
+def product_for(dtype: torch.dtype) -> Callable:
+    """The formula of a linear layer for inference on this processor's CPU: `(x, weight, bias) -> x @ weight.T + bias`.
 
-    Returns:
-        `(x, weight, bias) -> x @ weight.T + bias`: `F.linear` unless another one takes less than 0.8 of its time.
+    - float32 on AMD: oneDNN is about 2 times as fast as `F.linear`, which asks MKL; on Intel 0.9 to 1.05 times.
+    - bfloat16 on Intel without AMX: float32 is 1.4 to 1.5 times as fast (for float16 0.8 to 0.9 times).
+    - Anything else: `F.linear`.
 
     Source: ours; measurements in benchmarks/README.md.
     """
-
-    def seconds(product):
-        x, weight, bias = (torch.ones(*shape, dtype=dtype) for shape in ((256, 768), (768, 768), (768,)))
-        times = []
-        for _ in range(4):  # the first one prepares
-            start = time.perf_counter()
-            product(x, weight, bias)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    other = float32_product if dtype in (torch.float16, torch.bfloat16) else onednn_product
-    try:
-        return other if seconds(other) < 0.8 * seconds(F.linear) else F.linear
-    except (AttributeError, NotImplementedError, RuntimeError):  # torch was built without oneDNN
-        return F.linear
+    vendor, flags = processor()
+    if dtype == torch.float32 and vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available():
+        return onednn_product
+    if dtype == torch.bfloat16 and vendor == "GenuineIntel" and "amx_tile" not in flags:
+        return float32_product
+    return F.linear
 
 
 class BertLinear(nn.Linear):
-    """nn.Linear that takes `fastest_product` for inference on the CPU; a choice pays from about 128 rows up."""
+    """nn.Linear that takes `product_for` its dtype for inference on the CPU; from about 128 rows up that pays."""
 
     def forward(self, x):
         """[..., in] to [..., out]."""
@@ -209,10 +206,9 @@ class BertLinear(nn.Linear):
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or x.dtype != self.weight.dtype
-            or x.dtype == torch.float64
             or x.shape[:-1].numel() < 128
         )
-        product = F.linear if plain else fastest_product(x.dtype)
+        product = F.linear if plain else product_for(x.dtype)
         return product(x, self.weight, self.bias)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models import ragged_batch, tiny_model
 
 from mosaicbert import bert_layers
-from mosaicbert.bert_layers import BertLinear, fastest_product, float32_product, onednn_product
+from mosaicbert.bert_layers import BertLinear, float32_product, onednn_product, processor, product_for
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -32,41 +32,47 @@ def test_the_faster_product_is_taken_where_it_may_be(monkeypatch):
         taken.append(x.shape)
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_layers, "fastest_product", lambda dtype: product)
+    monkeypatch.setattr(bert_layers, "product_for", lambda dtype: product)
     layer, x = BertLinear(8, 4), torch.randn(128, 8)
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         assert torch.equal(layer(x), expected) and len(taken) == 1
         layer(x[:127])
-        layer.double()(x.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            layer.float()(x)
+            layer(x)
         torch.jit.trace(layer, x, check_trace=False)
         torch.compile(layer, backend="eager", fullgraph=True)(x)
     layer(x).sum().backward()
     assert len(taken) == 1
 
 
-def test_the_choice_is_measured_once_and_leaves_the_random_state_alone():
-    fastest_product.cache_clear()
-    state = torch.random.get_rng_state()
-    for dtype, known in (
-        (torch.float32, (F.linear, onednn_product)),
-        (torch.bfloat16, (F.linear, float32_product)),
-    ):
-        assert fastest_product(dtype) in known
-        assert fastest_product(dtype) is fastest_product(dtype)
-    assert torch.equal(torch.random.get_rng_state(), state)
+@pytest.mark.parametrize(
+    "cpuinfo, dtype, expected",
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.float32, onednn_product),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.bfloat16, F.linear),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.float32, F.linear),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_fp16\n", torch.float16, F.linear),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.bfloat16, float32_product),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16 amx_tile\n", torch.bfloat16, F.linear),
+        ("CPU implementer\t: 0x41\nFeatures\t: bf16\n", torch.bfloat16, F.linear),
+        (None, torch.float32, F.linear),
+        (None, torch.float64, F.linear),
+    ],
+)
+def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected):
+    def read_text(path):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
 
-
-def test_a_build_without_onednn_takes_torch(monkeypatch):
-    def missing(x, weight, bias):
-        raise NotImplementedError("no such operator")
-
-    monkeypatch.setattr(bert_layers, "onednn_product", missing)
-    fastest_product.cache_clear()
-    assert fastest_product(torch.float32) is F.linear
-    fastest_product.cache_clear()
+    monkeypatch.setattr(bert_layers.Path, "read_text", read_text)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    processor.cache_clear()
+    try:
+        assert product_for(dtype) is expected
+    finally:
+        processor.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -78,6 +84,6 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         model.to(dtype)
         results = []
         for product in (F.linear, onednn_product if dtype == torch.float32 else float32_product):
-            monkeypatch.setattr(bert_layers, "fastest_product", lambda dtype, product=product: product)
+            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, product=product: product)
             results.append(model(ids, mask).logits)
     numerics.assert_no_worse(results[1], results[0], truth, numerics.MODEL)
