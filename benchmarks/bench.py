@@ -1,0 +1,409 @@
+"""Times of this model beside the published formula and what users would pick instead.
+
+python benchmarks/bench.py attention|model|train|startup     measure the cases of this command and append rows to a CSV
+python benchmarks/bench.py model --case "C3" --repeats 5      one case
+python benchmarks/bench.py table --write README.md            the README's table, from the CSV
+python benchmarks/bench.py plot                               cost against length, from the CSV
+
+A case first proves that its numbers are right and stops when they are not. Contenders then take turns in one process;
+a ratio is a contender's time for a token over ours in the same round, so above 1 we are faster.
+"""
+
+import argparse
+import csv
+import fnmatch
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from cases import CASES
+from contenders import BASE, ROOT, TINY, Attention, Encoder, Training, build, layers
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = (
+    "case backend mode dtype B S share_of_real_tokens repeats p20 p50 p80 ratio ratio_p20 ratio_p80 peak_memory_mib "
+    "tokens_per_second processor threads torch triton transformers commit command"
+).split()
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+LABELS = {
+    "published": "published formula",
+    "BERT": "BERT-base, SDPA",
+    "ModernBERT": "ModernBERT-base, SDPA",
+    "one SDPA call": "one SDPA call over all keys, no bias",
+    "eager": "our eager path",
+    "ours": "MosaicBERT, this code",
+}
+
+# A sample repeats its call until about this many seconds have passed, so that the clock does not matter.
+SAMPLE_SECONDS = 0.01
+
+
+def wait(device: str) -> None:
+    """Let a GPU finish, so that the clock sees its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(function, device: str, calls: int = 1) -> float:
+    """Seconds of one call, the mean of `calls`."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    wait(device)
+    return (time.perf_counter() - start) / calls
+
+
+def peak_memory(function, device: str) -> float:
+    """MiB that torch holds at most during a call beyond what it held before; weights are not among them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event["args"] for event in events if event["name"] == "[memory]"]
+    totals = [change["Total Allocated"] for change in changes]
+    return (max(totals) - (totals[0] - changes[0]["Bytes"])) / 2**20
+
+
+def take_turns(samples: dict, repeats: int, limit_s: float) -> dict:
+    """Time contenders in turns.
+
+    Args:
+        samples: name to a function that takes one sample and returns its seconds.
+        repeats: rounds.
+        limit_s: no further round begins after this many seconds, but at least three are made (or `repeats`).
+
+    Returns:
+        Name to a list of seconds, one a round.
+    """
+    seconds = {name: [] for name in samples}
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - begin > limit_s:
+            break
+        for name, sample in samples.items():
+            seconds[name].append(sample())
+    return seconds
+
+
+def percentiles(values: list) -> list:
+    """p20, p50 and p80."""
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+
+
+def make_rows(case, seconds: dict, tokens: dict, memory: dict, command: str) -> list:
+    """The CSV rows of a case.
+
+    Args:
+        case: a `Case`.
+        seconds: contender to seconds, one a round; `case.ours` among them.
+        tokens: contender to the real tokens that it serves a call.
+        memory: contender to its peak in MiB, or None.
+        command: what was typed.
+
+    Returns:
+        One dict a contender.
+    """
+    rows = []
+    mine = [value / tokens[case.ours] for value in seconds[case.ours]]
+    for name, values in seconds.items():
+        p20, p50, p80 = percentiles(values)
+        low, middle, high = percentiles([value / tokens[name] / own for value, own in zip(values, mine)])
+        rows.append(
+            {
+                "case": case.name,
+                "backend": name,
+                "mode": case.mode,
+                "dtype": case.dtype,
+                "B": len(case.lengths),
+                "S": max(case.lengths),
+                "share_of_real_tokens": f"{sum(case.lengths) / (len(case.lengths) * max(case.lengths)):.3f}",
+                "repeats": len(values),
+                **{key: f"{value:.6f}" for key, value in zip(("p20", "p50", "p80"), (p20, p50, p80))},
+                **{key: f"{value:.3f}" for key, value in zip(("ratio", "ratio_p20", "ratio_p80"), (middle, low, high))},
+                "peak_memory_mib": "" if memory.get(name) is None else f"{memory[name]:.1f}",
+                "tokens_per_second": f"{tokens[name] / p50:.0f}",
+                **provenance(case.device),
+                "command": command,
+            }
+        )
+    return rows
+
+
+def provenance(device: str) -> dict:
+    """What a row says about machine and software."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
+def processor_name() -> str:
+    """The processor as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that was measured, with `-dirty` when the model or the benchmark differs from it."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+
+    name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ":(glob)*.py", ":(glob)benchmarks/*.py").returncode
+    return (name + "-dirty" * bool(changed)) or "unknown"
+
+
+def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
+    """Gate, memory and times of one case of `attention`, `model` or `train`; returns its rows.
+
+    Raises:
+        AssertionError: the numbers are wrong.
+    """
+    bench = {"attention": Attention, "model": Encoder, "train": Training}[case.command](case, sizes)
+    bench.gate()
+    samples, tokens, memory = {}, {}, {}
+    for name in (case.ours, *case.against):
+        function, tokens[name] = bench.contender(name)
+        if case.device == "cuda" or "compiled" in name:
+            function()  # compiles and tunes
+        begin = time.perf_counter()
+        memory[name] = peak_memory(function, case.device)
+        calls = max(1, min(100, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
+        samples[name] = lambda function=function, calls=calls: seconds_of(function, case.device, calls)
+    return make_rows(case, take_turns(samples, repeats, limit_s), tokens, memory, command)
+
+
+def measure_startup(case, sizes, repeats: int, limit_s: float, command: str) -> list:
+    """From `python` to the answer of fill-mask, each in a process of its own; returns the rows of the case.
+
+    The stock model has as many weights in the encoder as the checkpoint, and its tokenizer.
+
+    Raises:
+        AssertionError: a process failed or gave other than five answers.
+    """
+    config = layers.BertConfig.from_pretrained(ROOT)
+    fields = {field: getattr(config, field) for field in vars(sizes)}
+    # A gated layer has three matrices where BERT has two.
+    stock = replace(sizes, **{**fields, "intermediate_size": config.intermediate_size * 3 // 2})
+    with tempfile.TemporaryDirectory() as folder:
+        build("BERT", stock, torch.bfloat16, "cpu").save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(ROOT).save_pretrained(folder)
+
+        def sample(model):
+            script = [sys.executable, ROOT / "scripts" / "fill_mask.py", "--model", model, "The sky is [MASK] today."]
+            begin = time.perf_counter()
+            done = subprocess.run(script, capture_output=True, text=True)
+            seconds = time.perf_counter() - begin
+            answers = done.stdout.splitlines()
+            assert done.returncode == 0 and len(answers) == 5, done.stderr or done.stdout
+            return seconds
+
+        samples = {"ours": lambda: sample(ROOT), "BERT": lambda: sample(folder)}
+        for function in samples.values():
+            function()
+        seconds = take_turns(samples, repeats, limit_s)
+    return make_rows(case, seconds, dict.fromkeys(samples, sum(case.lengths)), {}, command)
+
+
+def append_rows(path: Path, rows: list) -> None:
+    """Append rows to a CSV file; a new file gets a header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows() -> dict:
+    """The newest row of every case and backend in benchmarks/results: (case, backend) to row."""
+    rows = {}
+    for name in ("attention", "model", "train", "startup"):
+        path = RESULTS / f"{name}.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                rows.update({(row["case"], row["backend"]): row for row in csv.DictReader(file)})
+    return rows
+
+
+def show(row: dict) -> str:
+    """A row for the terminal."""
+    return (
+        f"{row['case']:16} {row['backend']:24} {float(row['p50']):10.4f} s  "
+        f"ratio {row['ratio']:>7} ({row['ratio_p20']}–{row['ratio_p80']})  "
+        f"{row['peak_memory_mib'] or '–':>9} MiB  {row['repeats']} rounds"
+    )
+
+
+def mib(row: dict) -> str:
+    """Peak memory of a row, for a table."""
+    return f"{float(row['peak_memory_mib']):,.0f}" if row["peak_memory_mib"] else "–"
+
+
+def table() -> str:
+    """The README's table, Markdown, from the newest rows; cases of the plot are left out."""
+    rows = read_rows()
+    lines = [
+        "| case | workload | against | times as fast (p20–p80) | goal | peak memory, MiB: ours / theirs |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    sources = {}
+    for case in CASES:
+        if case.name.startswith("length-"):
+            continue
+        for name, goal in case.against.items():
+            row, own = rows.get((case.name, name)), rows.get((case.name, case.ours))
+            if row is None:
+                continue
+            ratio, low, high = (float(row[key]) for key in ("ratio", "ratio_p20", "ratio_p80"))
+            lines.append(
+                f"| {case.name} | {case.what} | {LABELS.get(name, name)} | {ratio:.2f} ({low:.2f}–{high:.2f}) | "
+                f"{'–' if goal is None else f'{goal:.2f}'} | {mib(own)} / {mib(row)} |"
+            )
+            about = "{processor}, {threads} threads, torch {torch}, transformers {transformers}".format(**row)
+            sources.setdefault(about, set()).add(row["commit"])
+    for about, commits in sources.items():
+        lines += ["", f"Measured on {about}; commit {', '.join(sorted(commits))}."]
+    return "\n".join(lines)
+
+
+def between_markers(text: str, inner: str) -> str:
+    """`text` with `inner` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must hold {BEGIN} and then {END}, once each")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{head}{BEGIN}\n{inner}\n{END}{tail}"
+
+
+def plot(path: Path) -> None:
+    """Draw seconds and memory of the `length-*` cases against the length.
+
+    Raises:
+        ValueError: there are no such rows.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for (case, _), row in read_rows().items() if case.startswith("length-")]
+    if not rows:
+        raise ValueError('nothing to draw; run: python benchmarks/bench.py model --case "length-*"')
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = zip(figure.subplots(1, 2), (("p50", "seconds a forward pass"), ("peak_memory_mib", "peak memory, MiB")))
+    for axes, (column, label) in panels:
+        for name in dict.fromkeys(row["backend"] for row in rows):
+            points = sorted((int(row["S"]), float(row[column])) for row in rows if row["backend"] == name)
+            axes.loglog(*zip(*points), marker="o", markersize=3, label=LABELS[name], base=2)
+        axes.set(xlabel="tokens of one text", ylabel=label)
+        axes.set_yscale("log", base=10)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", frameon=False)
+    row = rows[0]
+    figure.suptitle(
+        f"Encoder, base size, {row['dtype']}, {row['processor']}, {row['threads']} threads", fontsize="medium"
+    )
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Parse the command line and measure, tabulate or draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("attention", "model", "train", "startup"):
+        measuring = commands.add_parser(name, help=f"measure the {name} cases")
+        measuring.add_argument("--case", action="append", help="name or pattern; may be given again (default: all)")
+        measuring.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
+        measuring.add_argument(
+            "--limit", type=float, default=60.0, help="seconds a case after which no round begins, from the fourth on"
+        )
+        measuring.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        measuring.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own)")
+        measuring.add_argument("--out", type=Path, help="CSV to append to (default: benchmarks/results)")
+        measuring.add_argument("--quick", action="store_true", help="tiny sizes, to try the command; needs --out")
+    tabulating = commands.add_parser("table", help="print the table of the README")
+    tabulating.add_argument("--write", type=Path, help="file to write it into, between its markers")
+    drawing = commands.add_parser("plot", help="draw cost against length")
+    drawing.add_argument("--out", type=Path, default=RESULTS / "cost_by_length.png")
+    arguments = parser.parse_args()
+    if arguments.command == "plot":
+        plot(arguments.out)
+    elif arguments.command == "table":
+        if arguments.write is None:
+            print(table())
+        else:
+            text = arguments.write.read_text(encoding="utf-8")
+            arguments.write.write_text(between_markers(text, table()), encoding="utf-8")
+    else:
+        run(parser, arguments)
+
+
+def run(parser, arguments) -> None:
+    """Measure the cases that were asked for."""
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
+    if arguments.quick and arguments.out is None:
+        parser.error("--quick needs --out: its rows are no results")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    patterns = arguments.case or ["*"]
+    chosen = [
+        case
+        for case in CASES
+        if (case.command, case.device) == (arguments.command, device)
+        and any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
+    ]
+    if not chosen:
+        parser.error(f"no {arguments.command} case for {device} is named {' or '.join(patterns)}")
+    out = arguments.out or RESULTS / f"{arguments.command}.csv"
+    sizes = TINY if arguments.quick else BASE
+    command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
+    for case in chosen:
+        if arguments.quick:
+            case = replace(case, lengths=tuple(max(1, length // 32) for length in case.lengths))
+        function = measure_startup if arguments.command == "startup" else measure
+        try:
+            rows = function(case, sizes, arguments.repeats, arguments.limit, command)
+        except AssertionError as error:
+            sys.exit(f"{case.name}: {error}")
+        append_rows(out, rows)
+        print(*map(show, rows), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

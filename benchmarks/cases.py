@@ -1,0 +1,200 @@
+"""What is measured, as data: each case, its input, whom it is measured against, and what it shall reach."""
+
+import csv
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+VALIDATION_LENGTHS = Path(__file__).with_name("validation_lengths.csv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload.
+
+    Attributes:
+        name: C1 to C9 on the CPU and G1 to G11 on a GPU are the project's targets; the others stand for themselves.
+        command: `attention` (q, k, v of 12 heads of 64 channels, scores up to 5), `model` (base-size encoder),
+            `train` (MLM step: forward and backward) or `startup` (from `python` to an answer).
+        what: the workload, as the tables call it.
+        lengths: tokens of each sequence.
+        against: contender to the least ratio that counts as reached (its time over ours), None where there is no goal;
+            names are those of contenders.py.
+        ours: the contender that all others are divided by.
+        mode: `forward`, `backward` (alone) or `step` (forward and backward).
+        dtype: of weights and activations, a name of torch.
+        device: `cpu` or `cuda`.
+    """
+
+    name: str
+    command: str
+    what: str
+    lengths: tuple
+    against: dict
+    ours: str = "ours"
+    mode: str = "forward"
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def shuffled(lengths) -> tuple:
+    """The lengths in a fixed random order: neighbours of equal length would be an advantage."""
+    lengths = list(lengths)
+    random.Random(0).shuffle(lengths)
+    return tuple(lengths)
+
+
+def normal_law(longest: int, count: int) -> tuple:
+    """`count` quantiles of N(longest / 2, longest / 8), in tokens, from 1 to `longest`."""
+    law = NormalDist(longest / 2, longest / 8)
+    return shuffled(min(longest, max(1, round(law.inv_cdf((n + 0.5) / count)))) for n in range(count))
+
+
+def validation_law(longest: int, count: int) -> tuple:
+    """`count` quantiles of the lengths of the validation documents, in tokens, cut at `longest`."""
+    with VALIDATION_LENGTHS.open(newline="") as file:
+        lengths = sorted(min(longest, int(row["wordpieces"])) for row in csv.DictReader(file))
+    return shuffled(lengths[int((n + 0.5) / count * len(lengths))] for n in range(count))
+
+
+# 1,776 of 4,096 tokens are real.
+RAGGED = (208, 512, 48, 272, 112, 384, 80, 160)
+SHORT = shuffled(round(5 + n * 27 / 63) for n in range(64))
+LONG = (2048,)
+EIGHT = (128,) * 8
+
+CPU_CASES = (
+    Case(
+        "C1-2",
+        "model",
+        "encoder, 8 texts of 48 to 512 tokens",
+        RAGGED,
+        {"published": 3.3, "BERT": 3.2, "ModernBERT": None},
+    ),
+    Case("C3", "model", "encoder, one text of 2,048", LONG, {"published": 3.2, "BERT": 1.3, "ModernBERT": None}),
+    Case("C4-ragged", "model", "as C1-2, bfloat16", RAGGED, {"published": 1.0, "BERT": 2.3}, dtype="bfloat16"),
+    Case("C4-long", "model", "as C3, bfloat16", LONG, {"published": 1.0, "BERT": 1.1}, dtype="bfloat16"),
+    Case("C4-full", "model", "as C7-full, bfloat16", EIGHT, {"published": 1.0, "BERT": 0.85}, dtype="bfloat16"),
+    Case("C5-4096", "attention", "attention, 4,096 tokens", (4096,), {"one SDPA call": 2.0, "eager": None}),
+    Case("C5-8192", "attention", "attention, 8,192 tokens", (8192,), {"one SDPA call": 3.2}),
+    Case("C6", "attention", "attention, 16,384 tokens", (16_384,), {"one SDPA call": None}),
+    Case("C7-short", "model", "encoder, 64 texts of 5 to 32 tokens", SHORT, {"BERT": 2.5, "published": None}),
+    Case("C7-full", "model", "encoder, 8 texts of 128 tokens", EIGHT, {"BERT": 1.4, "published": None}),
+    Case(
+        "C8",
+        "train",
+        "MLM step, 8 texts of 48 to 512 tokens",
+        RAGGED,
+        {"published": 2.0, "BERT": None},
+        mode="step",
+    ),
+    Case("C9", "startup", "`python` to the answer of fill-mask, shipped checkpoint", (9,), {"BERT": 1 / 1.1}),
+    Case(
+        "law-512",
+        "model",
+        "encoder, 16 texts, lengths N(256, 64)",
+        normal_law(512, 16),
+        {"BERT": None, "published": None},
+    ),
+    Case(
+        "validation-512",
+        "model",
+        "encoder, 16 texts, lengths of validation documents cut at 512",
+        validation_law(512, 16),
+        {"BERT": None, "published": None},
+    ),
+    Case("compile", "model", "as C7-full, against ours under torch.compile", EIGHT, {"ours, compiled": None}),
+)
+
+# For the plot of cost against length. The published formula holds five [12, S, S] buffers: 3.2 GiB each at 8,192.
+LENGTH_CASES = tuple(
+    Case(
+        f"length-{length}",
+        "model",
+        f"encoder, one text of {length:,}",
+        (length,),
+        {**({"published": None} if length <= 4096 else {}), "BERT": None, "ModernBERT": None},
+    )
+    for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+)
+
+GPU = {"dtype": "bfloat16", "device": "cuda"}
+GPU_CASES = (
+    *(
+        Case(
+            f"G1-2-{length}",
+            "attention",
+            f"attention without skipping, {8192 // length} × {length:,} tokens",
+            (length,) * (8192 // length),
+            {"SDPA flash, no bias": 1.1, "SDPA cuDNN, no bias": 0.85},
+            ours="ours, skipping off",
+            **GPU,
+        )
+        for length in (1024, 2048, 8192)
+    ),
+    Case("G3", "attention", "attention, 8 × 2,048 tokens", (2048,) * 8, {"SDPA, dense bias": 2.5}, **GPU),
+    Case("G4-forward", "attention", "attention, 32 texts, N(512, 128)", normal_law(1024, 32), {"Flex": 1.15}, **GPU),
+    Case(
+        "G4-backward",
+        "attention",
+        "its backward",
+        normal_law(1024, 32),
+        {"Flex": 1.15},
+        mode="backward",
+        **GPU,
+    ),
+    Case(
+        "G5",
+        "attention",
+        "attention backward, 4 × 2,048 tokens",
+        (2048,) * 4,
+        {"SDPA flash, no bias": 1.0},
+        mode="backward",
+        **GPU,
+    ),
+    Case(
+        "G6-2048",
+        "attention",
+        "attention step, 4 × 2,048 tokens",
+        (2048,) * 4,
+        {"ours, skipping off": 1.6},
+        mode="step",
+        **GPU,
+    ),
+    Case(
+        "G6-8192",
+        "attention",
+        "attention step, 8,192 tokens",
+        (8192,),
+        {"ours, skipping off": 3.0},
+        mode="step",
+        **GPU,
+    ),
+    Case("G7", "model", "encoder, 64 texts, lengths N(256, 64)", normal_law(512, 64), {"ours, full rows": 0.97}, **GPU),
+    Case("G8", "model", "encoder, 64 × 512 tokens", (512,) * 64, {"its matrix products": 1 / 1.5}, **GPU),
+    Case(
+        "G9-10",
+        "model",
+        "encoder, 8 × (8 texts of 48 to 512 tokens)",
+        RAGGED * 8,
+        {"BERT": 1.5, "published": 3.0, "ModernBERT": None},
+        **GPU,
+    ),
+    Case("G10-step", "train", "MLM step on it", RAGGED * 8, {"published": 3.0, "BERT": None}, mode="step", **GPU),
+    Case("G11", "train", "MLM step, 8 × 2,048 tokens", (2048,) * 8, {"published": None}, mode="step", **GPU),
+    *(
+        Case(
+            f"G11-{length}",
+            "train",
+            f"MLM step, {16_384 // length} × {length:,} tokens",
+            (length,) * (16_384 // length),
+            {},
+            mode="step",
+            **GPU,
+        )
+        for length in (512, 2048, 8192)
+    ),
+)
+
+CASES = CPU_CASES + LENGTH_CASES + GPU_CASES

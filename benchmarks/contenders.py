@@ -1,0 +1,384 @@
+"""Who is measured: our model, the published formula, and what users would pick instead; and the judge of their numbers.
+
+A contender is a function without arguments that does the work once. Letters as in `bert_layers.py`.
+"""
+
+import functools
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from published import PublishedModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Largest score of the attention cases: what cannot weigh anything depends on it, and with it the time.
+LARGEST_SCORE = 5.0
+
+# Share of the tokens that the MLM step predicts, as MosaicBERT was trained.
+MASKED_SHARE = 0.3
+
+# The judge runs all layers up to this length in tokens, beyond it the first layer: its cost is quadratic.
+JUDGE_ALL_LAYERS = 4096
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the models: E, L, H, F, V, and the most tokens that models with a limit get."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30_528
+    max_position_embeddings: int = 16_384
+
+
+BASE = Sizes()
+TINY = Sizes(hidden_size=48, num_hidden_layers=2, intermediate_size=64, vocab_size=100)
+
+
+def load_file(name: str, path: Path):
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+numerics = load_file("numerics", ROOT / "tests" / "numerics.py")
+# The code as the Hub's clients load it.
+layers = sys.modules[get_class_from_dynamic_module("bert_layers.BertForMaskedLM", str(ROOT)).__module__]
+
+
+def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
+    """ALiBi attention by matmul and softmax, `chunk` queries at a time, so that memory is linear in the length.
+
+    Args:
+        query, key, value: floating [T, H, D].
+        lengths: tokens of each sequence.
+        slopes: float32 [H].
+        scale: factor of the scores.
+        chunk: queries at a time.
+
+    Returns:
+        [T, H, D] in the dtype of `query`; softmax in float32.
+    """
+    contexts = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value))):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, n, D]
+        place = torch.arange(k.shape[1], device=k.device)
+        for rows, places in zip(q.split(chunk, dim=1), place.split(chunk)):
+            distance = (places[:, None] - place[None, :]).abs()
+            scores = rows @ k.transpose(1, 2) * scale - slopes[:, None, None] * distance
+            contexts.append((scores.softmax(dim=-1).to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(contexts)
+
+
+class Judge(PublishedModel):
+    """The published formula with `chunked_formula` in place of its padded attention."""
+
+    def bias(self, attention_mask):
+        return None
+
+    def attention(self, hidden, attention_mask, places, bias, at):
+        qkv = self.linear(hidden, at + "attention.self.Wqkv").unflatten(-1, (3, len(self.slopes), -1))
+        lengths = attention_mask.sum(1).tolist()
+        return chunked_formula(*qkv.unbind(1), lengths, self.slopes, qkv.shape[-1] ** -0.5).flatten(1)
+
+
+def check(got, plain, truth, factor, what):
+    """Compare one result by the rules of tests/numerics.py.
+
+    Args:
+        got: our result.
+        plain: the judge's in the same dtype.
+        truth: the judge's in float32; None: `plain` is.
+        factor: how many times the error of `plain` is allowed, where there is a `truth`.
+        what: for the message.
+
+    Raises:
+        AssertionError: too large an error; a benchmark of wrong numbers is none.
+    """
+    if truth is None:
+        numerics.assert_same(got, plain, numerics.SAME[torch.float32], what)
+    else:
+        numerics.assert_no_worse(got, plain, truth, factor, what)
+
+
+class Attention:
+    """Contenders for attention alone over q, k, v [T, 12, 64].
+
+    Args:
+        case: a `Case`.
+        sizes: heads and head size come from here.
+    """
+
+    def __init__(self, case, sizes: Sizes):
+        self.case = case
+        device, heads = case.device, sizes.num_attention_heads
+        head_dim = sizes.hidden_size // heads
+        self.lengths, self.tokens = list(case.lengths), sum(case.lengths)
+        generator = torch.Generator().manual_seed(0)
+        self.scale = head_dim**-0.5
+        qkv, self.grad = (
+            torch.randn(self.tokens, *shape, generator=generator) for shape in ((3, heads, head_dim), (heads, head_dim))
+        )
+        norms = qkv[:, :2].norm(dim=-1).flatten(2).amax(dim=(0, 2))  # the largest |q| and |k|
+        qkv[:, :2] *= (LARGEST_SCORE / (self.scale * norms.prod())) ** 0.5
+        self.slopes = torch.tensor(layers.alibi_slopes(heads), device=device)
+        dtype = getattr(torch, case.dtype)
+        self.qkv = qkv.to(device, dtype).requires_grad_(case.mode != "forward")
+        self.grad = self.grad.to(device, dtype)
+        bounds = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
+        self.packed = layers.pack_flattened(bounds, max(self.lengths), self.tokens)
+
+    def contender(self, name: str):
+        """The function that is timed, and the tokens that it serves."""
+        attend = self.attend(name)
+        if self.case.mode == "forward":
+            return torch.no_grad()(lambda: attend(self.qkv)), self.tokens
+        if self.case.mode == "step":
+            return lambda: torch.autograd.grad(attend(self.qkv), self.qkv, self.grad)[0], self.tokens
+        context = attend(self.qkv)
+        return lambda: torch.autograd.grad(context, self.qkv, self.grad, retain_graph=True)[0], self.tokens
+
+    def attend(self, name: str):
+        """`name`'s attention: [T, 3, H, D] to [T, H, D]."""
+        if name == "ours":
+            chosen = layers.choose_attention(layers.AUTOMATIC, self.qkv[:, 0], self.packed, False)
+            return lambda qkv: chosen(*qkv.unbind(1), self.packed, self.slopes, self.scale, 0.0)
+        if name == "eager":
+            return lambda qkv: layers.eager_attention(*qkv.unbind(1), self.packed, self.slopes, self.scale, 0.0)
+        if name == "ours, skipping off":
+            triton = sys.modules[layers.triton_attention.__module__]
+            return lambda qkv: triton.flash_attn_varlen_qkvpacked_func(
+                qkv,
+                self.packed.cu_seqlens,
+                self.packed.max_seqlen,
+                softmax_scale=self.scale,
+                alibi_slopes=self.slopes,
+                skip=False,
+                check=False,
+            )
+        if name == "Flex":
+            return self.flex()
+        backends = {
+            "SDPA flash, no bias": SDPBackend.FLASH_ATTENTION,
+            "SDPA cuDNN, no bias": SDPBackend.CUDNN_ATTENTION,
+        }
+        bias = None
+        if name == "SDPA, dense bias":
+            place = torch.arange(self.lengths[0], device=self.case.device)
+            bias = -self.slopes[:, None, None] * (place[:, None] - place).abs()
+            bias = bias.to(self.qkv.dtype)[None]
+
+        def attend(qkv):
+            rows = qkv.unflatten(0, (len(self.lengths), -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, S, D]
+            context = F.scaled_dot_product_attention(*rows, attn_mask=bias, scale=self.scale)
+            return context.transpose(1, 2).flatten(0, 1)
+
+        if name not in backends:
+            return attend
+
+        def attend_by_backend(qkv):
+            with sdpa_kernel(backends[name]):
+                return attend(qkv)
+
+        return attend_by_backend
+
+    def flex(self):
+        """FlexAttention, compiled, with ALiBi and a mask that keeps sequences apart."""
+        counts = torch.tensor(self.lengths, device=self.case.device)
+        document = torch.arange(len(counts), device=self.case.device).repeat_interleave(counts)
+        slopes = self.slopes
+
+        def alibi(score, batch, head, query, key):
+            return score - slopes[head] * (query - key).abs()
+
+        def same_document(batch, head, query, key):
+            return document[query] == document[key]
+
+        mask = create_block_mask(same_document, None, None, self.tokens, self.tokens, device=self.case.device)
+        compiled = torch.compile(flex_attention)
+
+        def attend(qkv):
+            rows = (x.transpose(0, 1)[None] for x in qkv.unbind(1))  # [1, H, T, D]
+            return compiled(*rows, score_mod=alibi, block_mask=mask, scale=self.scale)[0].transpose(0, 1)
+
+        return attend
+
+    def gate(self):
+        """Compare our result, and its gradient unless the mode is forward, with the judge's."""
+
+        def results(attend, qkv):
+            qkv = qkv.detach().requires_grad_(self.case.mode != "forward")
+            context = attend(qkv)
+            if self.case.mode == "forward":
+                return [context]
+            return [context, torch.autograd.grad(context, qkv, self.grad.to(qkv.dtype))[0]]
+
+        def judge(qkv):
+            return chunked_formula(*qkv.unbind(1), self.lengths, self.slopes, self.scale)
+
+        got, plain = results(self.attend(self.case.ours), self.qkv), results(judge, self.qkv)
+        truth = (None, None) if self.qkv.dtype == torch.float32 else results(judge, self.qkv.float())
+        names = (("context", numerics.FORWARD), ("gradient", numerics.GRADIENT))
+        for mine, theirs, exact, (what, factor) in zip(got, plain, truth, names):
+            check(mine, theirs, exact, factor, what)
+
+
+@functools.cache
+def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str):
+    """A randomly initialised model with an MLM head, without dropout.
+
+    Args:
+        kind: `ours`, `BERT` or `ModernBERT`; the latter two are those of transformers with SDPA.
+        sizes: of ours and BERT; ModernBERT has its base size unless they are `TINY`.
+        dtype: of the weights.
+        device: where they are.
+
+    Returns:
+        The model.
+    """
+    torch.manual_seed(0)
+    fields = {**vars(sizes), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if kind == "ours":
+        config = layers.BertConfig(**fields, sparse_prediction=True)
+        return layers.BertForMaskedLM(config).to(device, dtype)
+    if kind == "BERT":
+        config = transformers.BertConfig(**fields)
+        model_class = transformers.BertForMaskedLM
+    else:
+        tiny = {**vars(sizes), **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}}
+        positions = {"max_position_embeddings": sizes.max_position_embeddings}
+        config = transformers.ModernBertConfig(**(tiny if sizes == TINY else positions))
+        model_class = transformers.ModernBertForMaskedLM
+    return model_class._from_config(config, attn_implementation="sdpa").to(device, dtype)
+
+
+class Encoder:
+    """Contenders for the encoder's forward over a padded batch [B, S].
+
+    Args:
+        case: a `Case`.
+        sizes: of the models.
+    """
+
+    def __init__(self, case, sizes: Sizes):
+        self.case, self.sizes, self.dtype = case, sizes, getattr(torch, case.dtype)
+        self.tokens = sum(case.lengths)
+        self.ids, self.mask = self.batch(case.lengths)
+        self.model = build("ours", sizes, self.dtype, case.device).eval()
+
+    def batch(self, lengths):
+        """int64 [B, S] random ids and mask; rows are filled from the left, padding is 0."""
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(1, self.sizes.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
+        return (ids * mask).to(self.case.device), mask.to(self.case.device)
+
+    def published(self, dtype=None, kind=PublishedModel):
+        """The published formula, or the judge, over the weights of our model; `dtype` converts them."""
+        state = dict(self.model.named_parameters())
+        if dtype is not None and dtype != self.dtype:
+            state = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in state.items()}
+        return kind(state, layers.alibi_slopes(self.sizes.num_attention_heads))
+
+    def contender(self, name: str):
+        """The function that is timed, and the tokens that it serves."""
+        if name == "its matrix products":
+            return torch.no_grad()(self.matrix_products()), self.tokens
+        ids, mask, tokens = self.ids, self.mask, self.tokens
+        if name == "published":
+            model = self.published()
+            return torch.no_grad()(lambda: model.last_hidden_state(ids, mask)), tokens
+        if name == "ours, full rows":
+            ids, mask = self.batch((max(self.case.lengths),) * len(self.case.lengths))
+            tokens = mask.numel()
+        kind = name if name in ("BERT", "ModernBERT") else "ours"
+        encoder = build(kind, self.sizes, self.dtype, self.case.device).eval().base_model
+        if name == "ours, compiled":
+            encoder = torch.compile(encoder)
+        return torch.no_grad()(lambda: encoder(ids, attention_mask=mask).last_hidden_state), tokens
+
+    def matrix_products(self):
+        """Nothing but the products of the encoder, for sequences of equal length."""
+        count, length = self.mask.shape
+        heads = self.sizes.num_attention_heads
+        hidden = torch.randn(self.tokens, self.sizes.hidden_size, dtype=self.dtype, device=self.case.device)
+        wide = hidden.new_ones(self.tokens, self.sizes.intermediate_size)
+        query = hidden.view(count, length, heads, -1).transpose(1, 2).contiguous()  # [B, H, S, D]
+        weights = query.new_ones(count, heads, length, length)
+
+        def products():
+            for layer in self.model.bert.encoder.layer:
+                F.linear(hidden, layer.attention.self.Wqkv.weight)
+                query @ query.transpose(-1, -2)
+                weights @ query
+                F.linear(hidden, layer.attention.output.dense.weight)
+                F.linear(hidden, layer.mlp.gated_layers.weight)
+                F.linear(wide, layer.mlp.wo.weight)
+
+        return products
+
+    @torch.no_grad()
+    def gate(self):
+        """Compare our hidden states of real tokens with the judge's."""
+        short = max(self.case.lengths) <= JUDGE_ALL_LAYERS
+
+        def judge(dtype):
+            model = self.published(dtype, Judge)
+            model.num_layers = model.num_layers if short else 1
+            return model.encode(self.ids, self.mask)[0]
+
+        states = self.model.base_model(self.ids, self.mask, output_hidden_states=True).hidden_states
+        got = states[-1 if short else 1][self.mask.bool()]
+        truth = None if self.dtype == torch.float32 else judge(torch.float32)
+        check(got, judge(self.dtype), truth, numerics.MODEL, "hidden states")
+
+
+class Training(Encoder):
+    """Contenders for an MLM training step, forward and backward, over a padded batch; arguments as for `Encoder`."""
+
+    def __init__(self, case, sizes: Sizes):
+        super().__init__(case, sizes)
+        drawn = torch.rand(self.ids.shape, generator=torch.Generator().manual_seed(1)).to(case.device) < MASKED_SHARE
+        self.labels = self.ids.masked_fill(~drawn | (self.mask == 0), -100)
+
+    def contender(self, name: str):
+        model = build("ours" if name == "published" else name, self.sizes, self.dtype, self.case.device).train()
+        baseline = self.published() if name == "published" else None
+
+        def step():
+            model.zero_grad()
+            if baseline is None:
+                loss = model(self.ids, attention_mask=self.mask, labels=self.labels).loss
+            else:
+                loss, _ = baseline.masked_lm(self.ids, self.mask, self.labels)
+            loss.backward()
+
+        return step, self.tokens
+
+    def gate(self):
+        """Compare our loss and the gradient of each weight with the judge's."""
+        self.model.zero_grad()
+        self.model(self.ids, self.mask, labels=self.labels).loss.backward()
+        got = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+
+        def judge(dtype):
+            self.model.zero_grad()
+            model = self.published(dtype, Judge)
+            model.masked_lm(self.ids, self.mask, self.labels)[0].backward()
+            return {name: model.state[name.removeprefix("bert.")].grad for name in got}
+
+        plain = judge(self.dtype)
+        truth = None if self.dtype == torch.float32 else judge(torch.float32)
+        for name, gradient in got.items():
+            check(gradient, plain[name], truth and truth[name], numerics.MODEL, name)
