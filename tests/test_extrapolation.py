@@ -1,0 +1,166 @@
+"""The shipped checkpoint reads longer than it was trained: loss by length, backends against eager, and what
+`alibi_starting_size` does not do. Also scripts/evaluate_mlm.py, which measures it."""
+
+import csv
+import gzip
+import json
+import math
+
+import evaluate_mlm
+import pytest
+import torch
+from conftest import ROOT
+from numerics import SAME, assert_same
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+CORPUS = ROOT.parent / "shared/corpus/validation"
+SHIPPED = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="no checkpoint is shipped yet")
+LONG_TEXT = pytest.mark.skipif(not CORPUS.exists(), reason="the validation corpus lies beside the repository only")
+
+# Masks fall on the same share of other wordpieces at each length, so two losses on some 2,000 of them differ by chance:
+# one wordpiece's loss has a standard deviation of about 3 nats, and most of it cancels, as the text is the same.
+# Measured: 0.02 nats between lengths.
+CHANCE = 0.1
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    model = AutoModelForMaskedLM.from_pretrained(ROOT, trust_remote_code=True).float().eval()
+    return model, AutoTokenizer.from_pretrained(ROOT)
+
+
+def long_documents(tokenizer, longest, tokens):
+    texts = []
+    for name in ("sotu", "eltec_eng", "gensim_wiki"):
+        with gzip.open(CORPUS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines]
+    return evaluate_mlm.sample_documents(texts, tokenizer, longest, True, tokens)
+
+
+@SHIPPED
+@LONG_TEXT
+def test_loss_does_not_rise_with_length(shipped):
+    model, tokenizer = shipped
+    documents = long_documents(tokenizer, 1024, 8_000)
+    losses = [evaluate_mlm.measure(model, tokenizer, documents, n, 8192)["loss"] for n in (128, 1024)]
+    assert max(losses[1:]) < losses[0] + CHANCE
+
+
+@pytest.mark.gpu
+@SHIPPED
+@LONG_TEXT
+def test_loss_does_not_rise_up_to_8192_on_a_gpu(shipped):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, tokenizer = shipped
+    documents = long_documents(tokenizer, 8192, 65_536)
+    lengths = (128, 512, 2048, 8192)
+    try:
+        losses = [evaluate_mlm.measure(model.cuda(), tokenizer, documents, n, 16_384)["loss"] for n in lengths]
+    finally:
+        model.cpu()
+    assert max(losses[1:]) < losses[0] + CHANCE
+
+
+@SHIPPED
+@pytest.mark.parametrize("length", [128, 512, 1024])
+def test_sdpa_agrees_with_eager_at_each_length(shipped, length):
+    model, tokenizer = shipped
+    words = tokenizer((ROOT / "README.md").read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor([(words * 8)[:length]])
+    outputs = []
+    try:
+        for name in ("eager", "sdpa"):
+            model.set_attn_implementation(name)
+            with torch.inference_mode():
+                outputs.append(model.bert(ids).last_hidden_state)
+    finally:
+        model.set_attn_implementation("auto")
+    assert_same(outputs[1], outputs[0], SAME[torch.float32])
+
+
+@SHIPPED
+def test_alibi_starting_size_changes_no_number(shipped):
+    model, tokenizer = shipped
+    ids = torch.arange(1000, 1200)[None]
+    before = model.config.alibi_starting_size
+    outputs = []
+    try:
+        for size in (8, 200, 4096):
+            model.config.alibi_starting_size = size
+            with torch.inference_mode():
+                outputs.append(model.bert(ids).last_hidden_state)
+    finally:
+        model.config.alibi_starting_size = before
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+class Guess(torch.nn.Module):
+    """A model that gives every wordpiece the same odds, or knows the answer."""
+
+    def __init__(self, vocab, answer=None):
+        super().__init__()
+        self.vocab, self.answer, self.device = vocab, answer, torch.device("cpu")
+        self.config = type("Config", (), {"max_position_embeddings": 16})()
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, self.vocab)
+        if self.answer is not None:
+            logits[..., self.answer] = 50.0
+        return type("Output", (), {"logits": logits})()
+
+
+@pytest.fixture
+def plain_tokenizer():
+    return type("Tokenizer", (), {"cls_token_id": 1, "sep_token_id": 2, "mask_token_id": 3, "pad_token_id": 0})()
+
+
+def test_the_ruler_scores_what_is_known(plain_tokenizer):
+    documents = [[7] * 300, [7] * 41]
+    guess = evaluate_mlm.measure(Guess(50), plain_tokenizer, documents, 32, 64)
+    assert guess["loss"] == pytest.approx(math.log(50), abs=1e-4) and guess["top1"] == 0.0
+    knows = evaluate_mlm.measure(Guess(50, answer=7), plain_tokenizer, documents, 32, 64)
+    assert knows["top1"] == 1.0 and knows["loss"] == pytest.approx(0.0, abs=1e-4)
+    # 341 wordpieces of which 15% are masked, seeded; 10 + 2 windows, the last one of 11 wordpieces
+    assert knows["windows"] == 12 and knows["masked"] == guess["masked"] and 30 < knows["masked"] < 75
+
+
+def test_windows_hold_the_whole_text_between_cls_and_sep(plain_tokenizer):
+    (batch,) = evaluate_mlm.masked_batches([list(range(10, 50))], plain_tokenizer, 32, 1000)
+    whole = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    assert whole[0].tolist() == [1, *range(10, 40), 2] and whole[1].tolist() == [1, *range(40, 50), 2] + [0] * 20
+    assert batch["attention_mask"].sum(1).tolist() == [32, 12]
+
+
+@SHIPPED
+@LONG_TEXT
+def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
+    flags = [
+        "--lengths",
+        "32",
+        "64",
+        "--tokens",
+        "500",
+        "--csv",
+        str(tmp_path / "t.csv"),
+        "--png",
+        str(tmp_path / "t.png"),
+    ]
+    data = str(CORPUS / "sotu.jsonl.gz")
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate_mlm.py", "--data", data, "--name", "shipped", "--dtype", "bfloat16", *flags]
+    )
+    evaluate_mlm.main()
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert [(row["model"], row["length"]) for row in rows] == [("shipped", "32"), ("shipped", "64")]
+    assert all(2 < float(row["loss"]) < 7 and int(row["tokens_per_second"]) > 0 for row in rows)
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_too_short_documents_are_named():
+    class Words:
+        def __call__(self, text, **_):
+            return {"input_ids": text.split()}
+
+    with pytest.raises(ValueError, match="data holds no document of 1024 wordpieces"):
+        evaluate_mlm.sample_documents(["a b c"] * 3, Words(), 1024, True, 100)
