@@ -660,37 +660,45 @@ def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _launch(kernel, tune: bool, rows: int, sequences: int, heads: int, *arguments, **constants) -> None:
-    """Run an autotuned kernel on the packed grid; without `tune` with its first, smallest tiles."""
+def _launch(kernel, tune: bool, query, cu_seqlens, *arguments, **constants) -> None:
+    """Run an autotuned kernel on the packed grid; without `tune` with the first of its tile sizes."""
+    total, heads, _ = query.shape
 
     def grid(meta):
-        return (rows // meta["OWN"] + sequences, heads)
+        return (total // meta["OWN"] + cu_seqlens.shape[0] - 1, heads)
 
     if tune:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](query, *arguments, **constants)
     else:
         config = kernel.configs[0]
         warps_and_stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel.fn[grid](*arguments, **constants, **config.kwargs, **warps_and_stages)
+        kernel.fn[grid](query, *arguments, **constants, **config.kwargs, **warps_and_stages)
+
+
+def _shared_arguments(
+    query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed, scale, dropout_p, max_seqlen
+) -> tuple:
+    """The arguments that stand in the middle of all three attention kernels, in their order."""
+    key_mask = None if key_mask is None else key_mask.view(torch.uint8)
+    # Tiles are tuned once for each of four ranges of lengths, not for each length.
+    length_bucket = bisect.bisect_left((256, 1024, 4096), max_seqlen)
+    numbers = (scale, dropout_p, cu_seqlens.shape[0] - 1, query.shape[0], length_bucket)
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    return (cu_seqlens, positions, key_mask, slopes, peaks, order, seed, *numbers, *strides)
 
 
 def _constants(head_dim: int, positions, key_mask, dropout_p: float, skip: bool) -> dict:
     """What the three attention kernels are compiled for, beside their tiles."""
     return {
-        # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
-        "enable_fp_fusion": True,
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
         "HOLES": positions is not None,
         "MASKED": key_mask is not None,
         "DROPOUT": dropout_p > 0,
         "SKIP": skip,
+        # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
+        "enable_fp_fusion": True,
     }
-
-
-def _length_bucket(max_seqlen: int) -> int:
-    """Tiles are tuned once for each of four ranges of lengths, not for each length."""
-    return bisect.bisect_left((256, 1024, 4096), max_seqlen)
 
 
 def _forward(
@@ -703,55 +711,24 @@ def _forward(
     out = query.new_empty(total, heads, head_dim)
     normalizer = query.new_empty(heads, total, dtype=torch.float32)
     peaks = query.new_zeros(sequences, heads, 3, dtype=torch.float32)
-    order = torch.empty(heads, dtype=torch.int32, device=query.device)
+    order = query.new_zeros(heads, dtype=torch.int32)
     if out.numel() == 0:
-        return out, normalizer, peaks, order.zero_()
+        return out, normalizer, peaks, order
     constants = _constants(head_dim, positions, key_mask, dropout_p, skip)
     with torch.cuda.device_of(query):
         _measure_kernel[(total // MEASURE_ROWS + sequences, heads)](
-            query,
-            key,
-            cu_seqlens,
-            slopes,
-            peaks,
-            order,
-            scale,
-            sequences,
-            *query.stride()[:2],
-            *key.stride()[:2],
+            *(query, key, cu_seqlens, slopes, peaks, order, scale, sequences),
+            *(*query.stride()[:2], *key.stride()[:2]),
             ROWS=MEASURE_ROWS,
             HEADS=triton.next_power_of_2(heads),
             HEAD_DIM=head_dim,
             BLOCK_DIM=constants["BLOCK_DIM"],
         )
-        _launch(
-            _forward_kernel,
-            tune,
-            total,
-            sequences,
-            heads,
-            query,
-            key,
-            value,
-            out,
-            normalizer,
-            cu_seqlens,
-            positions,
-            None if key_mask is None else key_mask.view(torch.uint8),
-            slopes,
-            peaks,
-            order,
-            seed,
-            scale,
-            dropout_p,
-            sequences,
-            total,
-            _length_bucket(max_seqlen),
-            *query.stride()[:2],
-            *key.stride()[:2],
-            *value.stride()[:2],
-            **constants,
+        shared = _shared_arguments(
+            *(query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed),
+            *(scale, dropout_p, max_seqlen),
         )
+        _launch(_forward_kernel, tune, query, cu_seqlens, key, value, out, normalizer, *shared, **constants)
     return out, normalizer, peaks, order
 
 
@@ -794,21 +771,8 @@ def _attention(
         The context [T, H, D] in the dtype of `query`, and what backward needs: float32 [H, T] base-2 logarithms of the
         softmax's sums, float32 [N, H, 3] and int32 [H] of `_measure_kernel`.
     """
-    return _forward(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        slopes,
-        positions,
-        key_mask,
-        seed,
-        scale,
-        dropout_p,
-        max_seqlen,
-        skip,
-        tune=query.is_cuda,
-    )
+    arguments = (query, key, value, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
+    return _forward(*arguments, tune=query.is_cuda)
 
 
 @_attention.register_fake
@@ -844,34 +808,26 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, each [T, H, D] in the dtype of `query`; slopes have none."""
     query, key, value, out_gradient = (_with_rows(tensor) for tensor in (query, key, value, out_gradient))
-    total, heads, head_dim = query.shape
-    sequences = cu_seqlens.shape[0] - 1
-    query_gradient, key_gradient, value_gradient = (query.new_empty(total, heads, head_dim) for _ in range(3))
+    query_gradient, key_gradient, value_gradient = (query.new_empty(query.shape) for _ in range(3))
     if out.numel() == 0:
         return query_gradient, key_gradient, value_gradient
     delta = torch.empty_like(normalizer)
-    places = (cu_seqlens, positions, None if key_mask is None else key_mask.view(torch.uint8))
-    shared = (
-        *(normalizer, delta, *places, slopes, peaks, order, seed, scale, dropout_p, sequences, total),
-        *(_length_bucket(max_seqlen), *query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
-        *out_gradient.stride()[:2],
+    shared = _shared_arguments(
+        *(query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed),
+        *(scale, dropout_p, max_seqlen),
     )
-    constants = _constants(head_dim, positions, key_mask, dropout_p, skip)
-    packed_grid = (query.is_cuda, total, sequences, heads)
+    strides = out_gradient.stride()[:2]
+    constants = _constants(query.shape[-1], positions, key_mask, dropout_p, skip)
     with torch.cuda.device_of(query):
         # First, because it leaves `delta` for the other.
         _launch(
-            _query_gradient_kernel,
-            *packed_grid,
-            *(query, key, value, out, out_gradient, query_gradient),
-            *shared,
+            *(_query_gradient_kernel, query.is_cuda, query, cu_seqlens),
+            *(key, value, out, out_gradient, query_gradient, normalizer, delta, *shared, *strides),
             **constants,
         )
         _launch(
-            _key_value_gradient_kernel,
-            *packed_grid,
-            *(query, key, value, out_gradient, key_gradient, value_gradient),
-            *shared,
+            *(_key_value_gradient_kernel, query.is_cuda, query, cu_seqlens),
+            *(key, value, out_gradient, key_gradient, value_gradient, normalizer, delta, *shared, *strides),
             **constants,
         )
     return query_gradient, key_gradient, value_gradient

@@ -50,12 +50,9 @@ KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_ker
 # What the sweep compiles: dtype, head size, extras.
 VARIANTS = [
     (torch.bfloat16, 64, ()),
-    (torch.bfloat16, 64, ("DROPOUT",)),
-    (torch.bfloat16, 64, ("HOLES", "MASKED")),
     (torch.float16, 64, ()),
     (torch.float32, 64, ()),
-    (torch.bfloat16, 32, ()),
-    (torch.bfloat16, 80, ()),
+    (torch.bfloat16, 64, ("DROPOUT",)),
     (torch.bfloat16, 128, ()),
 ]
 
@@ -82,8 +79,36 @@ def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
     return pointers.get(name, "*" + DTYPES[dtype])
 
 
+def compile_function(function, constants: dict, target: str, dtype: torch.dtype, warps=4, stages=3) -> dict:
+    """Compile a kernel and read the compiler's report.
+
+    Args:
+        function: a triton.jit function of flash_attn_triton.py.
+        constants: its constexpr arguments and those that are None.
+        target: a key of `TARGETS`.
+        dtype: a key of `DTYPES`.
+        warps: warps of a block.
+        stages: stages of the pipeline.
+
+    Returns:
+        Registers a thread, bytes a thread spilled, bytes of shared memory a block.
+    """
+    signature = {name: argument_type(name, dtype, constants) for name in function.arg_names}
+    # torch aligns what it allocates, and strides are multiples of 16 for any head size that is one.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.endswith("stride")
+    }
+    source = ASTSource(function, signature, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    registers, spilled = usage_on_amd(compiled) if target.startswith("gfx") else usage_on_nvidia(compiled)
+    return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": compiled.metadata.shared}
+
+
 def compile_kernel(kernel, config, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> dict:
-    """Compile one kernel with one tile size and read the compiler's report.
+    """Compile one attention kernel with one tile size.
 
     Args:
         kernel: an autotuned kernel of flash_attn_triton.py.
@@ -94,9 +119,8 @@ def compile_kernel(kernel, config, target: str, dtype: torch.dtype, head_dim: in
         extras: of "DROPOUT", "HOLES", "MASKED", those that are on.
 
     Returns:
-        Registers a thread, bytes a thread spilled, bytes of shared memory a block.
+        What `compile_function` returns.
     """
-    function = kernel.fn
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
@@ -107,18 +131,7 @@ def compile_kernel(kernel, config, target: str, dtype: torch.dtype, head_dim: in
     for name, extra in (("positions", "HOLES"), ("key_mask", "MASKED"), ("seed", "DROPOUT")):
         if extra not in extras:
             constants[name] = None
-    signature = {name: argument_type(name, dtype, constants) for name in function.arg_names}
-    # torch aligns what it allocates, and strides are multiples of 16 for any head size that is one.
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith("stride")
-    }
-    source = ASTSource(function, signature, constants, aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    registers, spilled = usage_on_amd(compiled) if target.startswith("gfx") else usage_on_nvidia(compiled)
-    return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": compiled.metadata.shared}
+    return compile_function(kernel.fn, constants, target, dtype, config.num_warps, config.num_stages)
 
 
 def usage_on_nvidia(compiled) -> tuple:

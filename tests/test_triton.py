@@ -282,10 +282,10 @@ def test_offsets_beyond_two_to_the_31():
 
 @on_kernels
 def test_runs_are_bitwise_equal():
-    qkv, cu_seqlens = packed_input([70, 30], 2, 16, torch.float16)
+    qkv, cu_seqlens = packed_input([40, 30], 2, 16, torch.float16)
     runs = [
         with_gradient(
-            lambda x: leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 70, alibi_slopes=slopes_of(2)), qkv
+            lambda x: leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 40, alibi_slopes=slopes_of(2)), qkv
         )
         for _ in range(2 if INTERPRETED else 250)
     ]
@@ -343,24 +343,26 @@ def test_keys_beyond_the_radius_weigh_2_to_minus_24_and_those_at_it_more(slope, 
 
 
 @on_kernels
-@pytest.mark.parametrize(
-    "peaks, slope, skip", [([1, 1, 0], 0.5, False), ([1, 1, 0], 0.0, True), ([1, 1e39, 0], 0.5, True)]
-)
-def test_nothing_is_skipped_where_nothing_is_bounded(peaks, slope, skip):
-    assert bounds_of(peaks, slope, skip=skip)[0] == 2**29
+def test_nothing_is_skipped_where_nothing_is_bounded():
+    for key_norm, slope, skip in ((1.0, 0.5, False), (1.0, 0.0, True), (float("inf"), 0.5, True)):
+        assert bounds_of([1.0, key_norm, 0.0], slope, skip=skip)[0] == 2**29
 
 
 @on_kernels
 @pytest.mark.parametrize("own, other", [(32, 32), (64, 32), (32, 64)])
-@pytest.mark.parametrize("first, length", [(0, 1), (0, 200), (64, 65), (64, 200), (128, 500), (448, 500)])
-@pytest.mark.parametrize("slope", [3.0, 0.5])
-def test_walk_visits_exactly_the_tiles_within_the_radius(first, length, own, other, slope):
-    radius, begin, diagonal, leave, stop = bounds_of([0, 0, 0], slope, first, length, own, other)
-    end = min(first + own, length)
-    needed = {j // other for i in range(first, end) for j in range(length) if abs(i - j) <= radius}
-    assert needed == set(range(begin // other, -(-stop // other)))
-    assert begin <= diagonal <= first < end <= leave
-    assert begin % other == diagonal % other == leave % other == 0
+def test_walk_visits_exactly_the_tiles_within_the_radius(own, other):
+    radii = set()
+    for first, length in ((0, 1), (0, 200), (64, 65), (128, 500), (448, 500)):
+        for slope in (0.2, 0.3, 0.5, 0.53, 0.545, 0.56, 0.58, 1.0, 3.0, 9.0):
+            radius, begin, diagonal, leave, stop = bounds_of([0, 0, 0], slope, first, length, own, other)
+            end = min(first + own, length)
+            reached = range(max(first - radius, 0), min(end + radius, length))
+            assert {j // other for j in reached} == set(range(begin // other, -(-stop // other)))
+            assert begin <= diagonal <= first < end <= leave
+            assert begin % other == diagonal % other == leave % other == 0
+            radii.add(radius)
+    # Walks that end with a tile and walks that end one row into the next one.
+    assert {32, 33} <= radii
 
 
 def adversarial_input(length, heads, head_dim, dtype, size):
@@ -543,6 +545,8 @@ def test_tuning_tries_few_sizes_that_suit_the_dtype_and_the_card(monkeypatch):
 def test_tuned_launch_measures_once_for_each_range_of_lengths(monkeypatch):
     card_with(monkeypatch, 65_536)
     kernel = leaf._forward_kernel
+    if "num_buffers_warp_spec" in kernel.configs[0].all_kwargs():
+        pytest.skip("the interpreter of Triton 3.2 refuses what its tuner passes")
     monkeypatch.setattr(kernel, "configs", [kernel.configs[1], kernel.configs[3]])
     monkeypatch.setattr(kernel, "cache", {})
     measured = []

@@ -37,27 +37,37 @@ def report(tmp_path_factory):
     del os.environ["TRITON_CACHE_DIR"]
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
-@pytest.mark.parametrize("kernel", ["_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"])
-def test_kernels_compile_without_a_device(report, kernel, target):
-    kernel = getattr(report.kernels, kernel)
-    config = report.tiles_for(kernel, torch.bfloat16)[2]
-    usage = report.compile_kernel(kernel, config, target, torch.bfloat16, 64)
-    assert usage["registers"] > 0
-    if target == "sm_90":
-        assert usage["spilled_bytes"] == 0
-    assert 0 < usage["shared_bytes"] <= SHARED_LIMIT[target]
+FORWARD, QUERY, KEY_VALUE = "_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"
 
 
 @pytest.mark.parametrize(
-    "dtype, head_dim, extras",
-    [(torch.float32, 64, ()), (torch.float16, 80, ("DROPOUT",)), (torch.bfloat16, 16, ("HOLES", "MASKED"))],
+    "target, name, dtype, head_dim, extras",
+    [
+        ("sm_90", FORWARD, torch.bfloat16, 64, ()),
+        ("sm_90", QUERY, torch.bfloat16, 64, ()),
+        ("sm_90", KEY_VALUE, torch.bfloat16, 64, ()),
+        ("sm_80", FORWARD, torch.float16, 80, ("DROPOUT",)),
+        ("sm_80", QUERY, torch.float32, 64, ()),
+        ("sm_100", KEY_VALUE, torch.bfloat16, 64, ()),
+        ("sm_100", QUERY, torch.bfloat16, 16, ("HOLES", "MASKED")),
+        ("gfx942", FORWARD, torch.bfloat16, 64, ("HOLES", "MASKED")),
+        ("gfx942", KEY_VALUE, torch.bfloat16, 64, ("DROPOUT",)),
+    ],
 )
-def test_variants_compile(report, dtype, head_dim, extras):
-    for name in report.KERNELS:
-        kernel = getattr(report.kernels, name)
-        usage = report.compile_kernel(kernel, report.tiles_for(kernel, dtype)[0], "sm_90", dtype, head_dim, extras)
-        assert usage["shared_bytes"] <= SHARED_LIMIT["sm_90"]
+def test_attention_kernels_compile_without_a_device(report, target, name, dtype, head_dim, extras):
+    kernel = getattr(report.kernels, name)
+    config = report.tiles_for(kernel, dtype)[1]
+    usage = report.compile_kernel(kernel, config, target, dtype, head_dim, extras)
+    assert usage["registers"] > 0 and 0 < usage["shared_bytes"] <= SHARED_LIMIT[target]
+    if (target, head_dim) == ("sm_90", 64):
+        assert usage["spilled_bytes"] == 0
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_measuring_compiles_without_a_device(report, target):
+    constants = {"ROWS": report.kernels.MEASURE_ROWS, "HEADS": 16, "HEAD_DIM": 64, "BLOCK_DIM": 64}
+    usage = report.compile_function(report.kernels._measure_kernel, constants, target, torch.bfloat16)
+    assert usage["registers"] > 0 and usage["spilled_bytes"] == 0
 
 
 def table():
