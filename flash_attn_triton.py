@@ -858,6 +858,10 @@ def _attend(
     query, key, value, cu_seqlens, max_seqlen, slopes, scale, dropout_p, positions=None, key_mask=None, skip=True
 ):
     """Draw the dropout's key where there is dropout, and call the operator."""
+    # The kernels index these by place alone.
+    cu_seqlens, slopes, positions, key_mask = (
+        None if tensor is None else tensor.contiguous() for tensor in (cu_seqlens, slopes, positions, key_mask)
+    )
     seed = None
     if dropout_p > 0:
         # From torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and nothing

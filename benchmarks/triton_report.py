@@ -9,7 +9,9 @@ Tables go to benchmarks/results/.
 
 import argparse
 import csv
+import gzip
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -151,10 +153,10 @@ def usage_on_amd(compiled) -> tuple:
     return tuple(int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)
 
 
-def compile_rows(targets):
+def compile_rows(targets, variants):
     """One row of the table for each kernel, tile size, variant and target."""
     for target in targets:
-        for dtype, head_dim, extras in VARIANTS:
+        for dtype, head_dim, extras in variants:
             for name in KERNELS:
                 kernel = getattr(kernels, name)
                 for config in tiles_for(kernel, dtype):
@@ -238,8 +240,16 @@ def all_tile_rows(checkpoint, text):
     if checkpoint is not None:
         for layer, peaks in enumerate(measured_peaks(checkpoint, text)):
             bound = (peaks[:, 0] * peaks[:, 1]).sqrt()
-            what = f"{Path(checkpoint).resolve().name} layer {layer}, C {bound.min():.1f} to {bound.max():.1f}"
+            what = f"checkpoint layer {layer} (C {bound.min():.1f} to {bound.max():.1f})"
             yield from tile_rows(what, peaks, slopes_of(len(peaks)))
+
+
+def read_text(path: str) -> str:
+    """A text file, or the longest document of a .jsonl.gz file with a field "text"."""
+    if not path.endswith(".jsonl.gz"):
+        return Path(path).read_text()
+    with gzip.open(path, "rt") as file:
+        return max((json.loads(line)["text"] for line in file), key=len)
 
 
 def measured_peaks(checkpoint, text, max_length=2048):
@@ -248,7 +258,7 @@ def measured_peaks(checkpoint, text, max_length=2048):
 
     model = AutoModelForMaskedLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    inputs = tokenizer(Path(text).read_text(), truncation=True, max_length=max_length, return_tensors="pt")
+    inputs = tokenizer(read_text(text), truncation=True, max_length=max_length, return_tensors="pt")
     heads = model.config.num_attention_heads
     projections = []
     for layer in model.bert.encoder.layer:
@@ -283,15 +293,18 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     compiling = commands.add_parser("compile", help="compile every tile size for every target")
     compiling.add_argument("--target", choices=TARGETS, action="append", help="may be given again (default: all)")
+    compiling.add_argument("--plain", action="store_true", help="only head size 64 without dropout")
     tiles = commands.add_parser("tiles", help="count visited tiles under Triton's interpreter")
     tiles.add_argument("--checkpoint", help="folder of a checkpoint whose norms are measured too")
-    tiles.add_argument("--text", help="text file to measure it on")
+    tiles.add_argument("--text", help="text file, or .jsonl.gz, whose longest document it is measured on")
     arguments = parser.parse_args()
     if arguments.command == "compile":
+        targets = arguments.target or list(TARGETS)
+        variants = [variant for variant in VARIANTS if variant[1:] == (64, ()) or not arguments.plain]
         write_table(
             RESULTS / "triton_compile.csv",
-            compile_rows(arguments.target or TARGETS),
-            keep=lambda row: row["triton"] != triton.__version__ or row["target"] not in (arguments.target or TARGETS),
+            compile_rows(targets, variants),
+            keep=lambda row: row["triton"] != triton.__version__ or row["target"] not in targets,
         )
     elif (arguments.checkpoint is None) != (arguments.text is None):
         parser.error("--checkpoint and --text go together")

@@ -258,6 +258,15 @@ def test_strided_views_and_a_strided_last_axis_give_the_same_numbers():
 
 
 @on_kernels
+def test_strided_boundaries_and_slopes_are_read_by_their_strides():
+    qkv, cu_seqlens = packed_input([20, 13], 2, 16)
+    strided = torch.stack((cu_seqlens, cu_seqlens * 0 - 7), dim=1)[:, 0]
+    slopes = torch.tensor([0.5], device=DEVICE).expand(2)
+    context = leaf.flash_attn_varlen_qkvpacked_func(qkv, strided, 20, alibi_slopes=slopes)
+    assert_same(context, reference.attention(*qkv.unbind(1), [0, 20, 33], None, [0.5, 0.5]), 1e-6)
+
+
+@on_kernels
 def test_offsets_beyond_two_to_the_31():
     # Rows 2^27 elements apart: the 40th starts past 2^32. The memory between them is reserved, never touched.
     torch.use_deterministic_algorithms(False)
