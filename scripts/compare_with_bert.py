@@ -165,6 +165,15 @@ def draw(log: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def write_curves(log: list[dict], folder: Path) -> None:
+    """Write what has been logged so far as `curves.csv` and `curves.png`."""
+    with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+    draw(log, folder / "curves.png")
+
+
 def main() -> None:
     """Parse the command line, train both models for each seed, and write the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,11 +222,7 @@ def main() -> None:
                 folder = arguments.output_dir / name.replace(" ", "-")
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-    with open(arguments.output_dir / "curves.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(log)
-    draw(log, arguments.output_dir / "curves.png")
+            write_curves(log, arguments.output_dir)
 
 
 if __name__ == "__main__":

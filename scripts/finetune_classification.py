@@ -196,7 +196,7 @@ def decide(problem: str, logits: np.ndarray) -> np.ndarray:
 
 
 def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
-    """Fit TF-IDF of words and word pairs with a linear model (logistic or ridge regression).
+    """Fit TF-IDF of words with a linear model (logistic or ridge regression).
 
     Args:
         problem: what `problem_of` found.
@@ -215,7 +215,7 @@ def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
     linear = Ridge() if problem == REGRESSION else LogisticRegression(C=10, max_iter=1000)
     if problem == MULTI:
         linear = OneVsRestClassifier(linear)
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), linear)
+    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), linear)
     return model.fit(train_texts, train_labels).predict(texts)
 
 
