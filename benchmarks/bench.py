@@ -137,7 +137,7 @@ def make_rows(case, seconds: dict, tokens: dict, memory: dict, command: str) -> 
                 "repeats": len(values),
                 **{key: f"{value:.6f}" for key, value in zip(("p20", "p50", "p80"), (p20, p50, p80))},
                 **{key: f"{value:.3f}" for key, value in zip(("ratio", "ratio_p20", "ratio_p80"), (middle, low, high))},
-                "peak_memory_mib": "" if memory.get(name) is None else f"{memory[name]:.1f}",
+                "peak_memory_mib": "" if memory.get(name) is None else f"{memory[name]:.3f}",
                 "tokens_per_second": f"{tokens[name] / p50:.0f}",
                 **provenance(case.device),
                 "command": command,
@@ -264,7 +264,7 @@ def show(row: dict) -> str:
     return (
         f"{row['case']:16} {row['backend']:24} {float(row['p50']):10.4f} s  "
         f"ratio {row['ratio']:>7} ({row['ratio_p20']}–{row['ratio_p80']})  "
-        f"{row['peak_memory_mib'] or '–':>9} MiB  {row['repeats']} rounds"
+        f"{mib(row):>7} MiB  {row['repeats']} rounds"
     )
 
 

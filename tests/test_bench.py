@@ -1,0 +1,138 @@
+"""The benchmark command: it measures, it refuses wrong numbers, and the README shows what its results say."""
+
+import csv
+import subprocess
+
+import bench
+import pytest
+from cases import CASES, RAGGED
+from conftest import ROOT
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["bench.py", *map(str, arguments)])
+    bench.main()
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("command", "case", "contenders"),
+    [
+        ("attention", "C5-4096", ["ours", "one SDPA call", "eager"]),
+        ("model", "C1-2", ["ours", "published", "BERT", "ModernBERT"]),
+        ("model", "C4-ragged", ["ours", "published", "BERT"]),
+        ("train", "C8", ["ours", "published", "BERT"]),
+    ],
+)
+def test_a_case_passes_its_gate_and_leaves_a_row_for_each_contender(
+    command, case, contenders, monkeypatch, tmp_path, capsys
+):
+    out = tmp_path / "rows.csv"
+    run(monkeypatch, command, "--quick", "--case", case, "--repeats", 2, "--device", "cpu", "--out", out)
+    rows = rows_of(out)
+    assert [row["backend"] for row in rows] == contenders and list(rows[0]) == bench.COLUMNS
+    for row in rows:
+        assert row["repeats"] == "2" and row["command"].startswith("python benchmarks/bench.py")
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+        assert float(row["peak_memory_mib"]) > 0 and row["processor"] and row["commit"]
+    assert case in capsys.readouterr().out
+
+
+def test_wrong_numbers_stop_the_benchmark_before_a_row(monkeypatch, tmp_path):
+    right = bench.layers.sdpa_attention
+    monkeypatch.setattr(
+        bench.layers, "choose_attention", lambda *_: lambda q, k, v, *rest: right(q, k, v.flip(0), *rest)
+    )
+    out = tmp_path / "rows.csv"
+    with pytest.raises(SystemExit, match="C5-4096: context relative error"):
+        run(monkeypatch, "attention", "--quick", "--case", "C5-4096", "--device", "cpu", "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model", "--quick"], "--quick needs --out"),
+        (["model", "--case", "nothing", "--device", "cpu"], "no model case for cpu is named nothing"),
+        (["model", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_its_reason(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_ratios_are_those_of_one_round_and_count_real_tokens():
+    case = next(case for case in CASES if case.name == "C3")
+    seconds = {"ours": [1.0, 2.0, 4.0], "full": [4.0, 8.0, 16.0]}
+    mine, other = bench.make_rows(case, seconds, {"ours": 10, "full": 20}, {"ours": 5.0}, "command")
+    assert mine["ratio"] == "1.000" and mine["tokens_per_second"] == "5" and mine["peak_memory_mib"] == "5.000"
+    # Four times the time for twice the tokens, in every round.
+    assert (other["ratio_p20"], other["ratio"], other["ratio_p80"]) == ("2.000", "2.000", "2.000")
+    assert other["p50"] == "8.000000" and other["peak_memory_mib"] == ""
+
+
+def test_startup_asks_both_checkpoints_in_turns_and_stops_when_one_does_not_answer(monkeypatch, tmp_path):
+    asked, answers = [], "\n".join(["0.5  an answer"] * 5)
+
+    def process(command, **kwargs):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, "abc1234\n", "")
+        asked.append(command[command.index("--model") + 1])
+        return subprocess.CompletedProcess(command, 0, answers, "")
+
+    monkeypatch.setattr(bench.subprocess, "run", process)
+    out = tmp_path / "rows.csv"
+    run(monkeypatch, "startup", "--quick", "--repeats", 2, "--device", "cpu", "--out", out)
+    assert [row["backend"] for row in rows_of(out)] == ["ours", "BERT"]
+    assert len(asked) == 6 and asked == [ROOT, asked[1]] * 3
+    answers = "no answer"
+    with pytest.raises(SystemExit, match="C9: no answer"):
+        run(monkeypatch, "startup", "--quick", "--device", "cpu", "--out", out)
+
+
+def test_turns_end_at_the_limit_but_not_before_three_rounds():
+    order = []
+    samples = {name: lambda name=name: order.append(name) or 1.0 for name in "ab"}
+    assert bench.take_turns(samples, 10, limit_s=0.0) == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert order == list("ababab")
+    assert len(bench.take_turns(samples, 2, limit_s=60.0)["a"]) == 2
+
+
+def test_cases_are_what_their_names_say():
+    assert sum(RAGGED) == 1776 and max(RAGGED) == 512 and len(RAGGED) == 8
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        assert min(case.lengths) >= 1 and case.ours not in case.against
+    short = next(case for case in CASES if case.name == "C7-short").lengths
+    assert len(short) == 64 and (min(short), max(short)) == (5, 32)
+
+
+def test_readme_table_is_what_the_results_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert bench.read_rows(), "there are no results"
+    assert bench.between_markers(readme, bench.table()) == readme
+
+
+def test_a_file_without_markers_is_refused():
+    with pytest.raises(ValueError, match="must hold <!-- benchmarks:begin -->"):
+        bench.between_markers("# A title\n", "table")
+
+
+def test_the_plot_is_drawn_from_rows_and_refused_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        bench.plot(tmp_path / "cost.png")
+    for case in CASES:
+        if case.name in ("length-128", "length-256"):
+            names = (case.ours, *case.against)
+            seconds = {name: [float(max(case.lengths))] for name in names}
+            rows = bench.make_rows(case, seconds, dict.fromkeys(names, 1), dict.fromkeys(names, 1.0), "command")
+            bench.append_rows(tmp_path / "model.csv", rows)
+    bench.plot(tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
