@@ -111,13 +111,13 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
     - Traced (compile, export): one padded call with the bias written out, as no shape may depend on data.
     - Dropout, holes, or a device other than the CPU: query chunks with the bias written out. torch's CPU kernel has no
       dropout, distances with holes have no strided form, and CUDA's kernels refuse overlapping strides.
-    - Otherwise the CPU kernel with a strided bias, in every dtype: 1.6 to 4 times as fast as matmul and softmax with a
+    - Otherwise the CPU kernel with a strided bias, in every dtype: 1.4 to 4 times as fast as matmul and softmax with a
       bias from n = 222 up, and no slower below; one call for neighbours of equal length. Gathering equal lengths from
-      afar gains nothing (0.97 to 1.05), padding short texts to one call loses (0.4 to 0.95).
+      afar gains nothing (at most 1.05), padding short texts to one call loses (0.4 to 0.95).
     - There, from 1,024 tokens up, only the keys that can weigh anything: 1.25 times as fast at 1,024, 2.8 at 4,096 and
       4 at 8,192 (scores up to 5).
 
-    Source: ours; measured with one thread of an Intel Xeon with avx512_bf16 and without AMX, see benchmarks/README.md.
+    Source: ours; measured on an Intel Xeon with avx512_bf16 and without AMX, see benchmarks/README.md.
     """
     if not len(query):
         return query
@@ -310,7 +310,7 @@ class StridedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, scale, plan):
         """Tensors [T, H, D], `distance_bias`, factor of the scores, list of `HeadGroup`; returns [T, H, D]."""
-        context = torch.empty(query.shape, dtype=query.dtype)
+        context = query.new_empty(query.shape)
         sums = []
         for group in plan:
             q = group.take(query).flip(1).transpose(1, 2)  # [count, heads, n, D]
@@ -337,7 +337,7 @@ class StridedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         """Gradient [T, H, D] of the context to those of query, key and value."""
         query, key, value, bias, context, *sums = ctx.saved_tensors
-        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        gradients = [x.new_empty(x.shape) for x in (query, key, value)]
         sums = iter(sums)
         for group in ctx.plan:
             q, out, grad_out = (group.take(x).flip(1).transpose(1, 2) for x in (query, context, grad))
@@ -345,7 +345,7 @@ class StridedAttention(torch.autograd.Function):
             penalty = bias[group.heads]
             grad_q = torch.empty_like(q)
             # Windows overlap, so their sum is kept in the dtype of the bias.
-            grad_k, grad_v = (torch.zeros(x.shape, dtype=bias.dtype) for x in (k, v))
+            grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
             for start, end, low, high in group.windows():
                 rows = slice(group.length - end, group.length - start)
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
