@@ -24,6 +24,9 @@ Distances are symmetric and each key meets each distance at most twice as well, 
 gathers in backward. Where a mask has holes, distances in positions are at least distances in token numbers, and r stays
 valid when it is counted in tokens. C and low come from one pass over the queries and keys.
 
+**Tile sizes** are tuned at first use: up to six a kernel are compiled and timed for a head size and a dtype, and timed
+again in each of four ranges of lengths.
+
 Letters: B batch, S padded length, T tokens, N sequences, H heads, D head size.
 """
 
@@ -661,7 +664,7 @@ def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(kernel, tune: bool, query, cu_seqlens, *arguments, **constants) -> None:
-    """Run an autotuned kernel on the packed grid; without `tune` with the first of its tile sizes."""
+    """Run an autotuned kernel on the packed grid; without `tune`, with the first of its tile sizes."""
     total, heads, _ = query.shape
 
     def grid(meta):
