@@ -44,7 +44,6 @@ class AttentionBackend:
     Attributes:
         function: `(query, key, value, packed, alibi_slopes, scale, dropout_p) -> context` over [T, H, D]; None when
             its package is missing.
-        layout: `packed` (sequences of real tokens) or `any` (also batches that keep their padding while traced).
         dtypes: dtypes of query, key and value.
         devices: device types; empty: all.
         max_head_dim: largest D; None: no limit.
@@ -53,19 +52,16 @@ class AttentionBackend:
     """
 
     function: Optional[Callable]
-    layout: str
     dtypes: tuple
     devices: tuple = ()
     max_head_dim: Optional[int] = None
     declines: Optional[Callable] = None
     returns_weights: bool = False
 
-    def reason_against(self, query: torch.Tensor, packed: PackedBatch) -> Optional[str]:
+    def reason_against(self, query: torch.Tensor) -> Optional[str]:
         """Why this row cannot serve the call, in words, or None when it can."""
         if self.function is None:
             return "its package is not installed"
-        if self.layout == "packed" and packed.keeps_padding:
-            return "it needs packed tokens, and padding is kept while the model is compiled or exported"
         if query.dtype not in self.dtypes:
             return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {query.dtype}"
         if self.devices and query.device.type not in self.devices:
@@ -77,9 +73,9 @@ class AttentionBackend:
 
 # The one table: order is preference. Attention dropout works in every row.
 ATTENTION_BACKENDS = {
-    "triton": AttentionBackend(triton_attention, "packed", FLOATS[:3], ("cuda",), 128, triton_declines),
-    "sdpa": AttentionBackend(sdpa_attention, "any", FLOATS),
-    "eager": AttentionBackend(eager_attention, "any", FLOATS, returns_weights=True),
+    "triton": AttentionBackend(triton_attention, FLOATS[:3], ("cuda",), 128, triton_declines),
+    "sdpa": AttentionBackend(sdpa_attention, FLOATS),
+    "eager": AttentionBackend(eager_attention, FLOATS, returns_weights=True),
 }
 
 # Decoder bias of a vocabulary slot without a token: finite in every dtype, and no softmax leaves anything of it.
@@ -104,13 +100,12 @@ for _name in (AUTOMATIC, "triton"):
     AttentionInterface.register(_name, foreign_attention)
 
 
-def choose_attention(name: str, query: torch.Tensor, packed: PackedBatch, needs_weights: bool) -> Callable:
+def choose_attention(name: str, query: torch.Tensor, needs_weights: bool) -> Callable:
     """The attention function for one call.
 
     Args:
         name: a key of `ATTENTION_BACKENDS`, or `AUTOMATIC` for the first row that can serve.
         query: the tensor that the choice is made from, [T, H, D].
-        packed: the batch.
         needs_weights: whether attention weights are to be returned, which eager alone serves.
 
     Returns:
@@ -124,7 +119,7 @@ def choose_attention(name: str, query: torch.Tensor, packed: PackedBatch, needs_
     names = ATTENTION_BACKENDS if name == AUTOMATIC else (name,)
     for candidate in names:
         backend = ATTENTION_BACKENDS[candidate]
-        reason = backend.reason_against(query, packed)
+        reason = backend.reason_against(query)
         if reason is None:
             return backend.function
     raise ValueError(f"attn_implementation {candidate!r} cannot serve this call: {reason}")
@@ -247,7 +242,7 @@ class BertSelfAttention(nn.Module):
         qkv = self.Wqkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(1)  # [T, H, D] each
         dropout_p = self.dropout_rate if self.training else 0.0
-        attend = choose_attention(self.config._attn_implementation, query, packed, output_attentions)
+        attend = choose_attention(self.config._attn_implementation, query, output_attentions)
         weights = None
         if output_attentions:
             context, weights = attend(query, key, value, packed, slopes, self.scale, dropout_p, return_weights=True)
