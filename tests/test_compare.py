@@ -1,4 +1,4 @@
-"""scripts/compare_with_bert.py: both models read the same wordpieces and start from the same head; curves are written."""
+"""scripts/compare_with_bert.py: both models read the same wordpieces and start alike; curves are written."""
 
 import csv
 
