@@ -17,11 +17,6 @@ CORPUS = ROOT.parent / "shared/corpus/validation"
 SHIPPED = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="no checkpoint is shipped yet")
 LONG_TEXT = pytest.mark.skipif(not CORPUS.exists(), reason="the validation corpus lies beside the repository only")
 
-# Masks fall on the same share of other wordpieces at each length, so two losses on some 2,000 of them differ by chance:
-# one wordpiece's loss has a standard deviation of about 3 nats, and most of it cancels, as the text is the same.
-# Measured: 0.02 nats between lengths.
-CHANCE = 0.1
-
 
 @pytest.fixture(scope="module")
 def shipped():
@@ -43,7 +38,8 @@ def test_loss_does_not_rise_with_length(shipped):
     model, tokenizer = shipped
     documents = long_documents(tokenizer, 1024, 8_000)
     losses = [evaluate_mlm.measure(model, tokenizer, documents, n, 8192)["loss"] for n in (128, 1024)]
-    assert max(losses[1:]) < losses[0] + CHANCE
+    # The same wordpieces are masked at each length. Measured: 4.877 nats at 128, 4.832 at 1,024.
+    assert losses[1] <= losses[0]
 
 
 @pytest.mark.gpu
@@ -59,7 +55,7 @@ def test_loss_does_not_rise_up_to_8192_on_a_gpu(shipped):
         losses = [evaluate_mlm.measure(model.cuda(), tokenizer, documents, n, 16_384)["loss"] for n in lengths]
     finally:
         model.cpu()
-    assert max(losses[1:]) < losses[0] + CHANCE
+    assert max(losses[1:]) <= losses[0]
 
 
 @SHIPPED
