@@ -267,7 +267,7 @@ def test_loss_falls(corpus, tokenizer, tmp_path):
     flags = {"bf16": False, "max_steps": 30, "learning_rate": 1e-2, "save_steps": 100}
     run(command_line(corpus, tokenizer, tmp_path, **flags))
     curve = losses(tmp_path)
-    # 64 slots of which 45 are alive: 3.81 nats for a guess, and 3.69 at best, as words are drawn from 40 with equal odds.
+    # Of 64 slots 45 are alive: 3.81 nats for a guess; 3.69 at best, as words are drawn from 40 with equal odds.
     assert curve[1] > 3.79 and sum(curve[step] for step in range(26, 31)) / 5 < 3.72
 
 
