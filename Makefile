@@ -10,6 +10,7 @@ TEXT ?= I [MASK] to the store yesterday.
 
 .PHONY: demo test matrix gpu lint clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv-%/ready
 
 demo: .venv/demo  ## fill a mask with the shipped checkpoint
 	.venv/bin/python scripts/fill_mask.py "$(TEXT)"
