@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
 )
 
 from mosaicbert import bert_layers
@@ -328,3 +331,22 @@ def test_pip_install_gives_the_files_as_an_importable_package(tmp_path, reposito
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == "mosaicbert.bert_layers"
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_fill_mask_pipeline_answers(tmp_path, by_name):
+    folder = write_repository(
+        tmp_path / "repo",
+        model=tiny_model(vocab_size=30528, num_hidden_layers=1),
+        config=published_config(vocab_size=30528, num_hidden_layers=1),
+    )
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(ROOT / name, folder)
+    if by_name:
+        fill = pipeline("fill-mask", str(folder), **REMOTE, device="cpu")
+    else:
+        model = AutoModelForMaskedLM.from_pretrained(folder, **REMOTE)
+        fill = pipeline("fill-mask", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+    assert is_ours(fill.model)
+    answers = fill("I [MASK] to the store yesterday.", top_k=3)
+    assert len(answers) == 3 and all(0 < answer["score"] < 1 for answer in answers)
