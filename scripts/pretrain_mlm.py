@@ -99,6 +99,10 @@ class DataArguments:
         },
     )
     mask_probability: float = field(default=0.3, metadata={"help": "Share of the wordpieces predicted in training."})
+    mask_token_share: float = field(
+        default=0.8,
+        metadata={"help": "Share of these that becomes [MASK]; half of the others a random wordpiece, half stay."},
+    )
     eval_mask_probability: float = field(default=0.15, metadata={"help": "The same in evaluation."})
     eval_tokens: int = field(default=262_144, metadata={"help": "Wordpieces to evaluate on at each length, at most."})
     cache_dir: Optional[str] = field(default=None, metadata={"help": "Where `datasets` keeps tokenised text."})
@@ -297,17 +301,23 @@ def load_sequences(
 
 
 def mask_row(
-    sequences: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, probability: float, generator: np.random.Generator
+    sequences: list[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    probability: float,
+    generator: np.random.Generator,
+    mask_token_share: float = 0.8,
 ) -> dict[str, np.ndarray]:
     """Concatenate sequences to one row and choose what is to be predicted, as BERT does.
 
-    Of the chosen wordpieces 80% become [MASK], 10% a random wordpiece, and 10% stay. Special tokens are not chosen.
+    Of the chosen wordpieces `mask_token_share` become [MASK]; of the others half become a random wordpiece, and half
+    stay. Special tokens are not chosen.
 
     Args:
         sequences: integer arrays; they are put in the order of their lengths.
         tokenizer: says what [MASK] and the special tokens are.
         probability: share of the wordpieces that is chosen.
         generator: source of the draws.
+        mask_token_share: share of the chosen wordpieces that becomes [MASK], in [0, 1].
 
     Returns:
         `input_ids` and `labels`, int64 [T], labels -100 where nothing is predicted, and `lengths`, int64 [N].
@@ -319,8 +329,8 @@ def mask_row(
     chosen = (generator.random(len(input_ids)) < probability) & ~np.isin(input_ids, tokenizer.all_special_ids)
     labels = np.where(chosen, input_ids, IGNORED)
     fate = generator.random(len(input_ids))
-    input_ids[chosen & (fate < 0.8)] = tokenizer.mask_token_id
-    swapped = chosen & (fate >= 0.8) & (fate < 0.9)
+    input_ids[chosen & (fate < mask_token_share)] = tokenizer.mask_token_id
+    swapped = chosen & (fate >= mask_token_share) & (fate < (1 + mask_token_share) / 2)
     input_ids[swapped] = generator.integers(len(tokenizer), size=int(swapped.sum()))
     return {"input_ids": input_ids, "labels": labels, "lengths": np.array([len(s) for s in sequences])}
 
@@ -351,7 +361,7 @@ class PackedRows(torch.utils.data.Dataset):
         sequences: what `load_sequences` returns for a `datasets.Dataset`.
         tokenizer: as `mask_row` takes it.
         tokens_per_row: wordpieces of a row, at most.
-        mask_probability: as `mask_row` takes it.
+        mask_probability, mask_token_share: as `mask_row` takes them.
         seed: of the order and the masks.
 
     Attributes:
@@ -362,7 +372,15 @@ class PackedRows(torch.utils.data.Dataset):
         ValueError: there is no sequence, or one is longer than a row.
     """
 
-    def __init__(self, sequences, tokenizer, tokens_per_row: int, mask_probability: float, seed: int):
+    def __init__(
+        self,
+        sequences,
+        tokenizer,
+        tokens_per_row: int,
+        mask_probability: float,
+        seed: int,
+        mask_token_share: float = 0.8,
+    ):
         self.sequences = sequences.with_format("numpy")
         lengths = self.sequences[:]["length"] if len(sequences) else np.zeros(0)
         if not len(lengths):
@@ -380,7 +398,8 @@ class PackedRows(torch.utils.data.Dataset):
             filled += length
         self.bounds = [*starts, len(lengths)]
         self.rows_per_pass = self.num_rows = len(starts)
-        self.tokenizer, self.mask_probability, self.seed = tokenizer, mask_probability, seed
+        self.tokenizer, self.seed = tokenizer, seed
+        self.mask_probability, self.mask_token_share = mask_probability, mask_token_share
         self._pass = None
 
     def __len__(self):
@@ -394,7 +413,11 @@ class PackedRows(torch.utils.data.Dataset):
         row = self._pass_order[place]
         sequences = self.sequences[self.order[self.bounds[row] : self.bounds[row + 1]]]["input_ids"]
         return mask_row(
-            list(sequences), self.tokenizer, self.mask_probability, np.random.default_rng((self.seed, index))
+            list(sequences),
+            self.tokenizer,
+            self.mask_probability,
+            np.random.default_rng((self.seed, index)),
+            self.mask_token_share,
         )
 
 
@@ -403,13 +426,21 @@ class StreamedRows(torch.utils.data.IterableDataset):
 
     Args:
         sequences: what `load_sequences` returns for a `datasets.IterableDataset`.
-        tokenizer, tokens_per_row, mask_probability, seed: as `PackedRows` takes them.
+        tokenizer, tokens_per_row, mask_probability, seed, mask_token_share: as `PackedRows` takes them.
     """
 
-    def __init__(self, sequences, tokenizer, tokens_per_row: int, mask_probability: float, seed: int):
+    def __init__(
+        self,
+        sequences,
+        tokenizer,
+        tokens_per_row: int,
+        mask_probability: float,
+        seed: int,
+        mask_token_share: float = 0.8,
+    ):
         self.sequences = sequences.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).with_format("numpy")
         self.tokenizer, self.tokens_per_row = tokenizer, tokens_per_row
-        self.mask_probability, self.seed = mask_probability, seed
+        self.mask_probability, self.mask_token_share, self.seed = mask_probability, mask_token_share, seed
 
     def __iter__(self):
         index, row, filled = 0, [], 0
@@ -419,7 +450,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 ids = sequence["input_ids"]
                 if row and filled + len(ids) > self.tokens_per_row:
                     generator = np.random.default_rng((self.seed, index))
-                    yield mask_row(row, self.tokenizer, self.mask_probability, generator)
+                    yield mask_row(row, self.tokenizer, self.mask_probability, generator, self.mask_token_share)
                     index, row, filled = index + 1, [], 0
                 row.append(ids)
                 filled += len(ids)
@@ -622,7 +653,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, arguments: Pretr
             texts = load_texts(sources, data.text_field, data.streaming, data.cache_dir)
             sequences = load_sequences(texts, tokenizer, lengths, shares, arguments.seed, data.num_proc)
         kind = PackedRows if isinstance(sequences, datasets.Dataset) else StreamedRows
-        return kind(sequences, tokenizer, data.tokens_per_row, probability, arguments.seed)
+        return kind(sequences, tokenizer, data.tokens_per_row, probability, arguments.seed, data.mask_token_share)
 
     train_rows = rows(data.train_data, data.max_length, shares, data.mask_probability)
     eval_rows = {}

@@ -117,6 +117,9 @@ def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
     assert abs(masked.mean() - (0.8 + 0.1 / 45)) < 0.02  # five standard deviations of 15,000 draws; 45 words to draw
     assert abs(kept.mean() - (0.1 + 0.1 / 45)) < 0.015
 
+    row = pretrain_mlm.mask_row([first], tokenizer, 0.3, np.random.default_rng(1), mask_token_share=1.0)
+    assert (row["input_ids"][row["labels"] != -100] == tokenizer.mask_token_id).all()
+
 
 def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
     sequences = sequences_of(corpus, tokenizer)
