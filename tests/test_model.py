@@ -12,6 +12,7 @@ from mosaicbert.bert_layers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    choose_attention,
 )
 
 SAME = numerics.SAME[torch.float32]
@@ -334,6 +335,20 @@ def test_users_20_silenced_slots_are_never_predicted():
     assert (model(ids, mask).logits.argmax(-1) < 90).all()
     with pytest.raises(ValueError, match=r"num_tokens must lie in \[1, 101\].*got 102"):
         model.silence_dead_slots(102)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_users_6_the_tensor_and_not_an_import_chooses_the_backend(dtype):
+    """Triton is importable here, and may find a GPU; tensors on the CPU are served without it all the same."""
+    pytest.importorskip("triton", reason="without Triton the reason is another one: tests/test_loading.py")
+    query = torch.randn(3, 2, 16, dtype=dtype)
+    chosen = choose_attention("auto", query, needs_weights=False)
+    assert chosen is ATTENTION_BACKENDS["sdpa"].function
+    ids, mask = ragged_batch([9, 4])
+    model = tiny_model().to(dtype)
+    assert model.config._attn_implementation == "auto"
+    model(ids, mask, labels=random_labels(ids)).loss.backward()
+    assert torch.isfinite(model.bert.encoder.layer[0].attention.self.Wqkv.weight.grad).all()
 
 
 def test_users_8_tie_holds_by_identity_after_resize():
