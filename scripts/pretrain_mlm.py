@@ -689,6 +689,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, arguments: Pretr
             f"wordpieces; one device can do {peak_flops / 1e12:.2f} TFLOP/s",
             flush=True,
         )
+    # Else accelerate reads a stream in one process and hands out slices of each tensor, boundaries included.
+    arguments.accelerator_config.dispatch_batches = False
     sparse_prediction, model.config.sparse_prediction = model.config.sparse_prediction, True
     trainer = PretrainingTrainer(
         peak_flops=peak_flops,

@@ -274,8 +274,9 @@ def test_loss_falls(corpus, tokenizer, tmp_path):
     assert curve[1] > 3.79 and sum(curve[step] for step in range(26, 31)) / 5 < 3.72
 
 
-def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path):
-    run(command_line(corpus, tokenizer, tmp_path / "whole"))
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path, streaming):
+    run(command_line(corpus, tokenizer, tmp_path / "whole", streaming=streaming))
     killer = (
         "import os, signal, pretrain_mlm\n"
         "log = pretrain_mlm.PretrainingTrainer.log\n"
@@ -286,7 +287,7 @@ def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path
         "pretrain_mlm.PretrainingTrainer.log = log_or_die\n"
         "pretrain_mlm.main()\n"
     )
-    flags = command_line(corpus, tokenizer, tmp_path / "killed")
+    flags = command_line(corpus, tokenizer, tmp_path / "killed", streaming=streaming)
     died = subprocess.run(
         [sys.executable, "-c", killer, *flags], cwd=ROOT / "scripts", capture_output=True, timeout=120
     )
@@ -297,8 +298,9 @@ def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
 
 
-def test_two_processes_train_like_one(corpus, tokenizer, tmp_path):
-    plain = {"bf16": False, "max_steps": 4, "save_steps": 100}
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_two_processes_train_like_one(corpus, tokenizer, tmp_path, streaming):
+    plain = {"bf16": False, "max_steps": 4, "save_steps": 100, "streaming": streaming}
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
