@@ -59,7 +59,7 @@ def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, t
 
 
 def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tokens: int) -> Iterator[dict]:
-    """Cut documents into windows and mask them.
+    """Cut documents into windows and mask them, the same wordpieces at every length.
 
     Args:
         documents: what `sample_documents` returns.
@@ -71,17 +71,19 @@ def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tok
         `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 where nothing is masked.
     """
     body = length - 2
-    windows = [ids[i : i + body] for ids in documents for i in range(0, len(ids), body)]
-    windows = [window for window in windows if len(window) >= SHORTEST_WINDOW]
     generator = torch.Generator().manual_seed(13)
+    windows = []
+    for ids in documents:
+        chosen = torch.rand(len(ids), generator=generator) < MASKED_SHARE
+        windows += zip(torch.tensor(ids).split(body), chosen.split(body))
+    windows = [(ids, chosen) for ids, chosen in windows if len(ids) >= SHORTEST_WINDOW]
     size = max(1, batch_tokens // length)
     for start in range(0, len(windows), size):
         chunk = windows[start : start + size]
-        rows = [torch.tensor([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]) for ids in chunk]
+        rows = [torch.tensor([tokenizer.cls_token_id, *ids.tolist(), tokenizer.sep_token_id]) for ids, _ in chunk]
+        choices = [torch.tensor([False, *chosen.tolist(), False]) for _, chosen in chunk]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        chosen = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, ids in enumerate(chunk):
-            chosen[row, 1 : len(ids) + 1] = torch.rand(len(ids), generator=generator) < MASKED_SHARE
+        chosen = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         yield {
             "input_ids": input_ids.masked_fill(chosen, tokenizer.mask_token_id),

@@ -128,6 +128,16 @@ def test_windows_hold_the_whole_text_between_cls_and_sep(plain_tokenizer):
     assert batch["attention_mask"].sum(1).tolist() == [32, 12]
 
 
+def test_the_same_wordpieces_are_masked_at_every_length(plain_tokenizer):
+    documents = [list(range(10, 410)), list(range(500, 572))]
+    masked = []
+    for length in (10, 32, 65):
+        batches = evaluate_mlm.masked_batches(documents, plain_tokenizer, length, 64)
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        masked.append({label for label in labels.tolist() if label != -100})
+    assert masked[0] == masked[1] == masked[2] and len(masked[0]) > 30
+
+
 @SHIPPED
 @LONG_TEXT
 def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
