@@ -12,6 +12,7 @@ the same text. A model with learned positions is not asked for more than it has.
 import argparse
 import contextlib
 import csv
+import itertools
 import math
 import os
 import time
@@ -121,6 +122,37 @@ def longest_input(config) -> float:
     return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
 
 
+@contextlib.contextmanager
+def scaled_slopes(model, scale: float) -> Iterator[None]:
+    """Multiply the ALiBi slopes of a MosaicBERT while the block runs; other models must not be scaled.
+
+    Below 1 every head looks farther, as has been proposed for reading beyond the trained length.
+
+    Args:
+        model: a model with a head; its layers are handed their slopes as the third argument.
+        scale: positive.
+
+    Raises:
+        ValueError: the model has no ALiBi.
+    """
+    if scale == 1:
+        yield
+        return
+    if not hasattr(model.config, "alibi_starting_size"):
+        raise ValueError("slope_scales must be 1 for a model without ALiBi")
+
+    def hand_over(layer, arguments):
+        hidden, packed, slopes, *others = arguments
+        return (hidden, packed, slopes * scale, *others)
+
+    hooks = [layer.register_forward_pre_hook(hand_over) for layer in model.bert.encoder.layer]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tokens: int) -> dict:
     """Score a model on windows of one length.
@@ -214,6 +246,9 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=8192, help="wordpieces of a batch, about")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--slope_scales", nargs="+", type=float, default=[1.0], help="measure with the ALiBi slopes times each of these"
+    )
     parser.add_argument("--csv", help="write the table here")
     parser.add_argument("--png", help="draw the table here")
     arguments = parser.parse_args()
@@ -230,10 +265,11 @@ def main() -> None:
         documents = sample_documents(
             texts, tokenizer, max(arguments.lengths), len(arguments.lengths) > 1, arguments.tokens
         )
-        for length in arguments.lengths:
+        for scale, length in itertools.product(arguments.slope_scales, arguments.lengths):
             if length <= longest_input(model.config):
-                row = measure(model, tokenizer, documents, length, arguments.batch_tokens)
-                rows.append({"model": name, "length": length, **row})
+                with scaled_slopes(model, scale):
+                    row = measure(model, tokenizer, documents, length, arguments.batch_tokens)
+                rows.append({"model": name if scale == 1 else f"{name}; slopes x {scale:g}", "length": length, **row})
                 print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
     if arguments.csv:
         write_table(rows, arguments.csv)

@@ -10,8 +10,12 @@ import evaluate_mlm
 import pytest
 import torch
 from conftest import ROOT
+from models import ragged_batch, tiny_model
 from numerics import SAME, assert_same
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mosaicbert import bert_layers
+from mosaicbert.bert_attention import alibi_slopes
 
 CORPUS = ROOT.parent / "shared/corpus/validation"
 SHIPPED = pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="no checkpoint is shipped yet")
@@ -136,6 +140,20 @@ def test_the_same_wordpieces_are_masked_at_every_length(plain_tokenizer):
         labels = torch.cat([batch["labels"].flatten() for batch in batches])
         masked.append({label for label in labels.tolist() if label != -100})
     assert masked[0] == masked[1] == masked[2] and len(masked[0]) > 30
+
+
+def test_slopes_are_scaled_while_asked_for():
+    model = tiny_model(num_attention_heads=2)
+    ids, mask = ragged_batch([40])
+    with evaluate_mlm.scaled_slopes(model, 0.5):
+        scaled = model(ids, mask).logits
+    plain = model(ids, mask).logits
+    assert (scaled - plain).abs().max() > 1e-4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bert_layers, "alibi_slopes", lambda heads: [slope / 2 for slope in alibi_slopes(heads)])
+        assert_same(model(ids, mask).logits, scaled, 1e-6)
+    with pytest.raises(ValueError, match="slope_scales must be 1"), evaluate_mlm.scaled_slopes(Guess(50), 0.5):
+        pass
 
 
 @SHIPPED
