@@ -196,7 +196,7 @@ def strided_attention(query, key, value, lengths, slopes, scale):
     reach = [math.inf] * len(slopes)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if longest >= CUT_FROM or trained and bias.min() < math.log(torch.finfo(bias.dtype).tiny):
-        reach = head_reach(query.detach(), key.detach(), slopes, scale)
+        reach = head_reach(query.detach(), key.detach(), slopes, scale, lengths)
         bias.masked_fill_(torch.arange(1 - longest, longest).abs() > torch.tensor(reach)[:, None], NOTHING)
     return StridedAttention.apply(query, key, value, bias, scale, plan_calls(lengths, reach))
 
@@ -259,23 +259,25 @@ def plan_calls(lengths, reach):
     return [group for group in plan if group.length]
 
 
-def head_reach(query, key, slopes, scale):
+def head_reach(query, key, slopes, scale, lengths):
     """Distance r beyond which keys weigh nothing, for each head.
 
-    No score of query i is larger than C_i = |scale| |q_i| max |k|. Two bounds hold for the weight of all keys beyond
-    distance r, as a share of the query's row, and for what a key gathers from all queries beyond r; the smaller counts:
+    No score of query i is larger than C_i = |scale| |q_i| max |k|, and each distance occurs at most twice, so all keys
+    beyond distance r together weigh less than exp(C_i - slope r) 2 / (1 - exp(-slope)). As a share of the query's row,
+    they weigh less than the smallest of three bounds, and so does what a key gathers from all queries beyond r:
 
-    - exp(C_i - scale q_i k_i - slope r) 2 / (1 - exp(-slope)), as a row weighs at least what the own key does, which
-      is at distance 0, and each distance occurs at most twice.
-    - 2 exp(2 C_i - slope r), as no score is below -C_i, and the keys beyond r are the share exp(-slope r) of those on
-      their side of the query. (The 2 is for a key, which gathers from two sides.)
+    - The row weighs at least what the own key does, at distance 0: exp(scale q_i k_i).
+    - It weighs at least what the neighbours do, see `neighbours_weigh`; in sequences from `BAND_FROM` up.
+    - No score is below -C_i, and the keys beyond r are the share exp(-slope r) of those on their side of the query, so
+      they weigh less than 2 exp(2 C_i - slope r) of the row. (The 2 is for a key, which gathers from two sides.)
 
     Where it is 2^-24, half a rounding of float32, keys are left out. (2^-53 for float64.)
 
     Args:
-        query, key: floating [T, H, D], of one sequence or of several.
+        query, key: floating [T, H, D].
         slopes: float32 or float64 [H].
         scale: factor of the scores.
+        lengths: tokens of each sequence, T together.
 
     Returns:
         H numbers, whole or infinite; infinite where the scores are not finite.
@@ -283,12 +285,45 @@ def head_reach(query, key, slopes, scale):
     Source: ours.
     """
     query, key = (x.to(slopes.dtype) for x in (query, key))
-    bound = abs(scale) * query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [n, H]
-    own = scale * (query * key).sum(dim=-1)
-    spread = torch.minimum(bound - own + torch.log(2 / -torch.expm1(-slopes)), 2 * bound + math.log(2)).amax(dim=0)
+    query = query * scale
+    bound = query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [T, H]
+    least = (query * key).sum(dim=-1)
+    for q, k, own in zip(*(x.split(lengths) for x in (query, key, least))):
+        if len(q) >= BAND_FROM:
+            torch.maximum(own, neighbours_weigh(q, k, slopes), out=own)
+    tail = torch.log(2 / -torch.expm1(-slopes))
+    spread = torch.minimum(bound - least + tail, 2 * bound + math.log(2)).amax(dim=0)
     bits = 53 if slopes.dtype == torch.float64 else 24
     reach = (spread + bits * math.log(2)) / slopes
     return [math.ceil(far) if far < math.inf else math.inf for far in reach.tolist()]
+
+
+def neighbours_weigh(query, key, slopes):
+    """Logarithm of what the b keys in a query's block weigh at least, b about 2 / slope.
+
+    Their mean distance is at most (b - 1) / 2, and by Jensen's inequality their weights add up to at least b times the
+    exponential of their mean score: exp(q_i mean(k_j) - slope (b - 1) / 2) b.
+
+    Args:
+        query: floating [n, H, D] of one sequence, times the scale.
+        key: floating [n, H, D].
+        slopes: like `query`, [H].
+
+    Returns:
+        [n, H].
+
+    Source: ours.
+    """
+    length, weights = len(query), []
+    for q, k, slope in zip(query.unbind(1), key.unbind(1), slopes.tolist()):
+        size = min(length, max(1, 2 ** round(math.log2(2 / slope))))
+        whole = length // size * size
+        means = k[:whole].unflatten(0, (-1, size)).mean(dim=1)  # [n / b, D]
+        scores = torch.einsum("mbd,md->mb", q[:whole].unflatten(0, (-1, size)), means).flatten()
+        # Those after the last whole block look at the last b keys.
+        scores = torch.cat((scores, q[whole:] @ k[length - size :].mean(dim=0)))
+        weights.append(scores + math.log(size) - slope * (size - 1) / 2)
+    return torch.stack(weights, dim=1)
 
 
 def split_by_reach(group, reach):

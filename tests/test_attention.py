@@ -125,7 +125,9 @@ def test_keys_that_weigh_nothing_are_cut_off_exactly(monkeypatch, norm):
     """Below the length where bands begin, with and without a backward pass, in one block of keys and in several."""
     packed = batch([130, 700])
     inputs = tensors(packed, heads=2, size=8, norm=norm)
-    assert head_reach(*inputs[:2], torch.tensor(alibi_slopes(2)), 8**-0.5)[0] < 700, "nothing is cut off here"
+    assert head_reach(*inputs[:2], torch.tensor(alibi_slopes(2)), 8**-0.5, packed.lengths)[0] < 700, (
+        "nothing is cut off here"
+    )
     assert_as_good_as_plain(sdpa_attention, packed, inputs)
     cut = sdpa_attention(*inputs[:3], packed, torch.tensor([0.7, 0.25]), 0.25, 0.0)
     monkeypatch.setattr(bert_attention, "CUT_FROM", 10_000)
@@ -138,7 +140,7 @@ def test_a_band_is_exact_at_any_norm(band_for_all, norm):
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=8, norm=norm)
     if norm == 0.05:  # the steep heads must really leave keys out, or this test shows nothing
-        reach = head_reach(*inputs[:2], torch.tensor(alibi_slopes(8)), 0.25)
+        reach = head_reach(*inputs[:2], torch.tensor(alibi_slopes(8)), 0.25, packed.lengths)
         lists = bert_attention.plan_calls(packed.lengths, reach)
         assert any(group.reach < group.length for group in lists)
         assert sum(len(group.heads) * group.count for group in lists) == 3 * 8
@@ -156,32 +158,38 @@ def test_a_band_is_exact_when_the_farthest_key_is_the_most_alike(band_for_all):
     assert_as_good_as_plain(sdpa_attention, packed, (query, key, value, grad))
 
 
+@pytest.mark.parametrize("near", [-1.0, 0.0, 0.5], ids=lambda near: f"near scores {near:+.1f} C")
 @pytest.mark.parametrize("own", [-1.0, 0.0, 1.0], ids=lambda own: f"own score {own:+.0f} C")
 @pytest.mark.parametrize("norm", [0.0, 1.0, 3.0], ids=lambda norm: f"norm {norm}")
 @pytest.mark.parametrize("slope", [2**-0.5, 0.25, 2**-8], ids=lambda slope: f"slope {slope}")
-def test_a_band_drops_less_than_one_rounding_of_a_row(slope, norm, own):
-    """The bound itself, in float64 and at the worst case: all keys within the reach score -C, all beyond score C, the
-    row has one side, and what is dropped comes from two, as it does for a key in backward."""
-    bound = norm**2
-    length = 50_000
+def test_a_band_drops_less_than_one_rounding_of_a_row(slope, norm, own, near):
+    """The bound itself, in float64 and at the worst case: the query comes first, so that its row has one side; the keys
+    beyond its reach score C, and what is dropped comes from two sides, as it does for a key in backward."""
+    length, bound = 50_000, norm**2
     query, key = torch.zeros(2, length, 1, 2)
-    query[..., 0] = norm
-    key[..., 0], key[..., 1] = own * norm, math.sqrt(1 - own**2) * norm
-    (reach,) = head_reach(query, key, torch.tensor([slope]), 1.0)
+    query[0, 0, 0] = norm
+    scores = torch.full((length,), near)
+    scores[0], scores[length // 2 :] = own, 1.0
+    key[:, 0, 0], key[:, 0, 1] = scores * norm, (1 - scores**2).sqrt() * norm
+    (reach,) = head_reach(query, key, torch.tensor([slope]), 1.0, [length])
     assert reach < length // 2
     distance = torch.arange(1, length, dtype=torch.float64)
-    weights = torch.exp(torch.where(distance > reach, bound, -bound) - slope * distance)
+    weights = torch.exp(torch.where(distance > reach, bound, near * bound) - slope * distance)
     row = math.exp(own * bound) + weights[distance <= reach].sum()
     assert 2 * weights[distance > reach].sum() < 2**-24 * row
-    # Not farther than the simple bound, which knows neither the own score nor that near keys weigh something as well.
-    assert reach <= math.ceil((2 * bound + 24 * math.log(2) + math.log(2 / -math.expm1(-slope))) / slope) + 1
+    # Not farther than each of the bounds by itself; a block of 2 / slope keys costs one nat and the own key.
+    tail = math.log(2 / -math.expm1(-slope))
+    spreads = [bound - own * bound + tail, 2 * bound + math.log(2)]
+    if slope < 0.1:
+        spreads.append(bound - near * bound + 1.1)
+    assert reach <= math.ceil((min(spreads) + 24 * math.log(2)) / slope) + 1
 
 
 def test_scores_that_are_not_finite_look_everywhere():
     for bad in (float("nan"), float("inf")):
         query = torch.ones(9, 2, 4)
         query[3, 1, 2] = bad
-        assert head_reach(query, torch.ones_like(query), torch.tensor([0.5, 0.5]), 1.0)[1] == math.inf
+        assert head_reach(query, torch.ones_like(query), torch.tensor([0.5, 0.5]), 1.0, [9])[1] == math.inf
 
 
 def test_head_groups_cover_every_head_once_and_windows_every_query_once():
