@@ -76,6 +76,17 @@ CPU_CASES = (
     Case("C4-ragged", "model", "as C1-2, bfloat16", RAGGED, {"published": 1.0, "BERT": 2.3}, dtype="bfloat16"),
     Case("C4-long", "model", "as C3, bfloat16", LONG, {"published": 1.0, "BERT": 1.1}, dtype="bfloat16"),
     Case("C4-full", "model", "as C7-full, bfloat16", EIGHT, {"published": 1.0, "BERT": 0.85}, dtype="bfloat16"),
+    *(
+        Case(
+            f"C4-{length}",
+            "model",
+            f"encoder, one text of {length:,}, bfloat16",
+            (length,),
+            {"published": 1.0},
+            dtype="bfloat16",
+        )
+        for length in (16, 64, 256, 512, 1024, 4096)
+    ),
     Case("C5-4096", "attention", "attention, 4,096 tokens", (4096,), {"one SDPA call": 2.0, "eager": None}),
     Case("C5-8192", "attention", "attention, 8,192 tokens", (8192,), {"one SDPA call": 3.2}),
     Case("C6", "attention", "attention, 16,384 tokens", (16_384,), {"one SDPA call": None}),
