@@ -235,13 +235,40 @@ class HeadGroup(NamedTuple):
         return tensor[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
 
     def windows(self):
-        """Query chunks and the keys that they look at: (first query, last + 1, first key, last + 1), from 0 to n."""
+        """Query chunks and the keys that they look at, from 0 to n.
+
+        Yields:
+            First query, last + 1, first key, last + 1, and how many windows of that shape follow one another, each a
+            chunk after the one before. Those share a call, as the bias depends on distances alone.
+        """
         chunk = WIDE_CHUNK if self.reach >= WIDE_CHUNK else BAND_CHUNK
         if self.reach >= self.length:
             chunk = self.length
-        for start in range(0, self.length, chunk):
+        start = 0
+        while start < self.length:
             end = min(start + chunk, self.length)
-            yield start, end, max(0, start - self.reach), min(self.length, end + self.reach)
+            low, high = max(0, start - self.reach), min(self.length, end + self.reach)
+            is_whole = high - low == chunk + 2 * self.reach
+            # Wide windows are few, and the gradients of their keys would need several times the memory of the keys.
+            repeats = 1 + (self.length - high) // chunk if is_whole and self.reach < WIDE_CHUNK else 1
+            yield start, end, low, high, repeats
+            start += repeats * chunk
+
+
+def spans(rows, start, end, step, repeats):
+    """The tokens from `start` to `end`, and the same `step` to `(repeats - 1) * step` tokens further on.
+
+    Args:
+        rows: [count, n, heads, D].
+        start, end, step, repeats: integers; spans may overlap.
+
+    Returns:
+        [count * repeats, heads, end - start, D], a view unless several sequences have several spans.
+    """
+    if repeats == 1:
+        return rows[:, start:end].transpose(1, 2)
+    windows = rows[:, start : end + (repeats - 1) * step].unfold(1, end - start, step)  # [count, repeats, heads, D, m]
+    return windows.transpose(-1, -2).flatten(0, 1)
 
 
 def plan_calls(lengths, reach):
@@ -285,12 +312,13 @@ def head_reach(query, key, slopes, scale, lengths):
     Source: ours.
     """
     query, key = (x.to(slopes.dtype) for x in (query, key))
-    query = query * scale
-    bound = query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [T, H]
-    least = (query * key).sum(dim=-1)
-    for q, k, own in zip(*(x.split(lengths) for x in (query, key, least))):
+    bound = abs(scale) * query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [T, H]
+    # In parts that stay in the processor's cache.
+    own = [(q * k).sum(dim=-1) for q, k in zip(query.split(BAND_CHUNK), key.split(BAND_CHUNK))]
+    least = scale * torch.cat(own)
+    for q, k, weight in zip(*(x.split(lengths) for x in (query, key, least))):
         if len(q) >= BAND_FROM:
-            torch.maximum(own, neighbours_weigh(q, k, slopes), out=own)
+            torch.maximum(weight, neighbours_weigh(q, k, slopes, scale), out=weight)
     tail = torch.log(2 / -torch.expm1(-slopes))
     spread = torch.minimum(bound - least + tail, 2 * bound + math.log(2)).amax(dim=0)
     bits = 53 if slopes.dtype == torch.float64 else 24
@@ -298,16 +326,16 @@ def head_reach(query, key, slopes, scale, lengths):
     return [math.ceil(far) if far < math.inf else math.inf for far in reach.tolist()]
 
 
-def neighbours_weigh(query, key, slopes):
+def neighbours_weigh(query, key, slopes, scale):
     """Logarithm of what the b keys in a query's block weigh at least, b about 2 / slope.
 
     Their mean distance is at most (b - 1) / 2, and by Jensen's inequality their weights add up to at least b times the
-    exponential of their mean score: exp(q_i mean(k_j) - slope (b - 1) / 2) b.
+    exponential of their mean score: exp(scale q_i mean(k_j) - slope (b - 1) / 2) b.
 
     Args:
-        query: floating [n, H, D] of one sequence, times the scale.
-        key: floating [n, H, D].
+        query, key: floating [n, H, D] of one sequence.
         slopes: like `query`, [H].
+        scale: factor of the scores.
 
     Returns:
         [n, H].
@@ -322,7 +350,7 @@ def neighbours_weigh(query, key, slopes):
         scores = torch.einsum("mbd,md->mb", q[:whole].unflatten(0, (-1, size)), means).flatten()
         # Those after the last whole block look at the last b keys.
         scores = torch.cat((scores, q[whole:] @ k[length - size :].mean(dim=0)))
-        weights.append(scores + math.log(size) - slope * (size - 1) / 2)
+        weights.append(scale * scores + math.log(size) - slope * (size - 1) / 2)
     return torch.stack(weights, dim=1)
 
 
@@ -369,22 +397,30 @@ class StridedAttention(torch.autograd.Function):
         return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
 
     @staticmethod
+    def write(tensor, group, start, part):
+        """Put the results [count * repeats, heads, chunk, D] of a call from query `start` on into [T, H, D]."""
+        _, heads, _, head_dim = part.shape
+        rows = part.transpose(1, 2).flip(1).reshape(group.count, -1, heads, head_dim)
+        group.rows(tensor)[:, start : start + rows.shape[1], group.selection] = rows
+
+    @staticmethod
     def forward(ctx, query, key, value, bias, scale, plan):
         """Tensors [T, H, D], `distance_bias`, factor of the scores, list of `HeadGroup`; returns [T, H, D]."""
         context = query.new_empty(query.shape)
         sums = []
         for group in plan:
             heads, penalty = group.selection, bias[group.selection]
-            k, v = (group.rows(x)[:, :, heads].transpose(1, 2) for x in (key, value))  # [count, heads, n, D]
-            for start, end, low, high in group.windows():
+            q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
+            for start, end, low, high, repeats in group.windows():
+                chunk = end - start
                 part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    group.rows(query)[:, start:end, heads].flip(1).transpose(1, 2),
-                    k[:, :, low:high],
-                    v[:, :, low:high],
+                    spans(q, start, end, chunk, repeats).flip(2),
+                    spans(k, low, high, chunk, repeats),
+                    spans(v, low, high, chunk, repeats),
                     attn_mask=StridedAttention.mask(penalty, start, end, low, high),
                     scale=scale,
                 )
-                group.rows(context)[:, start:end, heads] = part.transpose(1, 2).flip(1)
+                StridedAttention.write(context, group, start, part)
                 sums.append(logsumexp)
         ctx.save_for_backward(query, key, value, bias, context, *sums)
         ctx.scale, ctx.plan = scale, plan
@@ -399,32 +435,32 @@ class StridedAttention(torch.autograd.Function):
         sums = iter(sums)
         for group in ctx.plan:
             heads, penalty = group.selection, bias[group.selection]
-            k, v = (group.rows(x)[:, :, heads].transpose(1, 2) for x in (key, value))
+            q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
             banded = group.reach < group.length
             if banded:  # Windows overlap, so their sum is kept in the dtype of the bias.
                 grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
-            for start, end, low, high in group.windows():
-                q, out, grad_out = (
-                    group.rows(x)[:, start:end, heads].flip(1).transpose(1, 2) for x in (query, context, grad)
-                )
+            for start, end, low, high, repeats in group.windows():
+                chunk = end - start
                 part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad_out,
-                    q,
-                    k[:, :, low:high],
-                    v[:, :, low:high],
-                    out,
+                    spans(grad_out, start, end, chunk, repeats).flip(2),
+                    spans(q, start, end, chunk, repeats).flip(2),
+                    spans(k, low, high, chunk, repeats),
+                    spans(v, low, high, chunk, repeats),
+                    spans(out, start, end, chunk, repeats).flip(2),
                     next(sums),
                     0.0,
                     False,
                     attn_mask=StridedAttention.mask(penalty, start, end, low, high),
                     scale=ctx.scale,
                 )
-                group.rows(grad_query)[:, start:end, heads] = part_q.transpose(1, 2).flip(1)
+                StridedAttention.write(grad_query, group, start, part_q)
+                parts = (x.transpose(1, 2).unflatten(0, (group.count, repeats)) for x in (part_k, part_v))
                 if banded:
-                    grad_k[:, :, low:high] += part_k
-                    grad_v[:, :, low:high] += part_v
+                    for whole, part in zip((grad_k, grad_v), parts):
+                        for number in range(repeats):
+                            whole[:, low + number * chunk : high + number * chunk] += part[:, number]
                 else:
-                    grad_k, grad_v = part_k, part_v
+                    grad_k, grad_v = (part[:, 0] for part in parts)
             for whole, part in ((grad_key, grad_k), (grad_value, grad_v)):
-                group.rows(whole)[:, :, heads] = part.transpose(1, 2)
+                group.rows(whole)[:, :, heads] = part
         return grad_query, grad_key, grad_value, None, None, None

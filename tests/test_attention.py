@@ -202,9 +202,14 @@ def test_head_groups_cover_every_head_once_and_windows_every_query_once():
     for part in parts:
         assert numbers[part.selection].tolist() == part.heads
         assert part.reach == max(reach[head] for head in part.heads)
-        queries = [query for start, end, _, _ in part.windows() for query in range(start, end)]
+        windows = [
+            tuple(edge + number * (end - start) for edge in (start, end, low, high))
+            for start, end, low, high, repeats in part.windows()
+            for number in range(repeats)
+        ]
+        queries = [query for start, end, _, _ in windows for query in range(start, end)]
         assert queries == list(range(4000))
-        for start, end, low, high in part.windows():
+        for start, end, low, high in windows:
             assert low == max(0, start - part.reach) and high == min(4000, end + part.reach)
 
 
