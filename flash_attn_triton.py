@@ -12,14 +12,17 @@ the row and a part of the column; only tiles on the diagonal need the absolute v
 
 **What is skipped** (see `_radius`). A query's largest score is at least its score with itself, scale * q_i.k_i, where
 the distance is 0. Let `low` be the most negative of these in a sequence and head (0 if none is negative), and
-C = |scale| * max|q| * max|k|, which bounds every product (Cauchy-Schwarz). A key at distance d scores at most
-C - slope * d, and each distance occurs at most twice, so that all keys beyond distance r together weigh, as a share of
-the row, less than
+C = |scale| * max|q| * max|k|, which bounds every product (Cauchy-Schwarz). Two bounds hold for the weight of all keys
+beyond distance r, as a share of the row:
 
-    2 * exp(C - slope * r) / (1 - exp(-slope)) / exp(-low)
+- 2 * exp(C + low - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
+  occurs at most twice, and the row weighs at least exp(-low).
+- 2 * exp(2 * C - slope * r). No product is below -C, and as a key r tokens nearer is at least r places nearer, the
+  keys beyond r are at most the share exp(-slope * r) of those on their side of the query, which are all in the row.
+  (Not where keys are masked: the nearer key may be one.)
 
-which is 2^-24, half a unit in the last place of a float32 sum, at
-r = (C + low + 24 ln 2 + ln(2 / (1 - exp(-slope)))) / slope.
+The smaller counts. It is 2^-24, half a unit in the last place of a float32 sum, at
+r = min(C + low + 24 ln 2 + ln(2 / (1 - exp(-slope))), 2 * C + 25 ln 2) / slope.
 Distances are symmetric and each key meets each distance at most twice as well, so the same r bounds what a key
 gathers in backward. Where a mask has holes, distances in positions are at least distances in token numbers, and r stays
 valid when it is counted in tokens. C and low come from one pass over the queries and keys.
@@ -55,6 +58,7 @@ MEASURE_ROWS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 # ln(2^24): shares under 2^-24 vanish in a float32 sum.
 VANISHING = tl.constexpr(16.635532333438686)
+LN2 = tl.constexpr(0.6931471805599453)
 # Finite, so that a row whose keys are all masked never computes inf - inf.
 LOWEST = tl.constexpr(-3.4e38)
 # More tokens than a sequence can have; keeps tile arithmetic inside int32.
@@ -85,12 +89,14 @@ def _locate(cu_seqlens, num_sequences, program, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _radius(peaks, slope, scale, SKIP: tl.constexpr):
+def _radius(peaks, slope, scale, SKIP: tl.constexpr, MASKED: tl.constexpr):
     """Distance in tokens beyond which keys together weigh under 2^-24 of a row; the proof stands at the top."""
     if SKIP:
         bound = tl.abs(scale) * tl.sqrt(tl.load(peaks)) * tl.sqrt(tl.load(peaks + 1))
-        spread = bound + tl.minimum(tl.load(peaks + 2), bound)
-        radius = (spread + VANISHING + tl.log(2.0 / (1.0 - tl.exp(-slope)))) / slope
+        spread = bound + tl.minimum(tl.load(peaks + 2), bound) + tl.log(2.0 / (1.0 - tl.exp(-slope)))
+        if not MASKED:
+            spread = tl.minimum(spread, 2.0 * bound + LN2)
+        radius = (spread + VANISHING) / slope
         # Infinity and NaN (slope 0, values that are not finite) fail the comparison and skip nothing.
         return tl.where(radius < EVERYTHING, radius, EVERYTHING).to(tl.int32)
     else:
@@ -263,17 +269,21 @@ def _measure_kernel(
             tl.atomic_max(peak + which, tl.max(value, axis=0))
 
 
-def suits_dtype(config, dtype: torch.dtype) -> bool:
-    """Whether a tile size is worth trying for a dtype."""
+def is_worth_trying(config, dtype: torch.dtype, has_dropout: bool) -> bool:
+    """Whether a tile size may be the fastest for a dtype, with or without dropout."""
     own, other = config.kwargs["OWN"], config.kwargs["OTHER"]
+    scores = own * other // (32 * config.num_warps)  # a thread
     if dtype == torch.float32:
         # Multiplied in registers: beyond four scores a thread it spills, and compiles for minutes.
-        return own * other <= 4 * 32 * config.num_warps
-    return min(own, other) >= 32 and own * other >= 8 * 32 * config.num_warps
+        return scores <= 4
+    if has_dropout:
+        # Its draws take registers too; these are the sizes that do not spill on sm_90.
+        return 16 <= scores <= 32 and own <= 16 * config.num_warps
+    return min(own, other) >= 32 and scores >= 8
 
 
 def _fitting(configs, named_args, **constants):
-    """The tile sizes to try: those that suit the dtype and whose tiles fit into the card's shared memory."""
+    """The tile sizes to try: those worth it whose tiles fit into the card's shared memory."""
     query = named_args["query"]
     properties = triton.runtime.driver.active.utils.get_device_properties(query.device.index)
 
@@ -281,7 +291,8 @@ def _fitting(configs, named_args, **constants):
         # Two owned tiles, and two of the other side for each stage of the pipeline.
         rows = 2 * (config.kwargs["OWN"] + config.kwargs["OTHER"] * config.num_stages)
         needed = rows * constants["BLOCK_DIM"] * query.element_size()
-        return needed <= properties["max_shared_mem"] and suits_dtype(config, query.dtype)
+        worth_trying = is_worth_trying(config, query.dtype, constants["DROPOUT"])
+        return needed <= properties["max_shared_mem"] and worth_trying
 
     return [config for config in configs if fits(config)] or configs[:1]
 
@@ -359,7 +370,7 @@ def _forward_kernel(
     if first >= length:
         return
     slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP)
+    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
     begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
     slope = slope * LOG2E
     factor = scale * LOG2E
@@ -479,7 +490,7 @@ def _query_gradient_kernel(
     if first >= length:
         return
     slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP)
+    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
     begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
     slope = slope * LOG2E
     factor = scale * LOG2E
@@ -543,7 +554,10 @@ def _query_gradient_kernel(
     _write(dq * scale, query_gradient + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)])
+# Without (32, 16), which spills here in float32.
+@_tuned(
+    [(32, 32, 4, 2), (16, 16, 4, 1), (32, 32, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
+)
 @triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
 def _key_value_gradient_kernel(
     query,
@@ -594,7 +608,7 @@ def _key_value_gradient_kernel(
     if first >= length:
         return
     slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP)
+    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
     begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
     slope = slope * LOG2E
     factor = scale * LOG2E

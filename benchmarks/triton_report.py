@@ -62,9 +62,9 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BOUNDS = (0, 5, 10, 20)
 
 
-def tiles_for(kernel, dtype: torch.dtype):
-    """The tile sizes that the autotuner may try for a dtype on a card with ample shared memory."""
-    return [config for config in kernel.configs if kernels.suits_dtype(config, dtype)]
+def tiles_for(kernel, dtype: torch.dtype, extras=()):
+    """The tile sizes that the autotuner may try on a card with ample shared memory; arguments of `compile_kernel`."""
+    return [config for config in kernel.configs if kernels.is_worth_trying(config, dtype, "DROPOUT" in extras)]
 
 
 def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
@@ -153,13 +153,13 @@ def usage_on_amd(compiled) -> tuple:
     return tuple(int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)
 
 
-def compile_rows(targets, variants):
+def compile_rows(targets):
     """One row of the table for each kernel, tile size, variant and target."""
     for target in targets:
-        for dtype, head_dim, extras in variants:
+        for dtype, head_dim, extras in VARIANTS:
             for name in KERNELS:
                 kernel = getattr(kernels, name)
-                for config in tiles_for(kernel, dtype):
+                for config in tiles_for(kernel, dtype, extras):
                     yield {
                         "triton": triton.__version__,
                         "target": target,
@@ -183,7 +183,7 @@ def _count_kernel(peaks, slopes, visited, length, TILES: tl.constexpr, OWN: tl.c
     """Tiles that one head visits over all its own tiles, by the loop bounds of the attention kernels."""
     head = tl.program_id(0)
     first = tl.arange(0, TILES) * OWN
-    radius = _radius(peaks + head * 3, tl.load(slopes + head), 1.0, True)
+    radius = _radius(peaks + head * 3, tl.load(slopes + head), 1.0, True, False)
     begin, _, leave, stop = _window(first, length, radius, OWN, OTHER)
     tiles = (leave - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
     tl.store(visited + head, tl.sum(tl.where(first < length, tiles, 0), axis=0))
@@ -293,17 +293,15 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     compiling = commands.add_parser("compile", help="compile every tile size for every target")
     compiling.add_argument("--target", choices=TARGETS, action="append", help="may be given again (default: all)")
-    compiling.add_argument("--plain", action="store_true", help="only head size 64 without dropout")
     tiles = commands.add_parser("tiles", help="count visited tiles under Triton's interpreter")
     tiles.add_argument("--checkpoint", help="folder of a checkpoint whose norms are measured too")
     tiles.add_argument("--text", help="text file, or .jsonl.gz, whose longest document it is measured on")
     arguments = parser.parse_args()
     if arguments.command == "compile":
         targets = arguments.target or list(TARGETS)
-        variants = [variant for variant in VARIANTS if variant[1:] == (64, ()) or not arguments.plain]
         write_table(
             RESULTS / "triton_compile.csv",
-            compile_rows(targets, variants),
+            compile_rows(targets),
             keep=lambda row: row["triton"] != triton.__version__ or row["target"] not in targets,
         )
     elif (arguments.checkpoint is None) != (arguments.text is None):

@@ -78,25 +78,26 @@ def table():
 def test_table_covers_every_tile_size_for_every_target(report):
     listed = {}
     for row in table():
-        if (row["head_dim"], row["extras"]) == ("64", ""):
-            size = tuple(int(row[column]) for column in ("own", "other", "warps", "stages"))
-            listed.setdefault((row["triton"], row["target"], row["kernel"], row["dtype"]), set()).add(size)
-    # The newest release for every target, an older one at least for sm_80 and sm_90.
-    compiled = {(release, target) for release, target, *_ in listed}
-    assert compiled >= {("3.9.0", target) for target in SHARED_LIMIT} | {("3.6.0", "sm_80"), ("3.6.0", "sm_90")}
-    for (release, target), name, dtype in itertools.product(compiled, report.KERNELS, report.DTYPES):
-        configs = report.tiles_for(getattr(report.kernels, name), dtype)
+        what = (row["triton"], row["target"], row["kernel"], row["dtype"], int(row["head_dim"]), row["extras"])
+        listed.setdefault(what, set()).add(tuple(int(row[column]) for column in ("own", "other", "warps", "stages")))
+    releases = {(release, target) for release, target, *_ in listed}
+    assert releases == set(itertools.product(("3.9.0", "3.6.0"), SHARED_LIMIT))
+    for (release, target), name, variant in itertools.product(releases, report.KERNELS, report.VARIANTS):
+        dtype, head_dim, extras = variant
+        configs = report.tiles_for(getattr(report.kernels, name), dtype, extras)
         sizes = {(*config.kwargs.values(), config.num_warps, config.num_stages) for config in configs}
-        assert listed[release, target, name.strip("_"), report.DTYPES[dtype]] == sizes
+        what = (release, target, name.strip("_"), report.DTYPES[dtype], head_dim, "+".join(extras).lower())
+        assert listed.pop(what) == sizes
+    assert not listed
 
 
 def test_table_shows_no_spill_at_head_size_64_on_sm_90():
-    rows = [row for row in table() if (row["target"], row["head_dim"], row["extras"]) == ("sm_90", "64", "")]
+    rows = [row for row in table() if (row["target"], row["head_dim"]) == ("sm_90", "64")]
     assert rows and all(row["spilled_bytes"] == "0" for row in rows)
 
 
 def test_table_of_tiles_has_the_shares_that_skipping_leaves():
     with (ROOT / "benchmarks" / "results" / "triton_tiles.csv").open(newline="") as file:
         shares = {(row["bound"], int(row["length"])): float(row["share"]) for row in csv.DictReader(file)}
-    # DESIGN: "At C=10 this leaves 53% of the work at S=2048 and 29% at S=8192 for MosaicBERT's 12 slopes."
-    assert round(shares["C=10", 2048], 2) == 0.53 and round(shares["C=10", 8192], 2) == 0.29
+    # By the first of the two bounds alone, C = 10 leaves 0.53 and 0.29 for MosaicBERT's 12 slopes.
+    assert shares["C=10", 2048] < 0.53 and shares["C=10", 8192] < 0.29
