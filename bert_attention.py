@@ -25,7 +25,7 @@ WIDE_CHUNK = 1024
 # 1.25, 1.5 and 2 differ by less than 5%.
 BAND_GROWTH = 1.5
 
-# Shorter sequences attend in one call: at n = 512 the band costs 1.1 times as much as one call, at 1,024 it costs 0.8.
+# Shorter sequences attend in one call: at n = 512 the band takes 1.15 times as long as one call, at 1,024 0.94.
 BAND_FROM = 1024
 
 # The band is used where it keeps at most this share of the scores.
@@ -125,8 +125,8 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
     - Otherwise the CPU kernel with a strided bias, in every dtype: 1.4 to 4 times as fast as matmul and softmax with a
       bias from n = 222 up, and no slower below; one call for neighbours of equal length. Gathering equal lengths from
       afar gains nothing (at most 1.05), padding short texts to one call loses (0.4 to 0.95).
-    - There, from 1,024 tokens up, only the keys that can weigh anything: 1.25 times as fast at 1,024, 2.8 at 4,096 and
-      4 at 8,192 (scores up to 5). In shorter sequences the same keys are cut off by their bias (see `NOTHING`).
+    - There, from 1,024 tokens up, only the keys that can weigh anything: 1.07 times as fast at 1,024, 2.3 at 4,096 and
+      3.6 at 8,192 (scores up to 5). In shorter sequences the same keys are cut off by their bias (see `NOTHING`).
 
     Source: ours; measured on an Intel Xeon with avx512_bf16 and without AMX, see benchmarks/README.md.
     """
