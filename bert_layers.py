@@ -406,7 +406,7 @@ class BertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _no_split_modules = ["BertEmbeddings", "BertLayer"]
+    _no_split_modules = ["BertLayer"]
     _supports_sdpa = True
 
     def __init__(self, config, *inputs, **kwargs):
@@ -460,7 +460,21 @@ class BertPreTrainedModel(PreTrainedModel):
         # 5.0 saves the LayerNorms of a loaded model as gamma and beta, which its Trainer skips when it resumes.
         if "save_original_format" in inspect.signature(PreTrainedModel.save_pretrained).parameters:
             kwargs.setdefault("save_original_format", False)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        # Sharded weights are gathered one by one, so a tied pair arrives as two equal tensors.
+        weights = dict(kwargs.get("state_dict") or {})
+        for copy, kept in (self._tied_weights_keys or {}).items():
+            if copy in weights and kept in weights and torch.equal(weights[copy], weights[kept]):
+                del weights[copy]
+                kwargs["state_dict"] = weights
+        # FSDP gives a sharded model a class of torch's own, whose code would be saved instead of this file.
+        kinds = type(self).__mro__
+        if kinds[1].__name__ != "FSDPModule":
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        self.__class__ = kinds[2]
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = kinds[0]
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

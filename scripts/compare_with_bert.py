@@ -5,7 +5,8 @@
         --validation_data valid/*.jsonl.gz --output_dir runs/compare
 
 Both get the same depth, width, first weights (the MLM head of the MosaicBERT included), sequences, masks, seeds and
-optimizer. Stock BERT reads them padded, MosaicBERT packed, each with what it offers: MosaicBERT scores the masked
+optimizer; with `--random_weights` both start from random ones, and the two folders give sizes and tokenizer alone.
+Stock BERT reads the sequences padded, MosaicBERT packed, each with what it offers: MosaicBERT scores the masked
 wordpieces alone. `seconds` are the process's CPU time on a CPU, so that other programs do not count, and time on a
 GPU. Written: `curves.csv`, `curves.png`, and each model of the first seed, for evaluate_mlm.py.
 """
@@ -24,12 +25,13 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 COLUMNS = ("model", "seed", "step", "wordpieces", "seconds", "train_loss", "validation_loss")
 
 
-def stock_twin(source: str, mosaic):
+def stock_twin(source: str, mosaic, random_weights: bool = False):
     """A stock BERT for masked language modelling that starts from what a MosaicBERT was converted from.
 
     Args:
         source: folder or Hub id of the BERT; its first layers are used, as many as `mosaic` has.
         mosaic: the converted model; its MLM head and the size of its vocabulary are taken over.
+        random_weights: whether only the sizes are taken over.
 
     Returns:
         A `transformers.BertForMaskedLM`.
@@ -38,6 +40,9 @@ def stock_twin(source: str, mosaic):
     config.num_hidden_layers = mosaic.config.num_hidden_layers
     config.hidden_dropout_prob = mosaic.config.hidden_dropout_prob
     config.attention_probs_dropout_prob = mosaic.config.attention_probs_dropout_prob
+    if random_weights:
+        config.vocab_size = mosaic.config.vocab_size
+        return BertForMaskedLM(config)
     model = BertForMaskedLM(config)
     model.bert.load_state_dict(BertModel.from_pretrained(source).state_dict(), strict=False)  # it may have more layers
     model.resize_token_embeddings(mosaic.config.vocab_size, mean_resizing=False)
@@ -182,6 +187,7 @@ def main() -> None:
     parser.add_argument("--train_data", nargs="+", required=True, help="as pretrain_mlm.py takes it")
     parser.add_argument("--validation_data", nargs="+", required=True, help="the same")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--random_weights", action="store_true", help="start both from random weights")
     parser.add_argument("--max_length", type=int, default=128, help="wordpieces of a sequence")
     parser.add_argument("--tokens_per_row", type=int, default=3072, help="wordpieces of a step, at most")
     parser.add_argument("--steps", type=int, default=100)
@@ -215,8 +221,11 @@ def main() -> None:
                 sparse_prediction=True,
             ).float()
             collate = flatten_row
+            torch.manual_seed(seed)
+            if arguments.random_weights:
+                model = mosaic_class(model.config)
             if name == "stock BERT":
-                model, collate = stock_twin(arguments.bert, model), pad_row
+                model, collate = stock_twin(arguments.bert, model, arguments.random_weights), pad_row
             log += train(name, model, collate, rows, held_out, seed, arguments)
             if seed == arguments.seeds[0]:
                 folder = arguments.output_dir / name.replace(" ", "-")

@@ -707,6 +707,8 @@ def train(model_arguments: ModelArguments, data: DataArguments, arguments: Pretr
         trainer.evaluate()
     model.config.sparse_prediction = sparse_prediction
     model.to(getattr(torch, model_arguments.save_dtype))
+    if trainer.is_fsdp_enabled:  # else Trainer 5.0 writes no model at all, since each process holds a part
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
     return trainer

@@ -35,6 +35,11 @@ def test_the_twin_takes_first_layers_and_head(tmp_path):
         assert torch.equal(value, bert.encoder.state_dict()[name])
     assert torch.equal(twin.cls.predictions.transform.dense.weight, mosaic.cls.predictions.transform.dense.weight)
     assert torch.equal(twin.get_output_embeddings().bias, mosaic.get_output_embeddings().bias)
+    torch.manual_seed(1)
+    random_twin = compare_with_bert.stock_twin(str(tmp_path), mosaic, random_weights=True)
+    other = twin.state_dict()
+    assert {k: v.shape for k, v in random_twin.state_dict().items()} == {k: v.shape for k, v in other.items()}
+    assert not any(torch.equal(v, other[k]) for k, v in random_twin.state_dict().items() if k.endswith("query.weight"))
 
 
 def test_the_curve_of_a_training_falls_and_is_written(corpus, tokenizer, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ to them."""
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from conftest import ROOT
 from models import tiny_model
 from numerics import SAME, assert_same
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -316,6 +318,45 @@ def test_two_processes_train_like_one(corpus, tokenizer, tmp_path, streaming):
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+
+
+def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whole_repository(
+    corpus, tokenizer, tmp_path
+):
+    """FSDP through Trainer. Files of a sharded model once held torch's code for ours and each tied weight twice."""
+    plain = {"bf16": False, "max_steps": 4, "save_steps": 2}
+    no_dropout = ["hidden_dropout_prob=0.0"]
+    run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
+    flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(ROOT / "tests/sharded_pretraining.py"), *flags, *no_dropout]
+    launch += ["--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
+
+    def run_sharded(*more):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "scripts")}
+        done = subprocess.run([*launch, *more], env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-2000:]
+        parts = {int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("parts")}
+        return parts, losses(tmp_path / "two")
+
+    parts, two = run_sharded()
+    one = losses(tmp_path / "one")
+    assert parts == {31} and one.keys() == two.keys() == {1, 2, 3, 4}
+    # Gradients are summed in another order; the log keeps float32 losses.
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    written = {path.name for path in (tmp_path / "two").iterdir()}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == written >= {"bert_layers.py", "model.safetensors"}
+    whole, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        assert_same(sharded[name], whole[name], SAME[torch.float32], name)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "two", trust_remote_code=True)
+    assert "Wqkv" in str(model)
+
+    shutil.rmtree(tmp_path / "two/checkpoint-4")
+    assert run_sharded("--resume_from_checkpoint", "last")[1] == two
+    again = load_file(tmp_path / "two/model.safetensors")
+    assert all(torch.equal(again[name], sharded[name]) for name in sharded)
 
 
 @pytest.mark.parametrize(

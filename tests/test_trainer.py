@@ -1,10 +1,5 @@
 """transformers' Trainer with this model: accumulation, checkpointing, evaluation."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numerics
 import pytest
 import torch
@@ -73,21 +68,3 @@ def test_users_10_evaluation_gathers_logits_only(tmp_path, sparse):
     if not sparse:
         logits = trainer.predict(examples()).predictions
         assert not isinstance(logits, tuple) and logits.shape == (4, max(LENGTHS), 101)
-
-
-def test_sharded_weights_train_like_whole_ones():
-    """FSDP by `fully_shard`, two processes with gloo; Trainer itself shards on accelerators only."""
-    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sharded_step.py"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    differences = dict(line.split() for line in done.stdout.splitlines())
-    assert differences.keys() == {"weights", "loss"}
-    assert all(float(difference) <= 1e-6 for difference in differences.values())
