@@ -137,7 +137,7 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
         return padded_attention(query, key, value, packed, slopes, scale, dropout_p)
     if dropout_p > 0 or packed.has_holes or query.device.type != "cpu":
         return chunked_attention(query, key, value, packed, slopes, scale, dropout_p)
-    return strided_attention(query, key, value, packed.lengths, slopes, scale)
+    return strided_attention(query, key, value, packed, slopes, scale)
 
 
 def padded_attention(query, key, value, packed, slopes, scale, dropout_p):
@@ -177,12 +177,12 @@ def chunked_attention(query, key, value, packed, slopes, scale, dropout_p):
     return torch.cat(contexts)
 
 
-def strided_attention(query, key, value, lengths, slopes, scale):
+def strided_attention(query, key, value, packed, slopes, scale):
     """Attention by torch's CPU kernel, with a bias that is a strided view of one vector a head.
 
     Args:
         query, key, value: floating [T, H, D] on the CPU.
-        lengths: tokens of each sequence; no sequence has holes.
+        packed: the `PackedBatch` of the tokens, without holes.
         slopes: float32 (float64 for float64 input) [H], positive.
         scale: factor of the scores.
 
@@ -191,14 +191,22 @@ def strided_attention(query, key, value, lengths, slopes, scale):
 
     Source: ours.
     """
+    lengths = packed.lengths
     longest = max(lengths)
-    bias = distance_bias(slopes, longest)
-    reach = [math.inf] * len(slopes)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if longest >= CUT_FROM or trained and bias.min() < math.log(torch.finfo(bias.dtype).tiny):
+    smallest = math.log(torch.finfo(slopes.dtype).tiny)
+    if longest >= CUT_FROM or trained and slopes.amax() * (1 - longest) < smallest:
+        bias = distance_bias(slopes, longest)
         reach = head_reach(query.detach(), key.detach(), slopes, scale, lengths)
         bias.masked_fill_(torch.arange(1 - longest, longest).abs() > torch.tensor(reach)[:, None], NOTHING)
-    return StridedAttention.apply(query, key, value, bias, scale, plan_calls(lengths, reach))
+        plan = plan_calls(lengths, reach)
+    else:
+        bias, plan = packed.shared(
+            (slopes.dtype, *slopes.tolist()),
+            lambda: (distance_bias(slopes, longest), plan_calls(lengths, [math.inf] * len(slopes))),
+        )
+    arguments = (query, key, value, bias, scale, plan, packed.reversal)
+    return StridedAttention.apply(*arguments) if trained else run_calls(*arguments)[0]
 
 
 def distance_bias(slopes, span):
@@ -224,6 +232,11 @@ class HeadGroup(NamedTuple):
     reach: int
 
     @property
+    def is_whole(self):
+        """Whether the heads look at the whole sequence."""
+        return self.reach >= self.length
+
+    @property
     def selection(self):
         """Index of the heads: a slice, which selects a view, where their numbers are evenly spaced; else the list."""
         first, step = self.heads[0], self.heads[1] - self.heads[0] if len(self.heads) > 1 else 1
@@ -232,18 +245,17 @@ class HeadGroup(NamedTuple):
 
     def rows(self, tensor):
         """The group's tokens in [T, H, D], all heads: a view [count, n, H, D]."""
-        return tensor[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+        tokens = tensor[self.start : self.start + self.count * self.length]
+        return tokens.view(self.count, self.length, *tensor.shape[1:])
 
     def windows(self):
-        """Query chunks and the keys that they look at, from 0 to n.
+        """Query chunks and the keys that they look at, from 0 to n; for heads that do not look at the whole sequence.
 
         Yields:
             First query, last + 1, first key, last + 1, and how many windows of that shape follow one another, each a
             chunk after the one before. Those share a call, as the bias depends on distances alone.
         """
         chunk = WIDE_CHUNK if self.reach >= WIDE_CHUNK else BAND_CHUNK
-        if self.reach >= self.length:
-            chunk = self.length
         start = 0
         while start < self.length:
             end = min(start + chunk, self.length)
@@ -376,53 +388,84 @@ def split_by_reach(group, reach):
     return [group._replace(heads=sorted(group.heads)) for group in groups]
 
 
-class StridedAttention(torch.autograd.Function):
-    """The planned calls of torch's CPU flash attention, forward and backward.
+def mask_view(bias, start, end, low, high):
+    """The bias of queries in reverse order: [1, H, end - start, high - low], a view of `bias` [H, 2 * span - 1].
 
-    The bias depends on i - j only. With the queries of a chunk in reverse order, i' = last - i, it depends on i' + j,
-    so the mask of a chunk is a view, both strides 1, of a vector of distances, and no n × n tensor exists.
+    The bias depends on i - j only. With the queries in reverse order, i' = last - i, it depends on i' + j, so the mask
+    is a view, both strides 1, of a vector of distances, and no n × n tensor exists.
+    """
+    heads, width = bias.shape
+    first = width // 2 + low - (end - 1)  # distance 0 stands at width // 2
+    strides = (0, bias.stride(0), 1, 1)
+    return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
+
+
+def write_chunks(tensor, group, start, part):
+    """Put the results [count * repeats, heads, chunk, D] of a call from query `start` on into [T, H, D]."""
+    _, heads, _, head_dim = part.shape
+    rows = part.transpose(1, 2).flip(1).reshape(group.count, -1, heads, head_dim)
+    group.rows(tensor)[:, start : start + rows.shape[1], group.selection] = rows
+
+
+def run_calls(query, key, value, bias, scale, plan, reversal):
+    """The planned calls of torch's CPU flash attention, forward.
 
     The kernel is called by its own name, as autograd of overlapping windows would fill a zero tensor of full size for
-    each; here all windows add into one gradient. Memory is linear in n.
+    each; in `StridedAttention` all windows add into one gradient. Memory is linear in n. Queries of whole sequences
+    are put in reverse order all at once, those of a band chunk by chunk.
+
+    Args:
+        query, key, value: floating [T, H, D].
+        bias: `distance_bias` of the longest sequence.
+        scale: factor of the scores.
+        plan: list of `HeadGroup`.
+        reversal: int64 [T], `PackedBatch.reversal`.
+
+    Returns:
+        [T, H, D], and for each call the logarithms of the rows' sums.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    context, sums = query.new_empty(query.shape), []
+    if any(group.is_whole for group in plan):
+        reverse = query.index_select(0, reversal)
+        for group in plan:
+            if group.is_whole:
+                heads = group.selection
+                q, k, v = (group.rows(x)[:, :, heads].transpose(1, 2) for x in (reverse, key, value))
+                mask = mask_view(bias[heads], 0, group.length, 0, group.length)
+                part, logsumexp = attend(q, k, v, attn_mask=mask, scale=scale)
+                group.rows(context)[:, :, heads] = part.transpose(1, 2)
+                sums.append(logsumexp)
+        context = context.index_select(0, reversal)
+    for group in plan:
+        if not group.is_whole:
+            heads, penalty = group.selection, bias[group.selection]
+            q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
+            for start, end, low, high, repeats in group.windows():
+                chunk = end - start
+                part, logsumexp = attend(
+                    spans(q, start, end, chunk, repeats).flip(2),
+                    spans(k, low, high, chunk, repeats),
+                    spans(v, low, high, chunk, repeats),
+                    attn_mask=mask_view(penalty, start, end, low, high),
+                    scale=scale,
+                )
+                write_chunks(context, group, start, part)
+                sums.append(logsumexp)
+    return context, sums
+
+
+class StridedAttention(torch.autograd.Function):
+    """`run_calls` with its gradients.
 
     Source: ours.
     """
 
     @staticmethod
-    def mask(bias, start, end, low, high):
-        """[1, H, end - start, high - low], a view of `bias` [H, 2 * span - 1], for queries in reverse order."""
-        heads, width = bias.shape
-        first = width // 2 + low - (end - 1)  # distance 0 stands at width // 2
-        strides = (0, bias.stride(0), 1, 1)
-        return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
-
-    @staticmethod
-    def write(tensor, group, start, part):
-        """Put the results [count * repeats, heads, chunk, D] of a call from query `start` on into [T, H, D]."""
-        _, heads, _, head_dim = part.shape
-        rows = part.transpose(1, 2).flip(1).reshape(group.count, -1, heads, head_dim)
-        group.rows(tensor)[:, start : start + rows.shape[1], group.selection] = rows
-
-    @staticmethod
-    def forward(ctx, query, key, value, bias, scale, plan):
-        """Tensors [T, H, D], `distance_bias`, factor of the scores, list of `HeadGroup`; returns [T, H, D]."""
-        context = query.new_empty(query.shape)
-        sums = []
-        for group in plan:
-            heads, penalty = group.selection, bias[group.selection]
-            q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
-            for start, end, low, high, repeats in group.windows():
-                chunk = end - start
-                part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    spans(q, start, end, chunk, repeats).flip(2),
-                    spans(k, low, high, chunk, repeats),
-                    spans(v, low, high, chunk, repeats),
-                    attn_mask=StridedAttention.mask(penalty, start, end, low, high),
-                    scale=scale,
-                )
-                StridedAttention.write(context, group, start, part)
-                sums.append(logsumexp)
-        ctx.save_for_backward(query, key, value, bias, context, *sums)
+    def forward(ctx, query, key, value, bias, scale, plan, reversal):
+        """The arguments of `run_calls`; returns [T, H, D]."""
+        context, sums = run_calls(query, key, value, bias, scale, plan, reversal)
+        ctx.save_for_backward(query, key, value, bias, reversal, context, *sums)
         ctx.scale, ctx.plan = scale, plan
         return context
 
@@ -430,37 +473,46 @@ class StridedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """Gradient [T, H, D] of the context to those of query, key and value."""
-        query, key, value, bias, context, *sums = ctx.saved_tensors
+        query, key, value, bias, reversal, context, *sums = ctx.saved_tensors
         grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+        attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        fixed = {"dropout_p": 0.0, "is_causal": False, "scale": ctx.scale}
         sums = iter(sums)
+        if any(group.is_whole for group in ctx.plan):
+            reverse = [x.index_select(0, reversal) for x in (grad, query, context)]
+            for group in ctx.plan:
+                if group.is_whole:
+                    heads = group.selection
+                    rows = [group.rows(x)[:, :, heads].transpose(1, 2) for x in (*reverse, key, value)]
+                    mask = mask_view(bias[heads], 0, group.length, 0, group.length)
+                    grad_out, q, out, k, v = rows
+                    parts = attend_back(grad_out, q, k, v, out, next(sums), attn_mask=mask, **fixed)
+                    for whole, part in zip((grad_query, grad_key, grad_value), parts):
+                        group.rows(whole)[:, :, heads] = part.transpose(1, 2)
+            grad_query = grad_query.index_select(0, reversal)
         for group in ctx.plan:
-            heads, penalty = group.selection, bias[group.selection]
-            q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
-            banded = group.reach < group.length
-            if banded:  # Windows overlap, so their sum is kept in the dtype of the bias.
+            if not group.is_whole:
+                heads, penalty = group.selection, bias[group.selection]
+                q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
+                # Windows overlap, so their sum is kept in the dtype of the bias.
                 grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
-            for start, end, low, high, repeats in group.windows():
-                chunk = end - start
-                part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    spans(grad_out, start, end, chunk, repeats).flip(2),
-                    spans(q, start, end, chunk, repeats).flip(2),
-                    spans(k, low, high, chunk, repeats),
-                    spans(v, low, high, chunk, repeats),
-                    spans(out, start, end, chunk, repeats).flip(2),
-                    next(sums),
-                    0.0,
-                    False,
-                    attn_mask=StridedAttention.mask(penalty, start, end, low, high),
-                    scale=ctx.scale,
-                )
-                StridedAttention.write(grad_query, group, start, part_q)
-                parts = (x.transpose(1, 2).unflatten(0, (group.count, repeats)) for x in (part_k, part_v))
-                if banded:
-                    for whole, part in zip((grad_k, grad_v), parts):
+                for start, end, low, high, repeats in group.windows():
+                    chunk = end - start
+                    part_q, part_k, part_v = attend_back(
+                        spans(grad_out, start, end, chunk, repeats).flip(2),
+                        spans(q, start, end, chunk, repeats).flip(2),
+                        spans(k, low, high, chunk, repeats),
+                        spans(v, low, high, chunk, repeats),
+                        spans(out, start, end, chunk, repeats).flip(2),
+                        next(sums),
+                        attn_mask=mask_view(penalty, start, end, low, high),
+                        **fixed,
+                    )
+                    write_chunks(grad_query, group, start, part_q)
+                    for whole, part in ((grad_k, part_k), (grad_v, part_v)):
+                        windows = part.transpose(1, 2).unflatten(0, (group.count, repeats))
                         for number in range(repeats):
-                            whole[:, low + number * chunk : high + number * chunk] += part[:, number]
-                else:
-                    grad_k, grad_v = (part[:, 0] for part in parts)
-            for whole, part in ((grad_key, grad_k), (grad_value, grad_v)):
-                group.rows(whole)[:, :, heads] = part
-        return grad_query, grad_key, grad_value, None, None, None
+                            whole[:, low + number * chunk : high + number * chunk] += windows[:, number]
+                for whole, part in ((grad_key, grad_k), (grad_value, grad_v)):
+                    group.rows(whole)[:, :, heads] = part
+        return grad_query, grad_key, grad_value, None, None, None, None

@@ -142,8 +142,10 @@ class BertLayerNorm(nn.LayerNorm):
         self.low_precision = low_precision
 
     def forward(self, x):
+        if not self.low_precision:
+            return super().forward(x)
         device = x.device.type
-        if not (self.low_precision and torch.is_autocast_enabled(device)):
+        if not torch.is_autocast_enabled(device):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -162,6 +164,10 @@ def onednn_product(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+# Rows from which on `product_for` may choose anything but `F.linear`.
+FEWEST_ROWS = 80
+
+
 @cache
 def processor() -> tuple[str, frozenset]:
     """Vendor and feature flags of this machine's processor, as Linux names them; empty where they are not known."""
@@ -173,38 +179,40 @@ def processor() -> tuple[str, frozenset]:
     return vendor[1] if vendor else "", frozenset(flags[1].split() if flags else ())
 
 
-def product_for(dtype: torch.dtype) -> Callable:
+def product_for(dtype: torch.dtype, rows: int) -> Callable:
     """The formula of a linear layer for inference on this processor's CPU: `(x, weight, bias) -> x @ weight.T + bias`.
 
-    - float32 on AMD: oneDNN is about 2 times as fast as `F.linear`, which asks MKL; on Intel 0.9 to 1.05 times.
-    - bfloat16 on Intel without AMX: float32 is 1.4 to 1.5 times as fast (for float16 0.8 to 0.9 times).
+    - float32 on AMD, from 128 rows up: oneDNN is about 2 times as fast as `F.linear`, which asks MKL; on Intel 0.9 to
+      1.05 times.
+    - bfloat16 on Intel without AMX, from `FEWEST_ROWS` up: float32 is 1.1 times as fast at 80 rows and 1.4 to 1.5 times
+      from 128 (for float16 0.8 to 0.9 times).
     - Anything else: `F.linear`.
 
     Source: ours; measurements in benchmarks/README.md.
     """
     vendor, flags = processor()
-    if dtype == torch.float32 and vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available():
+    if dtype == torch.float32 and vendor == "AuthenticAMD" and rows >= 128 and torch.backends.mkldnn.is_available():
         return onednn_product
-    if dtype == torch.bfloat16 and vendor == "GenuineIntel" and "amx_tile" not in flags:
+    if dtype == torch.bfloat16 and vendor == "GenuineIntel" and rows >= FEWEST_ROWS and "amx_tile" not in flags:
         return float32_product
     return F.linear
 
 
 class BertLinear(nn.Linear):
-    """nn.Linear that takes `product_for` its dtype for inference on the CPU; from about 128 rows up that pays."""
+    """nn.Linear that takes `product_for` its dtype and rows for inference on the CPU."""
 
     def forward(self, x):
         """[..., in] to [..., out]."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # no choice may then depend on shapes
+        if traced or x.numel() < FEWEST_ROWS * self.in_features:
+            return F.linear(x, self.weight, self.bias)
         plain = (
             x.device.type != "cpu"
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or x.dtype != self.weight.dtype
-            or x.shape[:-1].numel() < 128
         )
-        product = F.linear if plain else product_for(x.dtype)
+        product = F.linear if plain else product_for(x.dtype, x.shape[:-1].numel())
         return product(x, self.weight, self.bias)
 
 
@@ -721,6 +729,9 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = 
         ignored: a value that is allowed besides.
     """
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    low, high = ids.aminmax()
+    if low >= 0 and high < size:
         return
     outside = (ids < 0) | (ids >= size)
     if ignored is not None:

@@ -3,8 +3,9 @@
 Letters: B batch, S padded length, T real tokens, N sequences.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Callable, Optional
 
 import torch
 
@@ -29,6 +30,7 @@ class PackedBatch:
         key_mask: bool [B, S], True where a place holds a real token. Only set where padding stays in the T = B * S
             tokens (shapes must not depend on data); None: all T tokens are real.
         known_lengths: tokens of each sequence, where the host knows them already; `lengths` is what to read.
+        memory: what `shared` keeps.
 
     Source: ours.
     """
@@ -42,6 +44,7 @@ class PackedBatch:
     has_holes: bool = False
     key_mask: Optional[torch.Tensor] = None
     known_lengths: Optional[tuple[int, ...]] = None
+    memory: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_sequences(self) -> int:
@@ -57,6 +60,20 @@ class PackedBatch:
     def keeps_padding(self) -> bool:
         """Whether padding was left among the tokens, because shapes must not depend on data."""
         return self.key_mask is not None
+
+    def shared(self, key, make: Callable):
+        """What `make` returns, made once and kept under `key`: what all layers of a forward need of this batch."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
+
+    @cached_property
+    def reversal(self) -> torch.Tensor:
+        """int64 [T]: the token that stands in a token's place when the tokens of each sequence are in reverse order."""
+        starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        total = self.positions.shape[0]
+        ends_meet = (starts + ends - 1).repeat_interleave(ends - starts, output_size=total)
+        return ends_meet - torch.arange(total, device=ends_meet.device)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Take the tokens out of the caller's layout.
@@ -156,6 +173,8 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
         The batch. Reads three numbers a row back to the host, once, unless there is no mask or `traced` is set.
     """
     batch, length = shape
+    if attention_mask is not None and not traced and attention_mask.device.type == "cpu" and attention_mask.all():
+        attention_mask = None  # a device would have to wait for the answer
     if attention_mask is None or traced:
         key_mask = None
         if traced:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from published import PublishedModel
+from published import PublishedModel, SelfAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -82,16 +82,22 @@ def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
     return torch.cat(contexts)
 
 
+class ChunkedSelfAttention(SelfAttention):
+    """The published attention by `chunked_formula`; `bias` is the slopes."""
+
+    def forward(self, hidden, attention_mask, places, bias):
+        qkv = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1))
+        lengths = attention_mask.sum(1).tolist()
+        return chunked_formula(*qkv.unbind(1), lengths, bias, qkv.shape[-1] ** -0.5).flatten(1)
+
+
 class Judge(PublishedModel):
     """The published formula with `chunked_formula` in place of its padded attention."""
 
-    def bias(self, attention_mask):
-        return None
+    attention = ChunkedSelfAttention
 
-    def attention(self, hidden, attention_mask, places, bias, at):
-        qkv = self.linear(hidden, at + "attention.self.Wqkv").unflatten(-1, (3, len(self.slopes), -1))
-        lengths = attention_mask.sum(1).tolist()
-        return chunked_formula(*qkv.unbind(1), lengths, self.slopes, qkv.shape[-1] ** -0.5).flatten(1)
+    def bias(self, attention_mask):
+        return self.slopes
 
 
 def check(got, plain, truth, factor, what):
@@ -376,7 +382,7 @@ class Training(Encoder):
             self.model.zero_grad()
             model = self.published(dtype, Judge)
             model.masked_lm(self.ids, self.mask, self.labels)[0].backward()
-            return {name: model.state[name.removeprefix("bert.")].grad for name in got}
+            return {name: model.get_parameter(name.removeprefix("bert.")).grad for name in got}
 
         plain = judge(self.dtype)
         truth = None if self.dtype == torch.float32 else judge(torch.float32)

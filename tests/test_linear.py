@@ -32,7 +32,7 @@ def test_the_faster_product_is_taken_where_it_may_be(monkeypatch):
         taken.append(x.shape)
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_layers, "product_for", lambda dtype: product)
+    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: product if rows >= 128 else F.linear)
     layer, x = BertLinear(8, 4), torch.randn(128, 8)
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
@@ -70,7 +70,8 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
-        assert product_for(dtype) is expected
+        assert product_for(dtype, 128) is expected and product_for(dtype, 79) is F.linear
+        assert product_for(dtype, 80) is (F.linear if expected is onednn_product else expected)
     finally:
         processor.cache_clear()
 
@@ -84,6 +85,6 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         model.to(dtype)
         results = []
         for product in (F.linear, onednn_product if dtype == torch.float32 else float32_product):
-            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, product=product: product)
+            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows, product=product: product)
             results.append(model(ids, mask).logits)
     numerics.assert_no_worse(results[1], results[0], truth, numerics.MODEL)

@@ -35,6 +35,23 @@ def test_holes_left_padding_and_empty_rows_keep_their_columns():
     assert not left_only.has_holes
 
 
+def test_reversal_turns_each_sequence_around_and_undoes_itself():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+    packed = pack_padded(mask, (3, 4), CPU, traced=False)
+    assert packed.reversal.tolist() == [2, 1, 0, 4, 3]
+    assert packed.reversal[packed.reversal].tolist() == [0, 1, 2, 3, 4]
+    assert pack_padded(None, (2, 3), CPU, traced=False).reversal.tolist() == [2, 1, 0, 5, 4, 3]
+    assert pack_flattened(torch.tensor([0, 1, 3]), None, 3).reversal.tolist() == [0, 2, 1]
+
+
+def test_what_layers_share_is_made_once_a_batch():
+    packed, other = (pack_padded(None, (1, 2), CPU, traced=False) for _ in range(2))
+    made = []
+    assert packed.shared("plan", lambda: made.append(1) or "first") == "first"
+    assert packed.shared("plan", lambda: made.append(1) or "second") == "first"
+    assert other.shared("plan", lambda: made.append(1) or "third") == "third" and len(made) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_mask_dtypes_mean_the_same(dtype):
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])

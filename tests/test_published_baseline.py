@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "data" / "reference" / "mlm-12heads-dim16"
 def test_baseline_gives_published_states_logits_loss_and_gradients(dtype):
     config = json.loads((FOLDER / "config.json").read_text())
     state = torch.load(FOLDER / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    state = {name: tensor.to(dtype).requires_grad_() for name, tensor in state.items()}
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     expected = load_file(FOLDER / "expected.safetensors")
     ids, mask, types = (expected[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
     model = PublishedModel(state, alibi_slopes(config["num_attention_heads"]), config["layer_norm_eps"])
@@ -35,4 +35,5 @@ def test_baseline_gives_published_states_logits_loss_and_gradients(dtype):
     gradients = {key[len("grad.") :]: value for key, value in expected.items() if key.startswith("grad.")}
     assert len(gradients) > 20
     for name, value in gradients.items():
-        numerics.assert_same(state[name].grad, value, numerics.PUBLISHED[torch.float32], name)
+        gradient = model.get_parameter(name.removeprefix("bert.")).grad
+        numerics.assert_same(gradient, value, numerics.PUBLISHED[torch.float32], name)
