@@ -5,6 +5,7 @@ F intermediate size, V vocabulary, M labelled tokens.
 """
 
 import inspect
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -164,6 +165,10 @@ def onednn_product(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+# The gated layer's output is kept below 32 MiB, as glibc maps (and the kernel clears) larger memory anew at each call:
+# 1.05 times as fast at 1,776 and 2,048 tokens of base size, and no buffer of T times 2 F.
+GATED_BYTES = 30 * 2**20
+
 # Rows from which on `product_for` may choose anything but `F.linear`.
 FEWEST_ROWS = 80
 
@@ -300,8 +305,17 @@ class BertGatedMLP(nn.Module):
         self.layernorm = BertLayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
 
     def forward(self, hidden):
-        gate, value = self.gated_layers(hidden).chunk(2, dim=-1)  # [T, F] each
-        return self.layernorm(self.wo(self.dropout(F.gelu(gate) * value)) + hidden)
+        """[T, E] to [T, E]; for inference on the CPU in place and in parts of `GATED_BYTES`."""
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or torch.is_grad_enabled() or hidden.device.type != "cpu":
+            gate, value = self.gated_layers(hidden).chunk(2, dim=-1)  # [T, F] each
+            return self.layernorm(self.wo(self.dropout(F.gelu(gate) * value)) + hidden)
+        size = hidden.shape[0] * self.gated_layers.out_features * hidden.element_size()
+        parts = []
+        for rows in hidden.chunk(max(1, math.ceil(size / GATED_BYTES))):
+            gate, value = self.gated_layers(rows).chunk(2, dim=-1)
+            parts.append(self.wo(self.dropout(F.gelu(gate).mul_(value))))
+        return self.layernorm((torch.cat(parts) if len(parts) > 1 else parts[0]) + hidden)
 
 
 class BertLayer(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import VOCAB, holed_batch, ragged_batch, tiny_model
 
+from mosaicbert import bert_layers
 from mosaicbert.bert_layers import (
     ATTENTION_BACKENDS,
     BertForMaskedLM,
@@ -413,3 +414,16 @@ def test_compiled_by_inductor_agrees():
     model = tiny_model(num_hidden_layers=1)
     expected = model(ids, mask).logits
     numerics.assert_same(torch.compile(model)(ids, mask).logits, expected, SAME)
+
+
+def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkeypatch):
+    layer = tiny_model().bert.encoder.layer[0].mlp
+    hidden = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
+    whole = layer(hidden)
+    seen = []
+    layer.gated_layers.register_forward_hook(lambda module, arguments, output: seen.append((output, output.clone())))
+    monkeypatch.setattr(bert_layers, "GATED_BYTES", 10 * 80 * 4)
+    with torch.no_grad():
+        numerics.assert_same(layer(hidden), whole, numerics.SAME[torch.float32])
+    assert [len(output) for output, _ in seen] == [10, 10, 10, 7]
+    assert all(torch.equal(output, copy) for output, copy in seen)
