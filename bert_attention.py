@@ -249,13 +249,15 @@ class HeadGroup(NamedTuple):
         return tokens.view(self.count, self.length, *tensor.shape[1:])
 
     def windows(self):
-        """Query chunks and the keys that they look at, from 0 to n; for heads that do not look at the whole sequence.
+        """Query chunks and the keys that they look at, from 0 to n.
 
         Yields:
             First query, last + 1, first key, last + 1, and how many windows of that shape follow one another, each a
             chunk after the one before. Those share a call, as the bias depends on distances alone.
         """
         chunk = WIDE_CHUNK if self.reach >= WIDE_CHUNK else BAND_CHUNK
+        if self.is_whole:
+            chunk = self.length
         start = 0
         while start < self.length:
             end = min(start + chunk, self.length)
@@ -411,8 +413,8 @@ def run_calls(query, key, value, bias, scale, plan, reversal):
     """The planned calls of torch's CPU flash attention, forward.
 
     The kernel is called by its own name, as autograd of overlapping windows would fill a zero tensor of full size for
-    each; in `StridedAttention` all windows add into one gradient. Memory is linear in n. Queries of whole sequences
-    are put in reverse order all at once, those of a band chunk by chunk.
+    each; in `StridedAttention` all windows add into one gradient. Memory is linear in n. Queries are put in reverse
+    order all at once, or chunk by chunk where some heads look at a band.
 
     Args:
         query, key, value: floating [T, H, D].
@@ -426,32 +428,29 @@ def run_calls(query, key, value, bias, scale, plan, reversal):
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     context, sums = query.new_empty(query.shape), []
-    if any(group.is_whole for group in plan):
+    if all(group.is_whole for group in plan):
         reverse = query.index_select(0, reversal)
         for group in plan:
-            if group.is_whole:
-                heads = group.selection
-                q, k, v = (group.rows(x)[:, :, heads].transpose(1, 2) for x in (reverse, key, value))
-                mask = mask_view(bias[heads], 0, group.length, 0, group.length)
-                part, logsumexp = attend(q, k, v, attn_mask=mask, scale=scale)
-                group.rows(context)[:, :, heads] = part.transpose(1, 2)
-                sums.append(logsumexp)
-        context = context.index_select(0, reversal)
+            q, k, v = (group.rows(x).transpose(1, 2) for x in (reverse, key, value))
+            mask = mask_view(bias, 0, group.length, 0, group.length)
+            part, logsumexp = attend(q, k, v, attn_mask=mask, scale=scale)
+            group.rows(context)[:] = part.transpose(1, 2)
+            sums.append(logsumexp)
+        return context.index_select(0, reversal), sums
     for group in plan:
-        if not group.is_whole:
-            heads, penalty = group.selection, bias[group.selection]
-            q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
-            for start, end, low, high, repeats in group.windows():
-                chunk = end - start
-                part, logsumexp = attend(
-                    spans(q, start, end, chunk, repeats).flip(2),
-                    spans(k, low, high, chunk, repeats),
-                    spans(v, low, high, chunk, repeats),
-                    attn_mask=mask_view(penalty, start, end, low, high),
-                    scale=scale,
-                )
-                write_chunks(context, group, start, part)
-                sums.append(logsumexp)
+        heads, penalty = group.selection, bias[group.selection]
+        q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
+        for start, end, low, high, repeats in group.windows():
+            chunk = end - start
+            part, logsumexp = attend(
+                spans(q, start, end, chunk, repeats).flip(2),
+                spans(k, low, high, chunk, repeats),
+                spans(v, low, high, chunk, repeats),
+                attn_mask=mask_view(penalty, start, end, low, high),
+                scale=scale,
+            )
+            write_chunks(context, group, start, part)
+            sums.append(logsumexp)
     return context, sums
 
 
@@ -478,41 +477,37 @@ class StridedAttention(torch.autograd.Function):
         attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         fixed = {"dropout_p": 0.0, "is_causal": False, "scale": ctx.scale}
         sums = iter(sums)
-        if any(group.is_whole for group in ctx.plan):
+        if all(group.is_whole for group in ctx.plan):
             reverse = [x.index_select(0, reversal) for x in (grad, query, context)]
             for group in ctx.plan:
-                if group.is_whole:
-                    heads = group.selection
-                    rows = [group.rows(x)[:, :, heads].transpose(1, 2) for x in (*reverse, key, value)]
-                    mask = mask_view(bias[heads], 0, group.length, 0, group.length)
-                    grad_out, q, out, k, v = rows
-                    parts = attend_back(grad_out, q, k, v, out, next(sums), attn_mask=mask, **fixed)
-                    for whole, part in zip((grad_query, grad_key, grad_value), parts):
-                        group.rows(whole)[:, :, heads] = part.transpose(1, 2)
-            grad_query = grad_query.index_select(0, reversal)
+                grad_out, q, out, k, v = (group.rows(x).transpose(1, 2) for x in (*reverse, key, value))
+                mask = mask_view(bias, 0, group.length, 0, group.length)
+                parts = attend_back(grad_out, q, k, v, out, next(sums), attn_mask=mask, **fixed)
+                for whole, part in zip((grad_query, grad_key, grad_value), parts):
+                    group.rows(whole)[:] = part.transpose(1, 2)
+            return grad_query.index_select(0, reversal), grad_key, grad_value, None, None, None, None
         for group in ctx.plan:
-            if not group.is_whole:
-                heads, penalty = group.selection, bias[group.selection]
-                q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
-                # Windows overlap, so their sum is kept in the dtype of the bias.
-                grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
-                for start, end, low, high, repeats in group.windows():
-                    chunk = end - start
-                    part_q, part_k, part_v = attend_back(
-                        spans(grad_out, start, end, chunk, repeats).flip(2),
-                        spans(q, start, end, chunk, repeats).flip(2),
-                        spans(k, low, high, chunk, repeats),
-                        spans(v, low, high, chunk, repeats),
-                        spans(out, start, end, chunk, repeats).flip(2),
-                        next(sums),
-                        attn_mask=mask_view(penalty, start, end, low, high),
-                        **fixed,
-                    )
-                    write_chunks(grad_query, group, start, part_q)
-                    for whole, part in ((grad_k, part_k), (grad_v, part_v)):
-                        windows = part.transpose(1, 2).unflatten(0, (group.count, repeats))
-                        for number in range(repeats):
-                            whole[:, low + number * chunk : high + number * chunk] += windows[:, number]
-                for whole, part in ((grad_key, grad_k), (grad_value, grad_v)):
-                    group.rows(whole)[:, :, heads] = part
+            heads, penalty = group.selection, bias[group.selection]
+            q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
+            # Windows overlap, so their sum is kept in the dtype of the bias.
+            grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
+            for start, end, low, high, repeats in group.windows():
+                chunk = end - start
+                part_q, part_k, part_v = attend_back(
+                    spans(grad_out, start, end, chunk, repeats).flip(2),
+                    spans(q, start, end, chunk, repeats).flip(2),
+                    spans(k, low, high, chunk, repeats),
+                    spans(v, low, high, chunk, repeats),
+                    spans(out, start, end, chunk, repeats).flip(2),
+                    next(sums),
+                    attn_mask=mask_view(penalty, start, end, low, high),
+                    **fixed,
+                )
+                write_chunks(grad_query, group, start, part_q)
+                for whole, part in ((grad_k, part_k), (grad_v, part_v)):
+                    windows = part.transpose(1, 2).unflatten(0, (group.count, repeats))
+                    for number in range(repeats):
+                        whole[:, low + number * chunk : high + number * chunk] += windows[:, number]
+            for whole, part in ((grad_key, grad_k), (grad_value, grad_v)):
+                group.rows(whole)[:, :, heads] = part
         return grad_query, grad_key, grad_value, None, None, None, None
