@@ -484,7 +484,8 @@ class BertPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("save_original_format", False)
         # Sharded weights are gathered one by one, so a tied pair arrives as two equal tensors.
         weights = dict(kwargs.get("state_dict") or {})
-        for copy, kept in (self._tied_weights_keys or {}).items():
+        tied = self._tied_weights_keys if self.config.tie_word_embeddings else None
+        for copy, kept in (tied or {}).items():
             if copy in weights and kept in weights and torch.equal(weights[copy], weights[kept]):
                 del weights[copy]
                 kwargs["state_dict"] = weights

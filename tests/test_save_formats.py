@@ -114,3 +114,13 @@ def test_the_installed_package_loads_a_repository_with_older_code(tmp_path, expe
     (tmp_path / "bert_layers.py").write_text("raise RuntimeError('this code must not run')\n")
     model = BertForMaskedLM.from_pretrained(tmp_path)
     numerics.assert_same(model.eval()(*ragged_batch([9, 4])).logits, expected, 0.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_equal_copies_of_decoder_and_embedding_are_written_once_only_where_they_are_tied(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    decoder = "cls.predictions.decoder.weight"
+    gathered[decoder] = gathered["bert.embeddings.word_embeddings.weight"].clone()
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert (decoder in load_file(tmp_path / "model.safetensors")) == (not tied)
