@@ -8,30 +8,39 @@ Both get the same depth, width, first weights (the MLM head of the MosaicBERT in
 optimizer; with `--random_weights` both start from random ones, and the two folders give sizes and tokenizer alone.
 Stock BERT reads the sequences padded, MosaicBERT packed, each with what it offers: MosaicBERT scores the masked
 wordpieces alone. `seconds` are the process's CPU time on a CPU, so that other programs do not count, and time on a
-GPU. Written: `curves.csv`, `curves.png`, and each model of the first seed, for evaluate_mlm.py.
+GPU. Written: `curves.csv`, `curves.png`, and each model of the first seed, for evaluate_mlm.py. With `--save_every` the
+same command goes on where it was stopped.
+
+Where loss by length is the question and not time, a stock BERT alone that is spared work which changes no number:
+
+    python scripts/compare_with_bert.py ... --models "stock BERT" --lean_baseline --bf16 --max_length 128 512
 """
 
 import argparse
 import csv
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import repository_class
 from pretrain_mlm import IGNORED, PackedRows, flatten_rows, linear_schedule, load_sequences, load_texts
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
+MODELS = ("stock BERT", "MosaicBERT")
 COLUMNS = ("model", "seed", "step", "wordpieces", "seconds", "train_loss", "validation_loss")
 
 
-def stock_twin(source: str, mosaic, random_weights: bool = False):
+def stock_twin(source: str, mosaic, random_weights: bool = False, attention: str = "sdpa"):
     """A stock BERT for masked language modelling that starts from what a MosaicBERT was converted from.
 
     Args:
         source: folder or Hub id of the BERT; its first layers are used, as many as `mosaic` has.
         mosaic: the converted model; its MLM head and the size of its vocabulary are taken over.
         random_weights: whether only the sizes are taken over.
+        attention: transformers' name of its attention implementation.
 
     Returns:
         A `transformers.BertForMaskedLM`.
@@ -42,8 +51,8 @@ def stock_twin(source: str, mosaic, random_weights: bool = False):
     config.attention_probs_dropout_prob = mosaic.config.attention_probs_dropout_prob
     if random_weights:
         config.vocab_size = mosaic.config.vocab_size
-        return BertForMaskedLM(config)
-    model = BertForMaskedLM(config)
+        return BertForMaskedLM._from_config(config, attn_implementation=attention)
+    model = BertForMaskedLM._from_config(config, attn_implementation=attention)
     model.bert.load_state_dict(BertModel.from_pretrained(source).state_dict(), strict=False)  # it may have more layers
     model.resize_token_embeddings(mosaic.config.vocab_size, mean_resizing=False)
     head = {name: value for name, value in mosaic.state_dict().items() if name.startswith("cls.")}
@@ -70,13 +79,41 @@ def pad_row(row: dict) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(name: str, model, collate, rows, held_out, seed: int, arguments) -> list[dict]:
-    """Train one model for the steps asked and log its curve.
+def batch_loss(model, batch: dict) -> torch.Tensor:
+    """The model's own loss of a batch that `flatten_row` or `pad_row` makes."""
+    return model(**batch).loss
+
+
+def lean_loss(model, batch: dict) -> torch.Tensor:
+    """The same number for a stock BERT with less work: masked wordpieces alone are scored, and each sequence is padded
+    to at most 1.25 times its length.
+
+    Args:
+        model: `transformers.BertForMaskedLM`.
+        batch: of `pad_row`, sequences in the order of their lengths.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    labelled, start = [], 0
+    while start < len(lengths):
+        end = int((lengths <= 1.25 * lengths[start]).sum())
+        ids, mask, labels = (
+            batch[name][start:end, : lengths[end - 1]] for name in ("input_ids", "attention_mask", "labels")
+        )
+        hidden = model.bert(ids, attention_mask=None if mask.all() else mask).last_hidden_state
+        labelled.append((hidden[labels != IGNORED], labels[labels != IGNORED]))
+        start = end
+    hidden, labels = (torch.cat(parts) for parts in zip(*labelled))
+    return F.cross_entropy(model.cls(hidden).float(), labels)
+
+
+def train(name: str, model, collate, loss_of, rows, held_out, seed: int, arguments) -> list[dict]:
+    """Train one model for the steps asked and log its curve, from where an earlier call with `save_every` stopped.
 
     Args:
         name: of the model in the log.
-        model: takes what `collate` makes.
+        model: what `loss_of` takes.
         collate: turns a row to a batch.
+        loss_of: `(model, batch) -> loss`.
         rows: `PackedRows` to train on.
         held_out: rows to validate on.
         seed: of dropout.
@@ -84,6 +121,9 @@ def train(name: str, model, collate, rows, held_out, seed: int, arguments) -> li
 
     Returns:
         One dict a logged step, see `COLUMNS`. The validation loss is logged at the first and the last step.
+
+    Raises:
+        ValueError: what was saved belongs to another command line.
     """
     clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     torch.manual_seed(seed)
@@ -96,48 +136,71 @@ def train(name: str, model, collate, rows, held_out, seed: int, arguments) -> li
         optimizer, lambda step: linear_schedule(step, warmup, arguments.steps, final=0.02)
     )
 
-    def loss_of(row):
+    def forward(row):
         batch = {k: v.to(arguments.device) if torch.is_tensor(v) else v for k, v in collate(row).items()}
-        return model(**batch).loss
+        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bf16):
+            return loss_of(model, batch)
 
     @torch.no_grad()
     def validate():
         model.eval()
         counts = [int((row["labels"] != IGNORED).sum()) for row in held_out]
-        mean = sum(loss_of(row).item() * count for row, count in zip(held_out, counts)) / sum(counts)
+        mean = sum(forward(row).item() * count for row, count in zip(held_out, counts)) / sum(counts)
         model.train()
         return mean
 
-    log, window, wordpieces, seconds = [], [], 0, 0.0
-    for step in range(arguments.steps + 1):
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    progress = {"log": [], "window": [], "wordpieces": 0, "seconds": 0.0, "step": 0, "asked": asked_of(arguments)}
+    saved = arguments.output_dir / f"progress-{name.replace(' ', '-')}-{seed}.pt"
+    if saved.exists():
+        stored = torch.load(saved, map_location=arguments.device, weights_only=True)
+        if stored["asked"] != progress["asked"]:
+            raise ValueError(f"output_dir holds a run of another command line: {saved} is of {stored['asked']}")
+        for part, holder in parts.items():
+            holder.load_state_dict(stored.pop(part))
+        progress = stored
+    log, window = progress["log"], progress["window"]
+    while True:
+        step = progress["step"]
         if step % arguments.log_every == 0 or step == arguments.steps:
-            log.append(
-                {
-                    "model": name,
-                    "seed": seed,
-                    "step": step,
-                    "wordpieces": wordpieces,
-                    "seconds": round(seconds, 1),
-                    "train_loss": round(sum(window) / len(window), 4) if window else "",
-                    "validation_loss": round(validate(), 4) if step in (0, arguments.steps) else "",
-                }
-            )
-            print(",".join(str(log[-1][column]) for column in COLUMNS), flush=True)
-            window = []
+            if not log or log[-1]["step"] < step:
+                log.append(
+                    {
+                        "model": name,
+                        "seed": seed,
+                        "step": step,
+                        "wordpieces": progress["wordpieces"],
+                        "seconds": round(progress["seconds"], 1),
+                        "train_loss": round(sum(window) / len(window), 4) if window else "",
+                        "validation_loss": round(validate(), 4) if step in (0, arguments.steps) else "",
+                    }
+                )
+                print(",".join(str(log[-1][column]) for column in COLUMNS), flush=True)
+                window.clear()
+        if arguments.save_every and (step % arguments.save_every == 0 or step == arguments.steps):
+            torch.save({**progress, **{part: holder.state_dict() for part, holder in parts.items()}}, f"{saved}.new")
+            os.replace(f"{saved}.new", saved)
         if step == arguments.steps:
-            break
+            return log
         row = rows[step]
         began = clock()
-        loss = loss_of(row)
+        torch.manual_seed(seed + step)  # dropout, whichever step a run goes on from
+        loss = forward(row)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         window.append(loss.item())  # waits for a GPU
-        seconds += clock() - began
-        wordpieces += len(row["input_ids"])
-    return log
+        progress["seconds"] += clock() - began
+        progress["wordpieces"] += len(row["input_ids"])
+        progress["step"] += 1
+
+
+def asked_of(arguments) -> dict[str, str]:
+    """What of the command line decides the numbers of a run."""
+    others = ("output_dir", "save_every", "log_every", "models", "seeds")
+    return {name: str(value) for name, value in vars(arguments).items() if name not in others}
 
 
 def draw(log: list[dict], path: Path) -> None:
@@ -188,10 +251,18 @@ def main() -> None:
     parser.add_argument("--validation_data", nargs="+", required=True, help="the same")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--random_weights", action="store_true", help="start both from random weights")
-    parser.add_argument("--max_length", type=int, default=128, help="wordpieces of a sequence")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--lean_baseline", action="store_true", help="spare stock BERT work that changes no number")
+    parser.add_argument("--bert_attention", default="sdpa", help="attn_implementation of stock BERT")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument(
+        "--max_length", nargs="+", type=int, default=[128], help="wordpieces of a sequence; may be mixed"
+    )
+    parser.add_argument("--mask_token_share", type=float, default=0.8, help="as pretrain_mlm.py takes it")
     parser.add_argument("--tokens_per_row", type=int, default=3072, help="wordpieces of a step, at most")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--log_every", type=int, default=5)
+    parser.add_argument("--save_every", type=int, default=0, help="steps between two saves to go on from; 0: none")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--validation_rows", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=8e-4)
@@ -204,8 +275,10 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     def rows_of(sources, probability, seed):
-        sequences = load_sequences(load_texts(sources), tokenizer, [arguments.max_length], [1.0], seed=0)
-        return PackedRows(sequences, tokenizer, arguments.tokens_per_row, probability, seed)
+        lengths = arguments.max_length
+        shares = [1 / len(lengths)] * len(lengths)
+        sequences = load_sequences(load_texts(sources), tokenizer, lengths, shares, seed=0)
+        return PackedRows(sequences, tokenizer, arguments.tokens_per_row, probability, seed, arguments.mask_token_share)
 
     held_out = rows_of(arguments.validation_data, 0.15, 0)
     held_out = [held_out[i] for i in range(min(arguments.validation_rows, len(held_out)))]
@@ -213,20 +286,22 @@ def main() -> None:
     print(",".join(COLUMNS))
     for seed in arguments.seeds:
         rows = rows_of(arguments.train_data, 0.3, seed)
-        for name in ("stock BERT", "MosaicBERT"):
+        for name in arguments.models:
             model = mosaic_class.from_pretrained(
                 arguments.mosaicbert,
                 hidden_dropout_prob=arguments.dropout,
                 attention_probs_dropout_prob=0.0,
                 sparse_prediction=True,
             ).float()
-            collate = flatten_row
+            collate, loss_of = flatten_row, batch_loss
             torch.manual_seed(seed)
             if arguments.random_weights:
                 model = mosaic_class(model.config)
             if name == "stock BERT":
-                model, collate = stock_twin(arguments.bert, model, arguments.random_weights), pad_row
-            log += train(name, model, collate, rows, held_out, seed, arguments)
+                model = stock_twin(arguments.bert, model, arguments.random_weights, arguments.bert_attention)
+                collate = pad_row
+                loss_of = lean_loss if arguments.lean_baseline else batch_loss
+            log += train(name, model, collate, loss_of, rows, held_out, seed, arguments)
             if seed == arguments.seeds[0]:
                 folder = arguments.output_dir / name.replace(" ", "-")
                 model.save_pretrained(folder)
