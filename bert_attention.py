@@ -6,8 +6,11 @@ Letters: N sequences, T tokens, H heads, D head size, M row length, n tokens of 
 """
 
 import math
+import re
+from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,13 @@ NOTHING = -1e30
 # Without a backward pass the cut costs 1.1 times as much at n = 256, nothing at 384, and 0.83 at 1,000.
 CUT_FROM = 384
 
+# Scores in one product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory is
+# bounded. 2^18 and 2^20 take up to 1.1 and 1.2 times as long, backward up to 1.5.
+PRODUCT_SCORES = 2**19
+
+# Without a backward pass, products with fewer scores in all take longer than the CPU kernel: 1.7 times at n = 16.
+FEWEST_SCORES = 2**14
+
 # Bias entries a head in one call of `chunked_attention`, which bounds its memory: 4 MiB a head in float32.
 CHUNK_ENTRIES = 2**20
 
@@ -61,6 +71,22 @@ def alibi_slopes(num_heads: int) -> list[float]:
     series = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
     between = [2.0 ** (-4.0 * (2 * head + 1) / power) for head in range(num_heads - power)]
     return series + between
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, export or a trace is recording, so that nothing may depend on shapes or data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@cache
+def processor() -> tuple[str, frozenset]:
+    """Vendor and feature flags of this machine's processor, as Linux names them; empty where they are not known."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", frozenset()
+    vendor, flags = (re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in ("vendor_id", "flags"))
+    return vendor[1] if vendor else "", frozenset(flags[1].split() if flags else ())
 
 
 def eager_attention_weights(query, key, packed, alibi_slopes, scale):
@@ -127,13 +153,14 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
       afar gains nothing (at most 1.05), padding short texts to one call loses (0.4 to 0.95).
     - There, from 1,024 tokens up, only the keys that can weigh anything: 1.07 times as fast at 1,024, 2.3 at 4,096 and
       3.6 at 8,192 (scores up to 5). In shorter sequences the same keys are cut off by their bias (see `NOTHING`).
+    - There, bfloat16 on some processors: products in place of the CPU kernel, see `formula_for`.
 
     Source: ours; measured on an Intel Xeon with avx512_bf16 and without AMX, see benchmarks/README.md.
     """
     if not len(query):
         return query
     slopes = alibi_slopes.to(torch.promote_types(query.dtype, torch.float32))
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return padded_attention(query, key, value, packed, slopes, scale, dropout_p)
     if dropout_p > 0 or packed.has_holes or query.device.type != "cpu":
         return chunked_attention(query, key, value, packed, slopes, scale, dropout_p)
@@ -206,7 +233,7 @@ def strided_attention(query, key, value, packed, slopes, scale):
             lambda: (distance_bias(slopes, longest), plan_calls(lengths, [math.inf] * len(slopes))),
         )
     arguments = (query, key, value, bias, scale, plan, packed.reversal)
-    return StridedAttention.apply(*arguments) if trained else run_calls(*arguments)[0]
+    return StridedAttention.apply(*arguments) if trained else run_calls(*arguments, trained=False)[0]
 
 
 def distance_bias(slopes, span):
@@ -242,6 +269,10 @@ class HeadGroup(NamedTuple):
         first, step = self.heads[0], self.heads[1] - self.heads[0] if len(self.heads) > 1 else 1
         even = step > 0 and self.heads == list(range(first, first + step * len(self.heads), step))
         return slice(first, self.heads[-1] + 1, step) if even else self.heads
+
+    def formula(self, dtype, trained):
+        """What computes its calls, see `formula_for`."""
+        return formula_for(dtype, self.count, len(self.heads), self.length, trained)
 
     def rows(self, tensor):
         """The group's tokens in [T, H, D], all heads: a view [count, n, H, D]."""
@@ -409,12 +440,117 @@ def write_chunks(tensor, group, start, part):
     group.rows(tensor)[:, start : start + rows.shape[1], group.selection] = rows
 
 
-def run_calls(query, key, value, bias, scale, plan, reversal):
-    """The planned calls of torch's CPU flash attention, forward.
+class Formula(NamedTuple):
+    """How one call is computed; the arguments are those of torch's CPU flash attention.
 
-    The kernel is called by its own name, as autograd of overlapping windows would fill a zero tensor of full size for
-    each; in `StridedAttention` all windows add into one gradient. Memory is linear in n. Queries are put in reverse
-    order all at once, or chunk by chunk where some heads look at a band.
+    Attributes:
+        forward: to the context and the logarithms of the rows' sums (empty where `backward` needs none).
+        backward: to the gradients of query, key and value.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def formula_for(dtype: torch.dtype, count: int, heads: int, length: int, trained: bool) -> Formula:
+    """The formula of a call for `count` sequences of `length` tokens on this processor's CPU.
+
+    - bfloat16 on AMD with avx512_bf16: products by oneDNN, 2.0 times as fast as torch's kernel from 64 to 512 tokens
+      and 1.8 times from 1,024 to 4,096; with a backward pass 3 times at 8 × 128 and 1.6 times at 4 × 512, but 0.85
+      times at 1,024, so there up to `PRODUCT_SCORES` a head only.
+    - Anything else: torch's kernel, which is called by its own name, as autograd of overlapping windows would fill a
+      zero tensor of full size for each; in `StridedAttention` all windows add into one gradient.
+
+    Args:
+        dtype: of query, key and value.
+        count, heads, length: N, H and n of the call.
+        trained: whether there will be a backward pass.
+
+    Source: ours; measurements in benchmarks/README.md.
+    """
+    vendor, flags = processor()
+    scores = length * length
+    suits = scores <= PRODUCT_SCORES if trained else count * heads * scores >= FEWEST_SCORES
+    if dtype == torch.bfloat16 and vendor == "AuthenticAMD" and "avx512_bf16" in flags and suits:
+        return Formula(attend_by_products, products_backward)
+    return Formula(
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
+
+
+def weights_by_products(query, key, mask, scale):
+    """The attention weights of a call, part by part.
+
+    Args:
+        query: floating [B, H, n, D].
+        key: the same dtype, [B, H, m, D].
+        mask: float32 bias [1, H, n, m].
+        scale: factor of the scores.
+
+    Yields:
+        Slices of sequences, heads and queries that hold `PRODUCT_SCORES` together, and their weights, float32. Scores
+        are rounded once to the dtype of `query` before they are scaled in float32.
+    """
+    count, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    some_queries = min(queries, max(1, PRODUCT_SCORES // keys))
+    some_heads = min(heads, max(1, PRODUCT_SCORES // (keys * queries)))
+    some = max(1, PRODUCT_SCORES // (keys * queries * heads))
+    for n in range(0, count, some):
+        for h in range(0, heads, some_heads):
+            for i in range(0, queries, some_queries):
+                part = slice(n, n + some), slice(h, h + some_heads), slice(i, i + some_queries)
+                scores = query[part] @ key[part[:2]].transpose(-1, -2)
+                yield part, scores.float().mul_(scale).add_(mask[:, part[1], part[2]]).softmax(dim=-1)
+
+
+def attend_by_products(query, key, value, attn_mask, scale):
+    """`Formula.forward` by matrix products and softmax, in parts of bounded size; see `weights_by_products`.
+
+    Args:
+        value: like `key`.
+        attn_mask: `mask` there.
+
+    Returns:
+        [B, H, n, D] in the dtype of `query`, and an empty tensor.
+
+    Source: ours.
+    """
+    context = torch.empty_like(query)
+    for part, weights in weights_by_products(query, key, attn_mask, scale):
+        context[part] = weights.to(value.dtype) @ value[part[:2]]
+    return context, query.new_empty(0)
+
+
+def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is_causal, attn_mask, scale):
+    """`Formula.backward` to `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
+
+    Args:
+        grad: of the context, [B, H, n, D]. The others are those of torch's kernel; its switches must be off.
+
+    Returns:
+        Gradients of `query`, `key` and `value` in their dtype.
+
+    Source: ours.
+    """
+    grads = tuple(torch.empty_like(x) for x in (query, key, value))
+    for part, weights in weights_by_products(query, key, attn_mask, scale):
+        both = part[:2]
+        grad_weights = (grad[part] @ value[both].transpose(-1, -2)).float()
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
+        grad_scores = grad_scores.mul_(scale).to(query.dtype)
+        grads[0][part] = grad_scores @ key[both]
+        grads[1][both] = grad_scores.transpose(-1, -2) @ query[part]
+        grads[2][both] = weights.to(grad.dtype).transpose(-1, -2) @ grad[part]
+    return grads
+
+
+def run_calls(query, key, value, bias, scale, plan, reversal, trained):
+    """The planned calls of attention on the CPU, forward.
+
+    Memory is linear in n. Queries are put in reverse order all at once, or chunk by chunk where some heads look at a
+    band.
 
     Args:
         query, key, value: floating [T, H, D].
@@ -422,17 +558,18 @@ def run_calls(query, key, value, bias, scale, plan, reversal):
         scale: factor of the scores.
         plan: list of `HeadGroup`.
         reversal: int64 [T], `PackedBatch.reversal`.
+        trained: whether there will be a backward pass.
 
     Returns:
         [T, H, D], and for each call the logarithms of the rows' sums.
     """
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     context, sums = query.new_empty(query.shape), []
     if all(group.is_whole for group in plan):
         reverse = query.index_select(0, reversal)
         for group in plan:
             q, k, v = (group.rows(x).transpose(1, 2) for x in (reverse, key, value))
             mask = mask_view(bias, 0, group.length, 0, group.length)
+            attend = group.formula(query.dtype, trained).forward
             part, logsumexp = attend(q, k, v, attn_mask=mask, scale=scale)
             group.rows(context)[:] = part.transpose(1, 2)
             sums.append(logsumexp)
@@ -440,6 +577,7 @@ def run_calls(query, key, value, bias, scale, plan, reversal):
     for group in plan:
         heads, penalty = group.selection, bias[group.selection]
         q, k, v = (group.rows(x)[:, :, heads] for x in (query, key, value))  # [count, n, heads, D]
+        attend = group.formula(query.dtype, trained).forward
         for start, end, low, high, repeats in group.windows():
             chunk = end - start
             part, logsumexp = attend(
@@ -463,7 +601,7 @@ class StridedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, scale, plan, reversal):
         """The arguments of `run_calls`; returns [T, H, D]."""
-        context, sums = run_calls(query, key, value, bias, scale, plan, reversal)
+        context, sums = run_calls(query, key, value, bias, scale, plan, reversal, trained=True)
         ctx.save_for_backward(query, key, value, bias, reversal, context, *sums)
         ctx.scale, ctx.plan = scale, plan
         return context
@@ -474,7 +612,6 @@ class StridedAttention(torch.autograd.Function):
         """Gradient [T, H, D] of the context to those of query, key and value."""
         query, key, value, bias, reversal, context, *sums = ctx.saved_tensors
         grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-        attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         fixed = {"dropout_p": 0.0, "is_causal": False, "scale": ctx.scale}
         sums = iter(sums)
         if all(group.is_whole for group in ctx.plan):
@@ -482,6 +619,7 @@ class StridedAttention(torch.autograd.Function):
             for group in ctx.plan:
                 grad_out, q, out, k, v = (group.rows(x).transpose(1, 2) for x in (*reverse, key, value))
                 mask = mask_view(bias, 0, group.length, 0, group.length)
+                attend_back = group.formula(query.dtype, trained=True).backward
                 parts = attend_back(grad_out, q, k, v, out, next(sums), attn_mask=mask, **fixed)
                 for whole, part in zip((grad_query, grad_key, grad_value), parts):
                     group.rows(whole)[:] = part.transpose(1, 2)
@@ -491,6 +629,7 @@ class StridedAttention(torch.autograd.Function):
             q, k, v, out, grad_out = (group.rows(x)[:, :, heads] for x in (query, key, value, context, grad))
             # Windows overlap, so their sum is kept in the dtype of the bias.
             grad_k, grad_v = (x.new_zeros(x.shape, dtype=bias.dtype) for x in (k, v))
+            attend_back = group.formula(query.dtype, trained=True).backward
             for start, end, low, high, repeats in group.windows():
                 chunk = end - start
                 part_q, part_k, part_v = attend_back(

@@ -17,8 +17,9 @@ SAME = {torch.float32: 1e-5, torch.float64: 1e-12}
 # (the rule of flash-attention's tests).
 FORWARD, GRADIENT, MODEL = 2.0, 3.0, 4.0
 
-# Below these errors the ratio rule compares noise: a few roundings of one number in the dtype (2, 2, 2 and 4 ulp).
-FLOOR = {torch.float64: 1e-15, torch.float32: 2.4e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4}
+# Below these errors the ratio rule compares noise: one to five spacings of the numbers around 1 in the dtype. (In a
+# sequence of 2 tokens the CPU's float32 kernels err in a gradient by less than 2 on one processor, by 4.2 on another.)
+FLOOR = {torch.float64: 1e-15, torch.float32: 6e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4}
 
 
 def relative_error(actual, expected):

@@ -55,10 +55,10 @@ def truth(packed, query, key, value, grad):
     return [context, *(x.grad for x in inputs)]
 
 
-def assert_as_good_as_plain(function, packed, inputs):
+def assert_as_good_as_plain(function, packed, inputs, plain=eager_attention):
     """The kernel rule: at most 2 (gradients: 3) times the error of the plain formula in the same dtype."""
     expected = truth(packed, *inputs)
-    plain = attend(eager_attention, packed, *inputs)
+    plain = attend(plain, packed, *inputs)
     names = ("context", "query.grad", "key.grad", "value.grad")
     for name, got, base, exact in zip(names, attend(function, packed, *inputs), plain, expected):
         factor = numerics.FORWARD if name == "context" else numerics.GRADIENT
@@ -78,6 +78,92 @@ LAYOUTS = {
 def test_sdpa_matches_the_reference_forward_and_backward(layout, dtype):
     packed = LAYOUTS[layout]()
     assert_as_good_as_plain(sdpa_attention, packed, tensors(packed, dtype=dtype))
+
+
+PROCESSORS = {"kernel": ("", frozenset()), "products": ("AuthenticAMD", frozenset({"avx512_bf16"}))}
+
+
+@pytest.fixture(params=PROCESSORS)
+def formula(request, monkeypatch):
+    """Which formula serves bfloat16 on the CPU, whatever the processor here."""
+    monkeypatch.setattr(bert_attention, "processor", lambda: PROCESSORS[request.param])
+    return request.param
+
+
+def plain_attention(query, key, value, packed, slopes, scale, dropout_p):
+    """The plain formula with products in the dtype of `query` and softmax in float32; eager has float32 scores."""
+    contexts = []
+    for q, k, v in zip(*(x.split(packed.lengths) for x in (query, key, value))):
+        place = torch.arange(len(q))
+        bias = -slopes[:, None, None] * (place[:, None] - place).abs()
+        scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale + bias
+        contexts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1).to(v.dtype), v))
+    return torch.cat(contexts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_matches_the_reference_by_either_formula(formula, layout):
+    packed = LAYOUTS[layout]()
+    assert_as_good_as_plain(sdpa_attention, packed, tensors(packed, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("norm", [0.3, 1.0, 2.0, 4.0], ids=lambda norm: f"norm {norm}")
+def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, norm):
+    packed = batch([64] * 3 + [200, 400])
+    inputs = tensors(packed, dtype=torch.bfloat16, norm=norm)
+    assert_as_good_as_plain(sdpa_attention, packed, inputs, plain_attention)
+    arguments = (*inputs[:3], packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
+    expected = truth(packed, *inputs)[0]
+    got = sdpa_attention(*arguments)  # without a backward pass the choice is another
+    numerics.assert_no_worse(got, plain_attention(*arguments), expected, numerics.FORWARD)
+
+
+def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(band_for_all, formula):
+    packed = batch([130, 97, 97])
+    inputs = tensors(packed, heads=8, norm=0.05, dtype=torch.bfloat16)
+    assert_as_good_as_plain(sdpa_attention, packed, inputs)
+    arguments = (*inputs[:3], packed, torch.tensor(alibi_slopes(8)), 0.25, 0.0)
+    expected = truth(packed, *inputs)[0]
+    numerics.assert_no_worse(sdpa_attention(*arguments), eager_attention(*arguments), expected, numerics.FORWARD)
+
+
+@pytest.mark.parametrize("most", [97 * 97 * 2, 97 * 97, 97 * 10, 1], ids=str)
+def test_products_in_parts_equal_the_whole(monkeypatch, most):
+    """Parts of two heads, one head, ten queries, one query; only the first two can have a backward pass."""
+    query, key, value, grad = torch.randn(4, 2, 3, 97, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.randn(1, 3, 97, 97, generator=torch.Generator().manual_seed(1))
+
+    def compute():
+        context, sums = bert_attention.attend_by_products(query, key, value, mask, 0.25)
+        if most < 97 * 97:
+            return [context]
+        fixed = {"dropout_p": 0.0, "is_causal": False, "attn_mask": mask, "scale": 0.25}
+        return [context, *bert_attention.products_backward(grad, query, key, value, context, sums, **fixed)]
+
+    whole = compute()
+    monkeypatch.setattr(bert_attention, "PRODUCT_SCORES", most)
+    for part, expected in zip(compute(), whole):
+        torch.testing.assert_close(part, expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize(
+    "vendor, flags, dtype, count, length, trained, by_products",
+    [
+        ("AuthenticAMD", {"avx512_bf16"}, torch.bfloat16, 1, 64, False, True),
+        ("AuthenticAMD", {"avx512_bf16"}, torch.bfloat16, 1, 16, False, False),
+        ("AuthenticAMD", {"avx512_bf16"}, torch.bfloat16, 1, 16, True, True),
+        ("AuthenticAMD", {"avx512_bf16"}, torch.bfloat16, 1, 4096, False, True),
+        ("AuthenticAMD", {"avx512_bf16"}, torch.bfloat16, 1, 4096, True, False),
+        ("AuthenticAMD", {"avx512_bf16"}, torch.float32, 8, 128, False, False),
+        ("AuthenticAMD", {"avx2"}, torch.bfloat16, 8, 128, False, False),
+        ("GenuineIntel", {"avx512_bf16"}, torch.bfloat16, 8, 128, False, False),
+    ],
+)
+def test_the_processor_decides_the_formula(monkeypatch, vendor, flags, dtype, count, length, trained, by_products):
+    monkeypatch.setattr(bert_attention, "processor", lambda: (vendor, frozenset(flags)))
+    formula = bert_attention.formula_for(dtype, count, 12, length, trained)
+    assert (formula.forward is bert_attention.attend_by_products) is by_products
+    assert (formula.backward is bert_attention.products_backward) is by_products
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

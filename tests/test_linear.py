@@ -6,8 +6,15 @@ import torch
 import torch.nn.functional as F
 from models import ragged_batch, tiny_model
 
-from mosaicbert import bert_layers
-from mosaicbert.bert_layers import BertLinear, float32_product, onednn_product, processor, product_for
+from mosaicbert import bert_attention, bert_layers
+from mosaicbert.bert_attention import processor
+from mosaicbert.bert_layers import BertGatedLinear, BertLinear, float32_product, onednn_product, product_for
+
+
+def products(dtype):
+    """The formulas that this processor can run in `dtype`, `F.linear` left out."""
+    runs = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    return [float32_product] + [onednn_product] * runs.get(dtype, False)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -19,10 +26,10 @@ def test_every_product_is_as_good_as_torch(dtype, rows, bias):
     x, weight = x.to(dtype), weight.to(dtype)
     bias = torch.randn(96, generator=generator).to(dtype) if bias else None
     truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    product = onednn_product if dtype == torch.float32 else float32_product
-    got = product(x, weight, bias)
-    assert got.dtype == dtype
-    numerics.assert_no_worse(got, F.linear(x, weight, bias), truth, numerics.FORWARD)
+    for product in products(dtype):
+        got = product(x, weight, bias)
+        assert got.dtype == dtype
+        numerics.assert_no_worse(got, F.linear(x, weight, bias), truth, numerics.FORWARD)
 
 
 def test_the_faster_product_is_taken_where_it_may_be(monkeypatch):
@@ -50,7 +57,8 @@ def test_the_faster_product_is_taken_where_it_may_be(monkeypatch):
     "cpuinfo, dtype, expected",
     [
         ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.float32, onednn_product),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.bfloat16, F.linear),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.bfloat16, onednn_product),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512f\n", torch.bfloat16, F.linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.float32, F.linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_fp16\n", torch.float16, F.linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.bfloat16, float32_product),
@@ -66,12 +74,13 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
             raise FileNotFoundError(path)
         return cpuinfo
 
-    monkeypatch.setattr(bert_layers.Path, "read_text", read_text)
+    monkeypatch.setattr(bert_attention.Path, "read_text", read_text)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
-        assert product_for(dtype, 128) is expected and product_for(dtype, 79) is F.linear
-        assert product_for(dtype, 80) is (F.linear if expected is onednn_product else expected)
+        assert product_for(dtype, 128) is expected and product_for(dtype, 15) is F.linear
+        fewest = {float32_product: 80, onednn_product: 128 if dtype == torch.float32 else 16, F.linear: 16}[expected]
+        assert product_for(dtype, fewest) is expected and product_for(dtype, fewest - 1) is F.linear
     finally:
         processor.cache_clear()
 
@@ -84,7 +93,27 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         truth = model.double()(ids, mask).logits
         model.to(dtype)
         results = []
-        for product in (F.linear, onednn_product if dtype == torch.float32 else float32_product):
+        for product in (F.linear, *products(dtype)):
             monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows, product=product: product)
             results.append(model(ids, mask).logits)
-    numerics.assert_no_worse(results[1], results[0], truth, numerics.MODEL)
+    for result in results[1:]:
+        numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_and_values_multiply_by_every_product(monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(0)
+    layer = BertGatedLinear(48, 2 * 40, bias=False).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(80, 48, generator=generator))
+    x = torch.randn(2, 70, 48, generator=generator).to(dtype)
+    gate, value = F.linear(x.double(), layer.weight.double()).chunk(2, dim=-1)
+    truth = F.gelu(gate) * value
+    plain = layer(x, gated=True)
+    assert plain.requires_grad
+    with torch.no_grad():
+        for product in (F.linear, *products(dtype)):
+            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows, product=product: product)
+            numerics.assert_no_worse(layer(x, gated=True), plain, truth, numerics.FORWARD)
+            gate, value = layer(x).chunk(2, dim=-1)
+            numerics.assert_no_worse(F.gelu(gate) * value, plain, truth, numerics.FORWARD)
