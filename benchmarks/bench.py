@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import torch
 import transformers
@@ -249,13 +250,13 @@ def append_rows(path: Path, rows: list) -> None:
 
 
 def read_rows() -> dict:
-    """The newest row of every case and backend in benchmarks/results: (case, backend) to row."""
+    """The newest row of every processor, case and backend in benchmarks/results: (processor, case, backend) to row."""
     rows = {}
     for name in ("attention", "model", "train", "startup"):
         path = RESULTS / f"{name}.csv"
         if path.exists():
             with path.open(newline="") as file:
-                rows.update({(row["case"], row["backend"]): row for row in csv.DictReader(file)})
+                rows.update({(r["processor"], r["case"], r["backend"]): r for r in csv.DictReader(file)})
     return rows
 
 
@@ -274,30 +275,41 @@ def mib(row: dict) -> str:
 
 
 def table() -> str:
-    """The README's table, Markdown, from the newest rows; cases of the plot are left out."""
+    """The README's table, Markdown, from the newest rows of each processor; cases of the plot are left out."""
     rows = read_rows()
-    lines = [
-        "| case | workload | against | times as fast (p20–p80) | goal | peak memory, MiB: ours / theirs |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    processors = sorted({processor for processor, _, _ in rows})
+    head = ["case", "workload", "against", *(f"on {processor}" for processor in processors), "goal", "memory, MiB"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     sources = {}
     for case in CASES:
         if case.name.startswith("length-"):
             continue
         for name, goal in case.against.items():
-            row, own = rows.get((case.name, name)), rows.get((case.name, case.ours))
-            if row is None:
+            found = [rows.get((processor, case.name, name)) for processor in processors]
+            if not any(found):
                 continue
-            ratio, low, high = (float(row[key]) for key in ("ratio", "ratio_p20", "ratio_p80"))
-            lines.append(
-                f"| {case.name} | {case.what} | {LABELS.get(name, name)} | {ratio:.2f} ({low:.2f}–{high:.2f}) | "
-                f"{'–' if goal is None else f'{goal:.2f}'} | {mib(own)} / {mib(row)} |"
+            memory = next(
+                f"{mib(rows[processor, case.name, case.ours])} / {mib(row)}"
+                for processor, row in zip(processors, found)
+                if row
             )
-            about = "{processor}, {threads} threads, torch {torch}, transformers {transformers}".format(**row)
-            sources.setdefault(about, set()).add(row["commit"])
-    for about, commits in sources.items():
+            cells = [case.name, case.what, LABELS.get(name, name), *map(ratio_of, found)]
+            lines.append(f"| {' | '.join(cells)} | {'–' if goal is None else f'{goal:.2f}'} | {memory} |")
+            for row in filter(None, found):
+                about = "{processor}, {threads} threads, torch {torch}, transformers {transformers}".format(**row)
+                sources.setdefault(about, set()).add(row["commit"])
+    for about, commits in sorted(sources.items()):
         lines += ["", f"Measured on {about}; commit {', '.join(sorted(commits))}."]
     return "\n".join(lines)
+
+
+def ratio_of(row: Optional[dict]) -> str:
+    """Median, p20 and p80 of a row's ratio, for the table; a dash where there is no row."""
+    return (
+        "–"
+        if row is None
+        else "{:.2f} ({:.2f}–{:.2f})".format(*(float(row[f"ratio{x}"]) for x in ("", "_p20", "_p80")))
+    )
 
 
 def between_markers(text: str, inner: str) -> str:
@@ -313,16 +325,17 @@ def between_markers(text: str, inner: str) -> str:
 
 
 def plot(path: Path) -> None:
-    """Draw seconds and memory of the `length-*` cases against the length.
+    """Draw seconds and memory of the `length-*` cases against the length, on the newest processor of the results.
 
     Raises:
         ValueError: there are no such rows.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for (case, _), row in read_rows().items() if case.startswith("length-")]
+    rows = [row for (_, case, _), row in read_rows().items() if case.startswith("length-")]
     if not rows:
         raise ValueError('nothing to draw; run: python benchmarks/bench.py model --case "length-*"')
+    rows = [row for row in rows if row["processor"] == rows[-1]["processor"]]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = zip(figure.subplots(1, 2), (("p50", "seconds a forward pass"), ("peak_memory_mib", "peak memory, MiB")))
     for axes, (column, label) in panels:

@@ -119,6 +119,20 @@ def test_readme_table_is_what_the_results_say():
     assert bench.between_markers(readme, bench.table()) == readme
 
 
+def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    case = next(case for case in CASES if case.name == "C7-short")
+    for processor, seconds, names in (("One", 2.0, ("ours", "BERT")), ("Two", 3.0, ("ours", "BERT", "published"))):
+        times = {name: [1.0 if name == "ours" else seconds] for name in names}
+        rows = bench.make_rows(case, times, dict.fromkeys(names, 1), dict.fromkeys(names, 2.0**20), "command")
+        bench.append_rows(tmp_path / "model.csv", [{**row, "processor": processor} for row in rows])
+    head, _, *lines = bench.table().splitlines()
+    assert "| on One | on Two | goal |" in head
+    assert "| BERT-base, SDPA | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) | 2.50 |" in lines[0]
+    assert "| published formula | – | 3.00 (3.00–3.00) | – |" in lines[1]
+    assert [line.split(",")[0] for line in lines[2:] if line] == ["Measured on One", "Measured on Two"]
+
+
 def test_a_file_without_markers_is_refused():
     with pytest.raises(ValueError, match="must hold <!-- benchmarks:begin -->"):
         bench.between_markers("# A title\n", "table")
