@@ -100,6 +100,39 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", ["all", "x", "weight"])
+def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
+    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: onednn_product)
+    generator = torch.Generator().manual_seed(0)
+    layer = BertLinear(48, 96, bias=bias).requires_grad_(trained != "x")
+    x = torch.randn(3, 70, 48, generator=generator, requires_grad=trained != "weight")
+    grad = torch.randn(3, 70, 96, generator=generator, requires_grad=True)
+    inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    results = []
+    for formula in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        output = formula(x)
+        first = torch.autograd.grad(output, inputs, grad, create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in first), [grad, *inputs[: trained == "all"]])
+        single = torch.autograd.grad(formula(x), inputs, grad)
+        results.append((output, *first, *second, *single))
+    assert "OneDNNLinear" in type(layer(x).grad_fn).__name__
+    for got, expected in zip(*results):
+        numerics.assert_same(got, expected, numerics.SAME[torch.float32])
+
+
+def test_quantized_weights_keep_torchs_formula(monkeypatch):
+    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: onednn_product)
+
+    class Quantized(torch.Tensor):
+        pass
+
+    layer = BertLinear(48, 96)
+    assert layer.product(torch.randn(70, 48)) is not F.linear
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized))
+    assert layer.product(torch.randn(70, 48)) is F.linear
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gates_and_values_multiply_by_every_product(monkeypatch, dtype):
     generator = torch.Generator().manual_seed(0)
