@@ -43,7 +43,7 @@ NOTHING = -1e30
 CUT_FROM = 384
 
 # Scores in one product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory is
-# bounded. 2^18 and 2^20 take up to 1.1 and 1.2 times as long, backward up to 1.5.
+# bounded. 2^18 takes 1.0 to 1.4 times as long, backward 0.8 to 1.7; 2^20 0.8 to 1.0, backward 0.9 to 1.3.
 PRODUCT_SCORES = 2**19
 
 # Without a backward pass, products with fewer scores in all take longer than the CPU kernel: 1.7 times at n = 16.
@@ -455,9 +455,9 @@ class Formula(NamedTuple):
 def formula_for(dtype: torch.dtype, count: int, heads: int, length: int, trained: bool) -> Formula:
     """The formula of a call for `count` sequences of `length` tokens on this processor's CPU.
 
-    - bfloat16 on AMD with avx512_bf16: products by oneDNN, 2.0 times as fast as torch's kernel from 64 to 512 tokens
-      and 1.8 times from 1,024 to 4,096; with a backward pass 3 times at 8 × 128 and 1.6 times at 4 × 512, but 0.85
-      times at 1,024, so there up to `PRODUCT_SCORES` a head only.
+    - bfloat16 on AMD with avx512_bf16: products by oneDNN, 2.0 to 2.2 times as fast as torch's kernel from 64 to 512
+      tokens, 1.8 at 2,048, 1.4 at 4,096; backward 2.9 times at 8 × 128, 1.8 at 4 × 512, but 0.86 at 1,024, so with a
+      backward pass up to `PRODUCT_SCORES` a head only.
     - Anything else: torch's kernel, which is called by its own name, as autograd of overlapping windows would fill a
       zero tensor of full size for each; in `StridedAttention` all windows add into one gradient.
 
