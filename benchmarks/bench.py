@@ -2,6 +2,7 @@
 
 python benchmarks/bench.py attention|model|train|startup     measure the cases of this command and append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
+python benchmarks/bench.py compare --with PATH                this checkout beside another one, in one process
 python benchmarks/bench.py table --write README.md            the README's table, from the CSV
 python benchmarks/bench.py plot                               cost against length, from the CSV
 
@@ -12,6 +13,7 @@ a ratio is a contender's time for a token over ours in the same round, so above 
 import argparse
 import csv
 import fnmatch
+import gc
 import json
 import platform
 import shlex
@@ -26,7 +28,7 @@ from typing import Optional
 import torch
 import transformers
 from cases import CASES
-from contenders import BASE, ROOT, TINY, Attention, Encoder, Training, build, layers
+from contenders import BASE, CHECKOUT, ROOT, TINY, Attention, Encoder, Training, build, layers
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +45,8 @@ LABELS = {
     "eager": "our eager path",
     "ours": "MosaicBERT, this code",
 }
+
+WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training}
 
 # A sample repeats its call until about this many seconds have passed, so that the clock does not matter.
 SAMPLE_SECONDS = 0.01
@@ -192,7 +196,7 @@ def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
     Raises:
         AssertionError: the numbers are wrong.
     """
-    bench = {"attention": Attention, "model": Encoder, "train": Training}[case.command](case, sizes)
+    bench = WORKLOADS[case.command](case, sizes)
     bench.gate()
     samples, tokens, memory = {}, {}, {}
     for name in (case.ours, *case.against):
@@ -204,6 +208,14 @@ def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
         calls = max(1, min(100, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
         samples[name] = lambda function=function, calls=calls: seconds_of(function, case.device, calls)
     return make_rows(case, take_turns(samples, repeats, limit_s), tokens, memory, command)
+
+
+def measure_checkouts(case, sizes, repeats: int, limit_s: float, command: str) -> list:
+    """As `measure`; the one contender is another checkout, whose largest difference from ours is printed."""
+    rows = measure(case, sizes, repeats, limit_s, command)
+    (other,) = case.against
+    print(f"{case.name}: largest difference {WORKLOADS[case.command](case, sizes).difference(other):.1e}")
+    return rows
 
 
 def measure_startup(case, sizes, repeats: int, limit_s: float, command: str) -> list:
@@ -353,20 +365,36 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def free(device: str) -> None:
+    """Give back what the cases so far held: models, their gradients, and what torch's allocator keeps of them."""
+    build.cache_clear()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     """Parse the command line and measure, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("attention", "model", "train", "startup"):
-        measuring = commands.add_parser(name, help=f"measure the {name} cases")
-        measuring.add_argument("--case", action="append", help="name or pattern; may be given again (default: all)")
+    for name in ("attention", "model", "train", "startup", "compare"):
+        about = "time this checkout beside another one" if name == "compare" else f"measure the {name} cases"
+        measuring = commands.add_parser(name, help=about)
+        if name == "compare":
+            measuring.add_argument(
+                "--with", dest="other", type=Path, required=True, help="folder of the other checkout"
+            )
+            measuring.add_argument("--case", action="append", help='name or pattern (default: "C*", on a GPU "G*")')
+        else:
+            measuring.add_argument("--case", action="append", help="name or pattern; may be given again (default: all)")
         measuring.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
         measuring.add_argument(
             "--limit", type=float, default=60.0, help="seconds a case after which no round begins, from the fourth on"
         )
         measuring.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         measuring.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own)")
-        measuring.add_argument("--out", type=Path, help="CSV to append to (default: benchmarks/results)")
+        default = "none" if name == "compare" else "benchmarks/results"
+        measuring.add_argument("--out", type=Path, help=f"CSV to append to (default: {default})")
         measuring.add_argument("--quick", action="store_true", help="tiny sizes, to try the command; needs --out")
     tabulating = commands.add_parser("table", help="print the table of the README")
     tabulating.add_argument("--write", type=Path, help="file to write it into, between its markers")
@@ -385,36 +413,51 @@ def main() -> None:
         run(parser, arguments)
 
 
-def run(parser, arguments) -> None:
-    """Measure the cases that were asked for."""
-    if arguments.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out: its rows are no results")
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    patterns = arguments.case or ["*"]
+def choose_cases(parser, arguments, device: str) -> list:
+    """The cases that the command line asks for; ends the program where there is none."""
+    comparing = arguments.command == "compare"
+    patterns = arguments.case or [{"cpu": "C*", "cuda": "G*"}[device] if comparing else "*"]
+    wanted = ("model", "train") if comparing else (arguments.command,)
     chosen = [
         case
         for case in CASES
-        if (case.command, case.device) == (arguments.command, device)
+        if case.command in wanted
+        and case.device == device
         and any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
     ]
     if not chosen:
         parser.error(f"no {arguments.command} case for {device} is named {' or '.join(patterns)}")
-    out = arguments.out or RESULTS / f"{arguments.command}.csv"
+    if comparing:
+        chosen = [replace(case, against={f"{CHECKOUT}{arguments.other}": None}) for case in chosen]
+    return chosen
+
+
+def run(parser, arguments) -> None:
+    """Measure the cases that were asked for."""
+    comparing = arguments.command == "compare"
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
+    if arguments.quick and arguments.out is None and not comparing:
+        parser.error("--quick needs --out: its rows are no results")
+    if comparing and not (arguments.other / "bert_layers.py").is_file():
+        parser.error(f"--with must be a checkout of this repository, {arguments.other} holds no bert_layers.py")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = arguments.out if comparing else arguments.out or RESULTS / f"{arguments.command}.csv"
     sizes = TINY if arguments.quick else BASE
     command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
-    for case in chosen:
+    function = {"startup": measure_startup, "compare": measure_checkouts}.get(arguments.command, measure)
+    for case in choose_cases(parser, arguments, device):
         if arguments.quick:
             case = replace(case, lengths=tuple(max(1, length // 32) for length in case.lengths))
-        function = measure_startup if arguments.command == "startup" else measure
         try:
             rows = function(case, sizes, arguments.repeats, arguments.limit, command)
         except AssertionError as error:
             sys.exit(f"{case.name}: {error}")
-        append_rows(out, rows)
+        free(device)
+        if out is not None:
+            append_rows(out, rows)
         print(*map(show, rows), sep="\n", flush=True)
 
 

@@ -4,7 +4,10 @@ A contender is a function without arguments that does the work once. Letters as 
 """
 
 import functools
+import importlib
+import importlib.machinery
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,9 @@ LARGEST_SCORE = 5.0
 
 # Share of the tokens that the MLM step predicts, as MosaicBERT was trained.
 MASKED_SHARE = 0.3
+
+# A contender of this name and a path is our model by the code of another checkout.
+CHECKOUT = "checkout "
 
 # The judge runs all layers up to this length in tokens, beyond it the first layer: its cost is quadratic.
 JUDGE_ALL_LAYERS = 4096
@@ -56,6 +62,28 @@ def load_file(name: str, path: Path):
 numerics = load_file("numerics", ROOT / "tests" / "numerics.py")
 # The code as the Hub's clients load it.
 layers = sys.modules[get_class_from_dynamic_module("bert_layers.BertForMaskedLM", str(ROOT)).__module__]
+
+
+@functools.cache
+def load_checkout(path: str):
+    """`bert_layers` of another checkout of this repository, as a package of its own beside `layers`.
+
+    Args:
+        path: root folder of the checkout.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: the folder is no checkout.
+    """
+    if not (Path(path) / "bert_layers.py").is_file():
+        raise ValueError(f"path must be a checkout of this repository, {path} holds no bert_layers.py")
+    root = Path(path).resolve()
+    package = importlib.machinery.ModuleSpec("checkout" + re.sub(r"\W", "_", str(root)), None, is_package=True)
+    package.submodule_search_locations = [str(root)]
+    sys.modules[package.name] = importlib.util.module_from_spec(package)
+    return importlib.import_module(f"{package.name}.bert_layers")
 
 
 def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
@@ -246,7 +274,8 @@ def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str):
     """A randomly initialised model with an MLM head, without dropout.
 
     Args:
-        kind: `ours`, `BERT` or `ModernBERT`; the latter two are those of transformers with SDPA.
+        kind: `ours`; `BERT` or `ModernBERT`, those of transformers with SDPA; or `CHECKOUT` and the path of another
+            checkout, whose model gets the weights of ours.
         sizes: of ours and BERT; ModernBERT has its base size unless they are `TINY`.
         dtype: of the weights.
         device: where they are.
@@ -256,9 +285,12 @@ def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str):
     """
     torch.manual_seed(0)
     fields = {**vars(sizes), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if kind == "ours":
-        config = layers.BertConfig(**fields, sparse_prediction=True)
-        return layers.BertForMaskedLM(config).to(device, dtype)
+    if kind == "ours" or kind.startswith(CHECKOUT):
+        package = layers if kind == "ours" else load_checkout(kind.removeprefix(CHECKOUT))
+        model = package.BertForMaskedLM(package.BertConfig(**fields, sparse_prediction=True)).to(device, dtype)
+        if package is not layers:
+            model.load_state_dict(build("ours", sizes, dtype, device).state_dict())
+        return model
     if kind == "BERT":
         config = transformers.BertConfig(**fields)
         model_class = transformers.BertForMaskedLM
@@ -308,11 +340,15 @@ class Encoder:
         if name == "ours, full rows":
             ids, mask = self.batch((max(self.case.lengths),) * len(self.case.lengths))
             tokens = mask.numel()
-        kind = name if name in ("BERT", "ModernBERT") else "ours"
+        kind = "ours" if name.startswith("ours") else name
         encoder = build(kind, self.sizes, self.dtype, self.case.device).eval().base_model
         if name == "ours, compiled":
             encoder = torch.compile(encoder)
         return torch.no_grad()(lambda: encoder(ids, attention_mask=mask).last_hidden_state), tokens
+
+    def difference(self, name: str) -> float:
+        """Largest difference between our result and that of contender `name`, over the largest value."""
+        return numerics.relative_error(self.contender(name)[0](), self.contender("ours")[0]())
 
     def matrix_products(self):
         """Nothing but the products of the encoder, for sequences of equal length."""
@@ -371,6 +407,16 @@ class Training(Encoder):
             loss.backward()
 
         return step, self.tokens
+
+    def difference(self, name: str) -> float:
+        """The same of all gradients together."""
+        gradients = []
+        for contender in (name, "ours"):
+            self.contender(contender)[0]()
+            model = build(contender, self.sizes, self.dtype, self.case.device)
+            parameters = sorted(model.named_parameters(), key=lambda named: named[0])
+            gradients.append(torch.cat([parameter.grad.flatten() for _, parameter in parameters]))
+        return numerics.relative_error(*gradients)
 
     def gate(self):
         """Compare our loss and the gradient of each weight with the judge's."""

@@ -1,6 +1,8 @@
 """The benchmark command: it measures, it refuses wrong numbers, and the README shows what its results say."""
 
 import csv
+import gc
+import shutil
 import subprocess
 
 import bench
@@ -42,6 +44,34 @@ def test_a_case_passes_its_gate_and_leaves_a_row_for_each_contender(
     assert case in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("case", ["C1-2", "C8"])
+def test_two_checkouts_are_timed_in_turns_and_their_difference_is_told(case, monkeypatch, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "rows.csv"
+    other.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, other)
+    arguments = ("compare", "--with", other, "--quick", "--case", case, "--repeats", 2, "--device", "cpu")
+    run(monkeypatch, *arguments, "--out", out)
+    assert [row["backend"] for row in rows_of(out)] == ["ours", f"checkout {other}"]
+    assert f"{case}: largest difference 0.0e+00" in capsys.readouterr().out
+    config = (other / "configuration_bert.py").read_text()
+    assert "layer_norm_eps: float = 1e-12" in config
+    changed = tmp_path / "changed"
+    shutil.copytree(other, changed)
+    (changed / "configuration_bert.py").write_text(config.replace("eps: float = 1e-12", "eps: float = 0.1"))
+    run(monkeypatch, "compare", "--with", changed, *arguments[3:])
+    printed = capsys.readouterr().out
+    assert f"checkout {changed}" in printed and "largest difference 0.0e+00" not in printed
+
+
+def test_a_case_leaves_no_model_behind(monkeypatch, tmp_path):
+    run(
+        *(monkeypatch, "train", "--quick", "--case", "C8", "--repeats", 1, "--device", "cpu"),
+        *("--out", tmp_path / "rows.csv"),
+    )
+    assert not any(type(thing) is bench.layers.BertForMaskedLM for thing in gc.get_objects())
+
+
 def test_wrong_numbers_stop_the_benchmark_before_a_row(monkeypatch, tmp_path):
     right = bench.layers.sdpa_attention
     monkeypatch.setattr(
@@ -59,6 +89,7 @@ def test_wrong_numbers_stop_the_benchmark_before_a_row(monkeypatch, tmp_path):
         (["model", "--quick"], "--quick needs --out"),
         (["model", "--case", "nothing", "--device", "cpu"], "no model case for cpu is named nothing"),
         (["model", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["compare", "--with", "nowhere"], "--with must be a checkout of this repository, nowhere holds no"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_its_reason(arguments, message, monkeypatch, capsys):
