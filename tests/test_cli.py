@@ -1,0 +1,132 @@
+"""The command line of the scripts: misspelt flags, help, and errors in one line."""
+
+import configparser
+import re
+import subprocess
+import sys
+
+import cli
+import pytest
+import torch
+from conftest import ROOT
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+
+def parser():
+    made = cli.Parser("What it does.", prog="script.py")
+    made.add_argument("source", help="a folder")
+    made.add_argument("--pad_vocab", type=cli.positive_integer, default=64, help="a multiple")
+    made.add_argument("--license", help="for the card")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--pad-vocab", "64"], "there is no option --pad-vocab; did you mean --pad_vocab?"),
+        (["--licence=mit"], "there is no option --licence; did you mean --license?"),
+        (["x", "--zzz"], "there is no option --zzz "),
+        (["x", "--pad", "64"], "there is no option --pad"),
+        ([], "the following arguments are required: source"),
+        (["x", "--pad_vocab", "0"], "argument --pad_vocab: expected a positive integer, got '0'"),
+        (["x", "--pad_vocab", "-3"], "argument --pad_vocab: expected a positive integer, got '-3'"),
+    ],
+)
+def test_a_wrong_call_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(arguments)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"script.py: {message}") and line.count("\n") == 1
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "a multiple (default: 64)" in text
+    assert "for the card\n" in text and "--traceback" in text
+
+
+class NoMemory(torch.OutOfMemoryError):
+    """What a GPU without memory raises."""
+
+
+class Refused(HfHubHTTPError):
+    """What the Hub answers."""
+
+    def __init__(self):
+        OSError.__init__(self, "Invalid\n\ntoken")
+
+    def __str__(self):
+        return "Invalid\n\ntoken"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (ValueError(), "ValueError"),
+        (FileNotFoundError(2, "No such file or directory", "x.json"), "[Errno 2] No such file or directory: 'x.json'"),
+        (Refused(), "Invalid token"),
+        (SafetensorError("no space left"), "no space left"),
+        (ModuleNotFoundError("No module named 'datasets.x'", name="datasets.x"), "datasets is missing.*scripts"),
+        (ModuleNotFoundError("No module named 'streaming'", name="streaming"), "pip install mosaicml-streaming"),
+        (ImportError("cannot import name 'x'"), "cannot import name 'x'"),
+        (MemoryError(), "out of memory; take less"),
+        (NoMemory("CUDA out of memory"), "out of memory; take less"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take less"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(error, line, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, "take less")
+    assert re.match(
+        rf"script\.py: .*{line}" if "missing" in line else rf"script\.py: .*{re.escape(line)}", stop.value.code
+    )
+    assert "\n" not in stop.value.code
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py", "--traceback"])
+    with pytest.raises(type(error)):
+        cli.run(main)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main():
+        raise KeyError("x")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(KeyError):
+        cli.run(main)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("4.54.0", True), ("4.54.1", False), ("4.9.2", True), ("5.0.0rc1", False), ("4.55.0.dev0", False)],
+)
+def test_a_release_of_transformers_below_the_oldest_is_named(version, old, monkeypatch):
+    monkeypatch.setattr(cli.importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    if not old:
+        return cli.run(lambda: None)
+    with pytest.raises(SystemExit, match=f"transformers {version} is too old, 4.54.1 or newer is needed"):
+        cli.run(lambda: None)
+
+
+def test_the_oldest_transformers_is_the_one_of_setup_cfg():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    assert f"transformers>={cli.OLDEST_TRANSFORMERS}," in settings["options"]["install_requires"]
+
+
+def test_the_command_line_imports_nothing_heavy():
+    program = "import sys, cli; print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
