@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import repository_class
-from pretrain_mlm import IGNORED, PackedRows, flatten_rows, linear_schedule, load_sequences, load_texts
+from packing import IGNORED, PackedRows, flatten_rows, load_sequences, load_texts
+from pretrain_mlm import linear_schedule
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 MODELS = ("stock BERT", "MosaicBERT")

@@ -11,6 +11,7 @@ import sys
 import types
 
 import numpy as np
+import packing
 import pretrain_mlm
 import pytest
 import torch
@@ -49,8 +50,8 @@ def corpus(tmp_path_factory):
 
 
 def sequences_of(corpus, tokenizer, lengths=(32,), shares=(1.0,), streaming=False):
-    texts = pretrain_mlm.load_texts([str(corpus)], streaming=streaming)
-    return pretrain_mlm.load_sequences(texts, tokenizer, list(lengths), list(shares), seed=0)
+    texts = packing.load_texts([str(corpus)], streaming=streaming)
+    return packing.load_sequences(texts, tokenizer, list(lengths), list(shares), seed=0)
 
 
 def command_line(corpus, tokenizer, output_dir, **flags):
@@ -88,7 +89,7 @@ def losses(folder):
 
 def test_documents_are_cut_without_losing_or_mixing_anything(tokenizer):
     texts = [" ".join(WORDS * 3), "ba be bi", " ".join(WORDS[::-1])]
-    cut = pretrain_mlm.cut_documents({"text": texts}, [0, 1, 2], tokenizer, [32], [1.0], seed=0)
+    cut = packing.cut_documents({"text": texts}, [0, 1, 2], tokenizer, [32], [1.0], seed=0)
     assert cut["length"] == [len(ids) for ids in cut["input_ids"]] and max(cut["length"]) == 32
     assert {ids.dtype for ids in cut["input_ids"]} == {np.dtype("uint16")}
     for ids in cut["input_ids"]:
@@ -99,7 +100,7 @@ def test_documents_are_cut_without_losing_or_mixing_anything(tokenizer):
 
 
 def test_lengths_are_mixed_by_their_share_of_wordpieces(tokenizer):
-    cut = pretrain_mlm.cut_documents({"text": [" ".join(WORDS * 1000)]}, [0], tokenizer, [16, 64], [0.3, 0.7], seed=0)
+    cut = packing.cut_documents({"text": [" ".join(WORDS * 1000)]}, [0], tokenizer, [16, 64], [0.3, 0.7], seed=0)
     short = sum(length for length in cut["length"] if length <= 16) / sum(cut["length"])
     # 40,000 wordpieces make about 1,200 draws: five standard deviations of the share are below 0.05.
     assert abs(short - 0.3) < 0.05
@@ -109,7 +110,7 @@ def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
     first = np.array(
         [tokenizer.cls_token_id, *np.random.default_rng(0).integers(5, 45, 50_000), tokenizer.sep_token_id]
     )
-    row = pretrain_mlm.mask_row([first], tokenizer, 0.3, np.random.default_rng(1))
+    row = packing.mask_row([first], tokenizer, 0.3, np.random.default_rng(1))
     chosen = row["labels"] != -100
     assert not chosen[[0, -1]].any()
     assert (row["labels"][chosen] == first[chosen]).all() and (row["input_ids"][~chosen] == first[~chosen]).all()
@@ -119,13 +120,13 @@ def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
     assert abs(masked.mean() - (0.8 + 0.1 / 45)) < 0.02  # five standard deviations of 15,000 draws; 45 words to draw
     assert abs(kept.mean() - (0.1 + 0.1 / 45)) < 0.015
 
-    row = pretrain_mlm.mask_row([first], tokenizer, 0.3, np.random.default_rng(1), mask_token_share=1.0)
+    row = packing.mask_row([first], tokenizer, 0.3, np.random.default_rng(1), mask_token_share=1.0)
     assert (row["input_ids"][row["labels"] != -100] == tokenizer.mask_token_id).all()
 
 
 def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
     sequences = sequences_of(corpus, tokenizer)
-    rows = pretrain_mlm.PackedRows(sequences, tokenizer, 100, 0.0, seed=0)
+    rows = packing.PackedRows(sequences, tokenizer, 100, 0.0, seed=0)
     seen = []
     for i in range(len(rows)):
         row = rows[i]
@@ -136,7 +137,7 @@ def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
 
 def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(corpus, tokenizer):
     def make():
-        return pretrain_mlm.PackedRows(sequences_of(corpus, tokenizer), tokenizer, 100, 0.3, seed=0)
+        return packing.PackedRows(sequences_of(corpus, tokenizer), tokenizer, 100, 0.3, seed=0)
 
     one, other = make(), make()
     size = one.rows_per_pass
@@ -153,7 +154,7 @@ def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(co
 
 
 def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, tokenizer):
-    rows = pretrain_mlm.StreamedRows(sequences_of(corpus, tokenizer, streaming=True), tokenizer, 100, 0.0, seed=0)
+    rows = packing.StreamedRows(sequences_of(corpus, tokenizer, streaming=True), tokenizer, 100, 0.0, seed=0)
     total = sum(sequences_of(corpus, tokenizer)["length"])
     passes, iterator = [], iter(rows)
     for _ in range(2):
@@ -168,21 +169,21 @@ def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, t
 
 def test_text_files_and_shards_are_read(corpus, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("ba be bi bo\nbu ba\n\nca ce ci")
-    assert pretrain_mlm.load_texts([str(tmp_path / "*.txt")])["text"][:] == ["ba be bi bo\nbu ba", "ca ce ci"]
+    assert packing.load_texts([str(tmp_path / "*.txt")])["text"][:] == ["ba be bi bo\nbu ba", "ca ce ci"]
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "index.json").write_text("{}")
     library = types.SimpleNamespace(StreamingDataset=lambda local, **_: [{"content": f"text in {local}"}])
     monkeypatch.setitem(sys.modules, "streaming", library)  # MosaicML Streaming's one class that is used
-    read = pretrain_mlm.load_texts([str(shards)], text_field="content")
+    read = packing.load_texts([str(shards)], text_field="content")
     assert [example["text"] for example in read] == [f"text in {shards}"]
 
 
 def test_batches_carry_boundaries_in_the_names_of_transformers(tokenizer):
     parts = [np.array([2, 7, 8, 3]), np.array([2, 9, 3]), np.array([2, 5, 6, 7, 8, 3])]
     generator = np.random.default_rng(0)
-    rows = [pretrain_mlm.mask_row(group, tokenizer, 0.0, generator) for group in (parts[:2], parts[2:])]
-    batch = pretrain_mlm.flatten_rows(rows)
+    rows = [packing.mask_row(group, tokenizer, 0.0, generator) for group in (parts[:2], parts[2:])]
+    batch = packing.flatten_rows(rows)
     flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
         [{"input_ids": part.tolist()} for part in (parts[1], parts[0], parts[2])]
     )
@@ -237,7 +238,7 @@ def test_flops_are_those_that_torch_counts(tokenizer):
 
     model = tiny_model(vocab_size=64, sparse_prediction=True, attn_implementation="eager")
     generator = np.random.default_rng(0)
-    batch = pretrain_mlm.flatten_rows([pretrain_mlm.mask_row([np.arange(5, 45)], tokenizer, 0.3, generator)])
+    batch = packing.flatten_rows([packing.mask_row([np.arange(5, 45)], tokenizer, 0.3, generator)])
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     assert pretrain_mlm.count_flops(model.config, batch) == counter.get_total_flops()
@@ -379,7 +380,7 @@ def test_bad_arguments_are_named(corpus, tokenizer, tmp_path, flags, message):
 def test_bad_files_fields_and_tokenizers_are_named(corpus, tokenizer, tmp_path):
     (tmp_path / "data.parquet").write_text("")
     with pytest.raises(ValueError, match="data must be .txt, .json or .jsonl files"):
-        pretrain_mlm.load_texts([str(tmp_path / "data.parquet")])
+        packing.load_texts([str(tmp_path / "data.parquet")])
     (tmp_path / "short.jsonl").write_text('{"text": "ba be"}')
     with pytest.raises(ValueError, match="no document of at least 8 wordpieces"):
         run(command_line(tmp_path / "short.jsonl", tokenizer, tmp_path))
