@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from common import repository_class
 from packing import IGNORED, PackedRows, flatten_rows, load_sequences, load_texts
-from pretrain_mlm import linear_schedule
+from recipe import linear_schedule
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 MODELS = ("stock BERT", "MosaicBERT")

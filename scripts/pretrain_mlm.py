@@ -29,6 +29,7 @@ import datasets
 import torch
 from common import REPOSITORY, repository_class
 from packing import IGNORED, SHORTEST, PackedRows, StreamedRows, flatten_rows, load_sequences, load_texts
+from recipe import count_flops, linear_schedule, measure_matmul_flops
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 
@@ -172,7 +173,10 @@ class PretrainingTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return count_flops(self.accelerator.unwrap_model(self.model).config, inputs)
+        lengths = inputs["cu_seq_lens_q"].diff().long()
+        tokens, pairs, predicted = lengths.sum(), (lengths**2).sum(), (inputs["labels"] != IGNORED).sum()
+        config = self.accelerator.unwrap_model(self.model).config
+        return int(count_flops(config, tokens, pairs, predicted))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._mark is None:
@@ -209,53 +213,6 @@ def replace_json(path: str, content) -> None:
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
     os.replace(path + ".new", path)
-
-
-def linear_schedule(step: int, warmup: int, total: int, final: float) -> float:
-    """The learning rate of a step over its peak: up from 0 in a line, then down in a line.
-
-    Args:
-        step: number of the step, from 0.
-        warmup: steps that warm up.
-        total: steps of the run.
-        final: where the line ends.
-
-    Source: https://arxiv.org/abs/2312.17482, appendix A.
-    """
-    if step < warmup:
-        return step / warmup
-    return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, total - warmup))
-
-
-def count_flops(config, inputs: dict[str, Any]) -> int:
-    """FLOPs of the matrix products of one training step, forward and backward (twice forward).
-
-    Args:
-        config: of the model.
-        inputs: a batch of `flatten_rows`.
-
-    Returns:
-        The number; a multiply and an add are two.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    lengths = inputs["cu_seq_lens_q"].diff().long()
-    tokens, pairs = int(lengths.sum()), int((lengths**2).sum())
-    predicted = int((inputs["labels"] != IGNORED).sum())
-    layer = 2 * tokens * (4 * hidden**2 + 3 * hidden * inner) + 4 * pairs * hidden
-    head = 2 * predicted * (hidden**2 + hidden * config.vocab_size)
-    return 3 * (config.num_hidden_layers * layer + head)
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large matrix product, the best of five, on `device` in `dtype`."""
-    size = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):  # the first one warms up
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # reading a number waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[1:])
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:

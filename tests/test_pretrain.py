@@ -14,6 +14,7 @@ import numpy as np
 import packing
 import pretrain_mlm
 import pytest
+import recipe
 import torch
 from conftest import ROOT
 from models import tiny_model
@@ -228,7 +229,7 @@ def test_defaults_are_the_published_recipe(corpus, tokenizer, tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_falls_in_lines():
-    rates = [pretrain_mlm.linear_schedule(step, warmup=6, total=100, final=0.02) for step in range(101)]
+    rates = [recipe.linear_schedule(step, warmup=6, total=100, final=0.02) for step in range(101)]
     assert rates[:7] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
     assert rates[53] == pytest.approx(0.51) and rates[100] == pytest.approx(0.02)
 
@@ -241,7 +242,8 @@ def test_flops_are_those_that_torch_counts(tokenizer):
     batch = packing.flatten_rows([packing.mask_row([np.arange(5, 45)], tokenizer, 0.3, generator)])
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
-    assert pretrain_mlm.count_flops(model.config, batch) == counter.get_total_flops()
+    predicted = int((batch["labels"] != packing.IGNORED).sum())
+    assert recipe.count_flops(model.config, 40, 40**2, predicted) == counter.get_total_flops()
 
 
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
