@@ -207,19 +207,21 @@ def draw(rows: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     titles = {
         "loss": "loss (nats)",
         "top1": "top-1 accuracy",
-        "tokens_per_second": "wordpieces a second",
+        "tokens_per_second": "tokens per second",
         "peak_mib": "peak memory (MiB)",
     }
+    # Memory is not measured on every system.
+    titles = {column: title for column, title in titles.items() if any(row[column] != "" for row in rows)}
+    figure, panels = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), layout="constrained")
     for (column, title), axes in zip(titles.items(), panels):
         for name in dict.fromkeys(row["model"] for row in rows):
             own = [row for row in rows if row["model"] == name and row[column] != ""]
             axes.plot([row["length"] for row in own], [row[column] for row in own], marker="o", label=name)
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("sequence length (wordpieces)")
+        axes.set_xlabel("sequence length (tokens)")
         axes.set_title(title)
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)

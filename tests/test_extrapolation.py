@@ -181,6 +181,15 @@ def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
+    whole = {"model": "a", "length": 32, "loss": 3.0, "top1": 0.4, "tokens_per_second": 900, "peak_mib": 700}
+    widths = []
+    for row in (whole, {**whole, "peak_mib": ""}):
+        evaluate_mlm.draw([row], tmp_path / "t.png")
+        widths.append(int.from_bytes((tmp_path / "t.png").read_bytes()[16:20], "big"))
+    assert widths == [1600, 1200]
+
+
 def test_too_short_documents_are_named():
     class Words:
         def __call__(self, text, **_):
