@@ -123,5 +123,10 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
     if no_memory or isinstance(error, (MemoryError, memory)):
         return "out of memory" + (f"; {memory_hint}" if memory_hint else "")
     if isinstance(error, (ValueError, OSError, ImportError, *others)):
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

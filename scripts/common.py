@@ -1,32 +1,34 @@
-"""What several scripts need: reading text and checkpoints, and writing a folder whole or not at all."""
+"""What several scripts need: reading text and checkpoints, tokenizer files, cards.
 
-import contextlib
+torch and transformers are imported in the functions that use them, so that a script's `--help` need not wait for them.
+"""
+
+import glob
 import gzip
 import itertools
 import json
 import os
-import pickle
-import shutil
+import re
 import string
-import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-import yaml
-from huggingface_hub import metadata_load, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from cli import one_line
+from references import without_references
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# The code of a model repository: the entry file and what it imports, as transformers copies them.
 CODE_FILES = (
-    "configuration_bert.py",
-    "bert_padding.py",
-    "bert_attention.py",
-    "flash_attn_triton.py",
     "bert_layers.py",
+    *(
+        f"{leaf}.py"
+        for leaf in re.findall(r"^\s*from \.(\w+) import", (REPOSITORY / "bert_layers.py").read_text(), re.M)
+    ),
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,8 +41,14 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
-# What a model repository holds, and the only files that are pushed.
-MODEL_PATTERNS = (*CODE_FILES, *TOKENIZER_FILES, "config.json", "README.md", "LICENSE", "*.safetensors*")
+# What is fetched of a repository on the Hub, which may hold the same weights in a dozen other formats.
+SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
+# Of what a model repository holds, the JSON files in which transformers looks for code.
+REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
+LICENSE_NAME = re.compile(r"\w[\w.+-]*")
+# The limits on length in tokenizer files: ALiBi has no longest input, and padding is the caller's choice.
+LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
 
 def repository_class(name: str):
@@ -52,36 +60,69 @@ def repository_class(name: str):
     Returns:
         The class.
     """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
     module = "configuration_bert" if name == "BertConfig" else "bert_layers"
     return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
+
+
+def find_files(patterns: list[str], argument: str = "data") -> list[str]:
+    """Find files of text.
+
+    Args:
+        patterns: names and glob patterns of `.txt`, `.json` or `.jsonl` files, or of these with `.gz`.
+        argument: what the user calls `patterns`, for messages.
+
+    Returns:
+        Names of the files, those of a pattern sorted.
+
+    Raises:
+        ValueError: nothing matches, or a file is of another kind.
+    """
+    files = []
+    for pattern in map(str, patterns):
+        names = (
+            [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        )
+        if not names:
+            raise ValueError(f"{argument}: no file matches {pattern!r}")
+        files += names
+    for name in files:
+        if not name.removesuffix(".gz").endswith(TEXT_SUFFIXES):
+            raise ValueError(f"{argument}: expected .txt, .json or .jsonl files, or these with .gz, got {name!r}")
+    return files
 
 
 def read_texts(paths: list[str]) -> Iterator[str]:
     """Read documents one at a time.
 
     Args:
-        paths: files of JSON lines with a `text` field (`.jsonl`, `.json`) or plain text with one document a
-            paragraph (any other name); either may be gzipped (`.gz`).
+        paths: as for `find_files`: JSON lines with a `text` field (`.jsonl`, `.json`), or plain text with one document
+            a paragraph (`.txt`).
 
     Yields:
         The text of each document that is not empty, in the files' order.
 
     Raises:
-        ValueError: a JSON line has no `text` string; names file and line.
+        ValueError: a line is no JSON object with a string `text`, or a file is not UTF-8; names file and line.
     """
-    for path in paths:
+    for path in find_files(paths):
         opener = gzip.open if str(path).endswith(".gz") else open
         name = str(path).removesuffix(".gz")
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as file:
+            lines = decode_lines(path, file)
             if not name.endswith((".jsonl", ".json")):
-                for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+                for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line[1].strip())):
                     if filled:
-                        yield "".join(paragraph).strip()
+                        yield "".join(line for _, line in paragraph).strip()
                 continue
-            for number, line in enumerate(lines, start=1):
+            for number, line in lines:
                 if not line.strip():
                     continue
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: expected JSON, {one_line(error)}") from error
                 if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                     raise ValueError(
                         f"{path}, line {number}: expected an object with a string `text`, got {line[:60]!r}"
@@ -90,116 +131,341 @@ def read_texts(paths: list[str]) -> Iterator[str]:
                     yield record["text"]
 
 
-def find_checkpoint(source: str, revision: Optional[str] = None) -> tuple[Path, Optional[str]]:
+def decode_lines(path: str, file) -> Iterator[tuple[int, str]]:
+    """Decode the lines of a binary file, and number them from 1.
+
+    Raises:
+        ValueError: a line is not UTF-8, or a gzipped file is damaged; names file and line.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(file, start=1):
+            yield number, line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number}: expected UTF-8, {one_line(error)}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, after line {number}: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:60]!r}")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file as transformers does: sorted, two spaces, a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def say_float32(folder: Path) -> None:
+    """Let a folder's config ask for float32, whatever dtype its weights are stored in.
+
+    transformers 5 loads in the dtype that the config names, and older releases in float32.
+    """
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)  # the field's name before transformers 4.56
+    write_json(folder / "config.json", {**config, "dtype": "float32"})
+
+
+def find_checkpoint(
+    source: str, revision: Optional[str] = None, argument: str = "source"
+) -> tuple[Path, Optional[str]]:
     """Bring a model repository to this machine.
 
     Args:
-        source: a folder, or a Hub id (`owner/name`).
+        source: a folder, or a Hub id (`owner/name`, or the `name` of an old repository without owner).
         revision: branch, tag or commit of a Hub id.
+        argument: what the user calls `source`, for messages.
 
     Returns:
         The folder, and the commit that it holds (None for a folder that is no Hub snapshot).
 
     Raises:
-        ValueError: `revision` was given for a folder.
+        ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
     """
     folder = Path(source)
     if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise ValueError(f"source: expected a folder or a Hub id (owner/name), got {source!r}")
-        folder = Path(snapshot_download(source, revision=revision))
+        if source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
+            raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=SOURCE_PATTERNS))
+        except Exception as error:  # its HTTP library's errors change from release to release
+            raise ValueError(
+                f"{argument}: {source!r} is no folder here, and the Hub does not give it: {one_line(error)}"
+            ) from error
     elif revision is not None:
         raise ValueError(f"revision: only a Hub id has revisions, but {source!r} is a folder")
     commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
     return folder, commit
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file of a model folder, for reading.
+
+    Args:
+        folder: a model folder, or a snapshot in the Hub's cache, whose files are links to `../../blobs`.
+        name: of the file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: it is a symbolic link that leads out of the folder.
+    """
+    home, path = folder.resolve(), (folder / name).resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{folder / name}: leads out of the folder, to {path}; put the file itself there")
+    return folder / name
+
+
+def weight_files(folder: Path, kinds: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")) -> list[str]:
+    """Find the weights that loaders take from a model folder.
+
+    Args:
+        folder: holds one of `kinds`, or the `.index.json` of one with its shards.
+        kinds: names of whole weight files, best first.
+
+    Returns:
+        Names of the weight files; where they are shards, the index is the first.
+
+    Raises:
+        ValueError: there are no weights, a shard is missing, or the index is malformed.
+    """
+    for kind in kinds:
+        index = f"{kind}.index.json"
+        if (folder / kind).is_file():
+            names = [kind]
+        elif (folder / index).is_file():
+            shards = read_json(file_inside(folder, index)).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{folder / index}: expected a weight_map from names to shards, got {shards!r}")
+            for shard in shards.values():
+                plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard)
+                if not plain or not shard.endswith(Path(kind).suffix):
+                    raise ValueError(
+                        f"{folder / index}: expected plain names of {Path(kind).suffix} files, got {shard!r}"
+                    )
+            names = [index, *sorted(set(shards.values()))]
+        else:
+            continue
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: {index} names shards that are not there: {', '.join(missing)}")
+        for name in names:
+            file_inside(folder, name)
+        return names
+    either = " or ".join(kinds)
+    raise ValueError(f"{folder}: expected {either}, or the index of their shards")
+
+
+def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
     """Read the weights of a model folder, sharded or whole, safetensors before pickle.
 
     Args:
-        folder: holds `model.safetensors` or `pytorch_model.bin`, or the `.index.json` of either with its shards.
+        folder: see `weight_files`.
 
     Returns:
-        Name to tensor, on CPU; a LayerNorm's are `weight` and `bias` where old files say `gamma` and `beta`. Pickles
-        are opened with `weights_only=True`.
+        Name to tensor, as `check_weights` lets pass; a LayerNorm's are `weight` and `bias` where old files say `gamma`
+        and `beta`. Pickles are opened with `weights_only=True`.
 
     Raises:
-        ValueError: no weights, a shard is missing, or a file is damaged or holds more than tensors.
+        ValueError: no weights, a shard is missing, or a file is damaged or holds more than a model's weights.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            shards = [name]
-        elif index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = {}
+    for name in weight_files(folder):
+        path = folder / name
+        if name.endswith(".index.json"):
             continue
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}")
-        weights = {}
-        for shard in shards:
-            try:
-                if shard.endswith(".safetensors"):
-                    weights.update(load_file(folder / shard))
-                else:
-                    weights.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                raise ValueError(f"{folder / shard}: cannot be read, {str(error).splitlines()[0]}") from error
-        legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-        for old, new in legacy.items():
-            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-        return weights
-    raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin, or the index of their shards")
+        try:
+            if name.endswith(".safetensors"):
+                content = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises whatever it likes
+            raise ValueError(f"{path}: cannot be read, {one_line(error)}") from error
+        weights.update(check_weights(content, str(path)))
+    legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    for old, new in legacy.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
+    """Make sure that what a file held are the weights of a model.
+
+    Args:
+        content: of the file.
+        where: the file's name, for messages.
+
+    Returns:
+        The tensors by name, without buffers of older code (`position_ids`, `alibi`).
+
+    Raises:
+        ValueError: there are none, or there is something besides dense floating tensors with finite values; names it.
+    """
+    import torch
+
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{where}: expected tensors by name, got {type(content).__name__} {str(content)[:40]!r}")
+    weights = {}
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{where}: expected tensors by name, got {type(tensor).__name__} under {str(name)[:60]!r}")
+        if name.endswith(("position_ids", ".alibi")):
+            continue
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        # A tensor that is larger than what is stored of it repeats itself, and may be too large for any memory.
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{where}: {name} is no dense tensor")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} holds values that are not finite")
+        weights[name] = tensor
+    return weights
+
+
+def check_layers(weights, num_layers: int, prefix: str) -> None:
+    """Compare the encoder layers that a config asks for with those that are there, before a model is built.
+
+    Args:
+        weights: names of the weights.
+        num_layers: `num_hidden_layers` of the config.
+        prefix: what stands before a layer's number, such as `bert.encoder.layer.`.
+
+    Raises:
+        ValueError: `num_layers` is no positive integer, or layers are missing; names them.
+    """
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"config.json: num_hidden_layers must be a positive integer, got {num_layers!r}")
+    numbers = (name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix))
+    there = {int(number) for number in numbers if re.fullmatch(r"[0-9]{1,9}", number)}
+    first = next((layer for layer in range(num_layers) if layer not in there), None)
+    if first is None:
+        return
+    gap = first == num_layers - 1 or any(first < layer < num_layers for layer in there)
+    missing = f"layer {first} is" if gap else f"layers {first} to {num_layers - 1} are"
+    raise ValueError(
+        f"source: config.json says num_hidden_layers {num_layers}, but {missing} missing from the weights, which hold "
+        f"{len(there)} layers"
+    )
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that exist, without their limits on length."""
+    """Copy the tokenizer files that exist, without references to code and without limits on length."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    lift_limits(target)
+            write_tokenizer_file(target / name, file_inside(source, name).read_bytes())
 
 
-def lift_limits(folder: Path) -> None:
-    """Remove limits on length from tokenizer files: ALiBi has no longest input, and padding is the caller's choice."""
-    limits_of = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
-    for name, limits in limits_of.items():
-        if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            for limit in limits:
-                content.pop(limit, None)
-            write_json(folder / name, content)
+def write_tokenizer_file(path: Path, content: bytes) -> None:
+    """Write a tokenizer file, without references to code and without limits on length.
+
+    Args:
+        path: of the new file; its name says what it holds.
+        content: of the old one.
+
+    Raises:
+        ValueError: a JSON file is malformed.
+    """
+    path.write_bytes(content)
+    if path.suffix == ".json":
+        fields = read_json(path)
+        for limit in LIMITS.get(path.name, ()):
+            fields.pop(limit, None)
+        # The others are vocabularies, in which any word may be an entry.
+        write_json(path, without_references(fields) if path.name in REFERRING_FILES else fields)
+
+
+def load_tokenizer(folder: Path, argument: str = "source"):
+    """Load the tokenizer of a folder, without running code from it and without asking.
+
+    Args:
+        folder: with tokenizer files that were written by `write_tokenizer_file`, and a config.json.
+        argument: what the user calls the source of these files, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises plain exceptions
+        raise ValueError(f"{argument}: its tokenizer cannot be loaded, {one_line(error)}") from error
+
+
+def vocabulary_size(tokenizer) -> int:
+    """How many rows of an embedding a tokenizer needs: its largest id and one."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def write_card(
-    target: Path, source: str, folder: Path, revision: Optional[str], made: str, license: Optional[str], notes: str = ""
+    target: Path,
+    made: str,
+    source: Optional[str] = None,
+    folder: Optional[Path] = None,
+    revision: Optional[str] = None,
+    license: Optional[str] = None,
+    title: Optional[str] = None,
+    notes: str = "",
 ) -> None:
-    """Write the README.md of a model that was made from another one.
+    """Write the README.md of a model.
 
     Args:
         target: the new model's folder.
-        source: Hub id, folder or file that it was made from; of a local path only the name is told.
+        made: how it was made, one sentence of Markdown.
+        source: Hub id, folder or file of the model that it was made from; of a local path only the name is told. None:
+            it was trained from random weights.
         folder: where the source's own README.md may lie.
         revision: commit of the source, None when unknown.
-        made: how it was made, one sentence.
         license: identifier such as `apache-2.0`; None: what the source's card says, or `unknown`.
+        title: None: the name of the source.
         notes: Markdown to end with.
+
+    Raises:
+        ValueError: `license` is no identifier.
     """
-    is_hub_id = not Path(source).exists()
-    name = source if is_hub_id else Path(source).resolve().name
-    card = folder / "README.md"
-    stated = (metadata_load(card) or {}) if card.is_file() else {}
-    license = license or stated.get("license") or "unknown"
+    import yaml
+
+    if license is not None and not LICENSE_NAME.fullmatch(license):
+        raise ValueError(f"license: expected an identifier such as apache-2.0, got {license!r}")
+    is_hub_id = source is not None and not Path(source).exists()
+    name = "random weights" if source is None else source if is_hub_id else Path(source).resolve().name
+    name = re.sub(r"[^\w .+/-]", "_", name)  # a name from elsewhere must stay text in Markdown and YAML
+    stated = stated_license(folder) if folder is not None and license is None else None
+    license = license or stated or "unknown"
     metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **({"base_model": name} if is_hub_id else {})}
     if license != "unknown":
         metadata["license"] = license
+    if source is None:
+        origin = "none: trained from random weights"
+    else:
+        origin = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder"
     template = string.Template((REPOSITORY / "scripts" / "card_template.md").read_text(encoding="utf-8"))
     text = template.substitute(
         metadata=yaml.safe_dump(metadata, sort_keys=True).strip(),
-        title=f"{name.split('/')[-1]} as MosaicBERT",
-        source=f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder",
+        title=title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT"),
+        source=origin,
         revision=f"`{revision}`" if revision else "unknown",
         license=license,
         made=made,
@@ -208,36 +474,16 @@ def write_card(
     (target / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file as transformers does: sorted, two spaces, a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def stated_license(folder: Path) -> Optional[str]:
+    """The licence that the card in a folder states, or None where there is no identifier."""
+    import yaml
+    from huggingface_hub import metadata_load
 
-
-@contextlib.contextmanager
-def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Offer an empty folder beside the target, which takes the target's place when the block ends well.
-
-    Args:
-        target: the folder to make.
-        overwrite: replace a target that exists and is not empty.
-
-    Yields:
-        The folder to write to. It is removed when the block raises; the target is then as it was.
-
-    Raises:
-        ValueError: the target is there already and `overwrite` is not set.
-    """
-    target = Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise ValueError(f"target: {target} exists and is not an empty folder; pass --overwrite to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if not (folder / "README.md").is_file():
+        return None
     try:
-        content = stage / "new"
-        content.mkdir()
-        yield content
-        if target.exists():
-            os.rename(target, stage / "old")
-        os.rename(content, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        stated = metadata_load(file_inside(folder, "README.md"))
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
+    license = stated.get("license") if isinstance(stated, dict) else None
+    return license if isinstance(license, str) and LICENSE_NAME.fullmatch(license) else None

@@ -1,99 +1,237 @@
 #!/usr/bin/env python3
 """Push a model folder to the Hugging Face Hub: weights, config, tokenizer, card and code, in one commit.
 
-The folder is checked first: every code file that its `auto_map` needs must lie in it, and no reference may lead to
-another repository. A branch that does not exist is made. Log in with `hf auth login` or set HF_TOKEN.
+The folder is checked first: every file that loaders need is there and whole, and nothing in it refers to code of
+another repository. Only the files of a model repository go up, and the images that its card shows; they are listed
+first. Weights and tokenizer files on the Hub that the new ones replace are deleted in the same commit. A branch that
+does not exist is made. Log in with `hf auth login` or set HF_TOKEN.
 
+    push_to_hub.py my-mosaic-bert me/my-mosaic-bert --dry_run
     push_to_hub.py my-mosaic-bert me/my-mosaic-bert --private
     push_to_hub.py my-mosaic-bert me/my-mosaic-bert --branch seqlen-2048 --message "Longer sequences"
 """
 
-import argparse
-import json
-import sys
+import fnmatch
+import re
 from pathlib import Path
 from typing import Optional
+from urllib.parse import unquote
 
-from common import CODE_FILES, MODEL_PATTERNS
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from cli import Parser, one_line, run
+from common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, file_inside, read_json, weight_files
+from references import foreign_references
+
+OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")
+NEEDED_FILES = (*CODE_FILES, "config.json", "README.md", "tokenizer_config.json")
+# Files at the top of a repository that loaders may take instead of, or along with, the ones that are pushed.
+REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
+IMAGE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>]+)>|([^)\s]+))|<img\b[^>]*?\bsrc=[\"']?([^\"'\s>]+)", re.IGNORECASE)
+IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
-def check_folder(folder: Path) -> None:
-    """Make sure that a folder is a complete repository.
+def files_to_push(folder: Path) -> list[str]:
+    """Make sure that a folder is a complete repository, and list what belongs to it.
 
     Args:
         folder: to be pushed.
 
+    Returns:
+        Paths inside the folder, `/` between folders, sorted.
+
     Raises:
-        ValueError: config, weights, card, tokenizer or code is missing, or `auto_map` leads to another repository.
+        ValueError: a file is missing, damaged or outside the folder, `auto_map` is incomplete, or something refers to
+            code or files elsewhere.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder: expected a config.json in {folder}")
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    foreign = sorted(reference for reference in auto_map.values() if "--" in reference)
-    if foreign:
-        raise ValueError(f"folder: auto_map leads to another repository: {', '.join(foreign)}")
-    missing = [name for name in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM") if name not in auto_map]
-    if missing:
-        raise ValueError(f"folder: auto_map in config.json lacks {', '.join(missing)}")
-    missing = [name for name in (*CODE_FILES, "README.md", "tokenizer_config.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
+    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"folder: missing {', '.join(missing)}")
+    auto_map = read_json(folder / "config.json").get("auto_map")
+    missing = [name for name in AUTO_CLASSES if not isinstance(auto_map, dict) or name not in auto_map]
+    if missing:
+        raise ValueError(f"folder: auto_map in config.json lacks {', '.join(missing)}")
+    for name in REFERRING_FILES:
+        foreign = list(foreign_references(read_json(folder / name), OWN_MODULES)) if (folder / name).is_file() else []
+        if foreign:
+            raise ValueError(f"folder: {name} leads to code or files outside of the repository: {', '.join(foreign)}")
+    optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if (folder / name).is_file()]
+    files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_images(folder)}
+    for name in files:
+        file_inside(folder, name)
+    return sorted(files)
+
+
+def checked_weights(folder: Path) -> list[str]:
+    """Names of the weight files of a folder, and of their index where there is one.
+
+    Raises:
+        ValueError: there are no safetensors, a file is cut off, or the index does not say what they hold.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = weight_files(folder, ("model.safetensors",))
+    held = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="np") as file:
+                    held.update(dict.fromkeys(file.keys(), name))
+            except SafetensorError as error:
+                raise ValueError(f"folder: {name} is damaged, {one_line(error)}") from error
+    if names[0].endswith(".index.json"):
+        said = read_json(folder / names[0])["weight_map"]
+        wrong = sorted(key for key in {*said, *held} if said.get(key) != held.get(key))
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"folder: {names[0]} and the shards disagree about {', '.join(wrong[:3])}{more}")
+    return names
+
+
+def card_images(folder: Path) -> set[str]:
+    """Paths of the images that the card shows from its own repository.
+
+    Raises:
+        ValueError: one is not there, is no image, or lies outside of the folder.
+    """
+    images = set()
+    for match in IMAGE.finditer((folder / "README.md").read_text(encoding="utf-8")):
+        link = next(filter(None, match.groups())).partition("#")[0].partition("?")[0]
+        if re.match(r"[a-z]+:|//", link, re.IGNORECASE) or not link:
+            continue  # an address on the web, or the image itself (`data:`)
+        name = unquote(link).removeprefix("./")
+        plain = not name.startswith("/") and ".." not in Path(name).parts and "\\" not in name
+        if not plain or not name.lower().endswith(IMAGE_SUFFIXES) or not (folder / name).is_file():
+            raise ValueError(f"folder: README.md shows {link}, which is no image in the folder")
+        images.add(Path(name).as_posix())
+    return images
+
+
+def connect(token: Optional[str]):
+    """A client of the Hub that is logged in.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    token = token or get_token()
+    if not token:
+        raise ValueError("not logged in to the Hub; run `hf auth login` or set HF_TOKEN")
+    return HfApi(token=token)
+
+
+def remote_state(api, repo_id: str, branch: Optional[str]) -> tuple[Optional[str], list[str]]:
+    """Look at a branch of a repository on the Hub.
+
+    Args:
+        api: a client.
+        repo_id: `owner/name`.
+        branch: None: the main branch. One that does not exist starts from it.
+
+    Returns:
+        The commit at its tip, and the paths of its files; None and no files where there is no such repository.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        try:
+            info = api.model_info(repo_id, revision=branch)
+        except RevisionNotFoundError:
+            info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return None, []
+    return info.sha, [file.rfilename for file in info.siblings]
+
+
+def replaced_files(there: list[str], files: list[str]) -> list[str]:
+    """Those of the files on the Hub that would stay in force beside the new ones.
+
+    Args:
+        there: paths on the Hub.
+        files: paths that are pushed.
+
+    Returns:
+        Paths to delete, sorted.
+    """
+    return sorted(
+        name
+        for name in set(there) - set(files)
+        if "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in REPLACED_PATTERNS)
+    )
 
 
 def push(
     folder: Path,
     repo_id: str,
-    private: Optional[bool],
-    branch: Optional[str],
-    message: str,
+    private: Optional[bool] = None,
+    branch: Optional[str] = None,
+    message: str = "Upload MosaicBERT",
     token: Optional[str] = None,
-) -> str:
-    """Check a folder and push it as one commit.
+    dry_run: bool = False,
+) -> Optional[str]:
+    """Check a folder, print what belongs to it, and push that as one commit.
 
     Args:
-        folder: to be pushed; only the files of a model repository are taken.
+        folder: to be pushed.
         repo_id: `owner/name`; made when it does not exist.
         private: whether a new repository is private; None: what the account's settings say.
         branch: where the commit goes, made when it does not exist; None: the main branch.
         message: of the commit.
         token: None: the one that is logged in.
+        dry_run: print, and change nothing on the Hub.
 
     Returns:
-        The commit's hash.
+        The commit's hash, or None where nothing was pushed.
 
     Raises:
-        ValueError: the folder is not complete.
-        HfHubHTTPError: the Hub refused.
+        ValueError: the folder is not complete, or nobody is logged in.
+        OSError: the Hub refused, or cannot be reached.
     """
-    check_folder(folder)
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if branch is not None:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, allow_patterns=MODEL_PATTERNS
-    )
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = files_to_push(folder)
+    for name in files:
+        print(f"add     {(folder / name).stat().st_size:>14,} bytes  {name}")
+    api = connect(token)
+    try:
+        if not dry_run:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+        parent, there = remote_state(api, repo_id, branch)
+        replaced = replaced_files(there, files)
+        for name in replaced:
+            print(f"delete  {'':>14}        {name}")
+        if dry_run:
+            return None
+        operations = [CommitOperationAdd(name, str((folder / name).resolve())) for name in files]
+        operations += [CommitOperationDelete(name) for name in replaced]
+        # What is replaced was chosen from that parent: the Hub refuses if somebody else has pushed since.
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=parent)
+    except (ValueError, HfHubHTTPError):
+        raise
+    except Exception as error:  # the errors of huggingface_hub's HTTP library, another one in each major release
+        raise OSError(f"the Hub at {api.endpoint} cannot be reached: {one_line(error)}") from error
     return commit.oid
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line and push."""
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="model folder to push")
     parser.add_argument("repo_id", help="owner/name on the Hub; made when it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--branch", help="branch to push to; made when it does not exist (default: main)")
-    parser.add_argument("--message", default="Upload MosaicBERT", help="of the commit")
+    parser.add_argument("--message", default="Upload MosaicBERT", help="commit message")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed and deleted, and stop")
     args = parser.parse_args()
-    try:
-        commit = push(args.folder, args.repo_id, args.private, args.branch, args.message)
-    except (ValueError, HfHubHTTPError) as error:
-        sys.exit(f"push_to_hub.py: {error}")
-    print(f'pushed; pin it with revision="{commit}"')
+    commit = push(args.folder, args.repo_id, args.private, args.branch, args.message, dry_run=args.dry_run)
+    print("nothing was pushed" if commit is None else f'pushed; pin it with revision="{commit}"')
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,11 +4,15 @@ tests away from the network and from the user's cache."""
 import atexit
 import importlib.machinery
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+import cli
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +29,24 @@ def _import_root_as_package(name: str) -> None:
 
 
 _import_root_as_package("mosaicbert")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of short documents that the tokenizer of `folders` knows."""
+    path = tmp_path / "text.jsonl"
+    words = "the cat sat on the mat and then it ran under a big red tree over the small house".split()
+    lines = [" ".join(words[i % 7 :] + words[: i % 5]) for i in range(60)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Calls `run_script(module, *arguments)`, which runs a script as the command line does."""
+
+    def run_script(module, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
+        cli.run(module.main)
+
+    return run_script

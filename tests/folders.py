@@ -2,7 +2,10 @@
 
 import json
 
+import torch
 from models import tiny_model
+from transformers import BertConfig
+from transformers import BertForMaskedLM as StockBertForMaskedLM
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "the a cat dog bird sat ran flew on under over mat tree house and then it was big small red".split()
@@ -24,4 +27,19 @@ def write_complete_repository(folder, **fields):
     model = tiny_model(**{"vocab_size": write_tokenizer(folder), **fields})
     model.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA test.\n", encoding="utf-8")
+    return model
+
+
+def stock_bert(folder, **fields):
+    """A tiny stock BERT with its MLM head, saved; returns it."""
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=write_tokenizer(folder), initializer_range=0.2, **{**sizes, **fields})
+    model = StockBertForMaskedLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
     return model

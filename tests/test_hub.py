@@ -2,19 +2,25 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 
+import common
 import numerics
 import push_to_hub
 import pytest
+import repositories
 import torch
 from conftest import ROOT
 from folders import write_complete_repository
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from models import ragged_batch
+from transformers import AutoTokenizer
+
+from mosaicbert.bert_layers import BertForMaskedLM
 
 SAME = numerics.SAME[torch.float32]
 CODE = set(push_to_hub.CODE_FILES)
@@ -55,7 +61,7 @@ def pushed(tmp_path_factory):
             f"""
             import sys
             from transformers import AutoModelForMaskedLM, AutoTokenizer
-            import push_to_hub
+            import cli, push_to_hub
 
             tokenizer = AutoTokenizer.from_pretrained("{tmp_path}/state0")
             model = AutoModelForMaskedLM.from_pretrained("{tmp_path}/state0", trust_remote_code=True)
@@ -63,7 +69,7 @@ def pushed(tmp_path_factory):
             print(model.push_to_hub("tester/bert").oid)
             for folder, *options in (["{tmp_path}/state1"], ["{tmp_path}/state2", "--branch", "long"]):
                 sys.argv = ["push_to_hub.py", folder, "tester/bert", *options]
-                push_to_hub.main()
+                cli.run(push_to_hub.main)
             """,
         )
         yield hub, output, expected
@@ -107,7 +113,7 @@ def test_revisions_branches_and_code_revisions_load_elsewhere(pushed, tmp_path):
         tmp_path / "loader",
         f"""
         import pathlib, sys, torch
-        import convert_checkpoint
+        import conversion
         from transformers import AutoModelForMaskedLM, pipeline
 
         batch = torch.load("{tmp_path}/batch.pt")
@@ -117,7 +123,7 @@ def test_revisions_branches_and_code_revisions_load_elsewhere(pushed, tmp_path):
             logits = model(batch["ids"], batch["mask"]).logits.detach()
             results[name] = logits, getattr(sys.modules[type(model).__module__], "STATE", None)
         fill = pipeline("fill-mask", "tester/bert", trust_remote_code=True, device="cpu")
-        convert_checkpoint.convert("tester/bert", pathlib.Path("{tmp_path}/converted"), revision="{first}")
+        conversion.convert("tester/bert", pathlib.Path("{tmp_path}/converted"), revision="{first}")
         results["answers"] = [answer["token_str"] for answer in fill("the [MASK] sat on the mat")]
         torch.save(results, "{tmp_path}/results.pt")
         """,
@@ -206,19 +212,175 @@ def test_a_corrupted_blob_is_noticed(pushed, tmp_path):
         hub.large[file.sha256] = good
 
 
+def push_program(folder, repo_id, *options):
+    """A program that pushes a folder as the command line does."""
+    return f"""
+        import sys
+        import cli, push_to_hub
+        sys.argv = ["push_to_hub.py", "{folder}", "{repo_id}", *{list(options)!r}]
+        cli.run(push_to_hub.main)
+    """
+
+
 def test_a_refused_push_ends_with_the_hubs_words(pushed, tmp_path):
     hub, _, _ = pushed
-    folder = tmp_path / "model"
-    write_complete_repository(folder)
-    program = f"""
-        import sys
-        import push_to_hub
-        sys.argv = ["push_to_hub.py", "{folder}", "tester/other"]
-        push_to_hub.main()
-    """
+    write_complete_repository(tmp_path / "model")
+    program = push_program(tmp_path / "model", "tester/other")
     last = client(hub, tmp_path / "stranger", program, token="hf_wrong", fails=True)
     assert "push_to_hub.py: " in last and "Invalid username or password" in last and "Traceback" not in last
     assert "tester/other" not in hub.repositories
+
+
+def test_a_push_without_login_or_network_ends_in_one_line(tmp_path):
+    write_complete_repository(tmp_path / "model")
+    program = push_program(tmp_path / "model", "tester/other")
+    with HubServer() as hub:
+        last = client(hub, tmp_path / "nobody", program, token=None, fails=True)
+        assert last == "push_to_hub.py: not logged in to the Hub; run `hf auth login` or set HF_TOKEN\n"
+    last = client(hub, tmp_path / "nobody", program, fails=True)
+    assert last.startswith(f"push_to_hub.py: the Hub at {hub.url} cannot be reached: ") and last.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory):
+    """A Hub to which whole weights were pushed, then a sharded model with another kind of tokenizer, then whole ones
+    again, with files of other kinds put there in between. And the logits of each, and the commits."""
+    tmp_path = tmp_path_factory.mktemp("replace")
+    ids, mask = ragged_batch([9, 4], vocab=26)
+    torch.save({"ids": ids, "mask": mask}, tmp_path / "batch.pt")
+    expected = []
+    for number in range(3):
+        folder = tmp_path / f"state{number}"
+        model = write_complete_repository(folder, seed=number)
+        expected.append(model(ids, mask).logits)
+        if number == 1:
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder, max_shard_size="40KB")
+            AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+            (folder / "vocab.txt").unlink()
+    with HubServer() as hub:
+        output = client(
+            hub,
+            tmp_path / "pusher",
+            f"""
+            import pathlib, torch
+            import push_to_hub
+            from huggingface_hub import HfApi
+            from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+            batch, repo = torch.load("{tmp_path}/batch.pt"), "tester/bert"
+            commits, logits = [], []
+            for number in range(3):
+                commits.append(push_to_hub.push(pathlib.Path("{tmp_path}/state%d" % number), repo))
+                model = AutoModelForMaskedLM.from_pretrained(repo, trust_remote_code=True)
+                logits.append(model(batch["ids"], batch["mask"]).logits.detach())
+                assert len(AutoTokenizer.from_pretrained(repo)) == 26
+                if number == 1:
+                    for name in ("pytorch_model.bin", "adapter_config.json", "notes.txt", "onnx/model.safetensors"):
+                        HfApi().upload_file(path_or_fileobj=b"{{}}", path_in_repo=name, repo_id=repo)
+            torch.save((commits, logits), "{tmp_path}/results.pt")
+            """,
+        )
+        yield hub.repositories["tester/bert"], output, expected, *torch.load(tmp_path / "results.pt")
+
+
+def test_pushed_weights_are_in_force_whatever_was_there(replaced):
+    _, _, expected, _, logits = replaced
+    for number in range(3):
+        numerics.assert_same(logits[number], expected[number], SAME, f"push {number}")
+
+
+def test_a_sharded_push_deletes_the_whole_weights_and_the_old_vocabulary(replaced):
+    repository, output, _, commits, _ = replaced
+    before, after = repository.commits[commits[0]].files, repository.commits[commits[1]].files
+    assert repository.commits[commits[1]].parent == commits[0], "one commit"
+    assert set(before) - set(after) == {"model.safetensors", "vocab.txt"}
+    assert "model.safetensors.index.json" in after and "model-00001-of-00004.safetensors" in after
+    assert re.search(r"^delete +model.safetensors$", output, re.M)
+
+
+def test_a_whole_push_deletes_shards_pickles_and_adapters_but_nothing_else(replaced):
+    repository, _, _, commits, _ = replaced
+    after = repository.commits[commits[2]]
+    before = repository.commits[after.parent].files
+    gone = set(before) - set(after.files)
+    shards = {name for name in before if name.startswith("model-")} | {"model.safetensors.index.json"}
+    assert len(shards) > 2
+    assert shards | {"pytorch_model.bin", "adapter_config.json"} <= gone
+    # The sharded state's tokenizer was saved by transformers, whose releases write different files.
+    assert gone - shards - {"pytorch_model.bin", "adapter_config.json"} <= set(common.TOKENIZER_FILES)
+    assert {"notes.txt", "onnx/model.safetensors", "model.safetensors", "vocab.txt"} <= set(after.files)
+
+
+def test_a_push_loses_to_one_that_came_between(tmp_path, monkeypatch):
+    """What is deleted was chosen from a state of the repository; the Hub refuses when that is no longer the newest."""
+    write_complete_repository(tmp_path / "model")
+    program = f"""
+        import pathlib
+        import push_to_hub
+        from huggingface_hub import HfApi
+
+        look = push_to_hub.remote_state
+        def look_and_wait(api, repo_id, branch):
+            state = look(api, repo_id, branch)
+            HfApi().upload_file(path_or_fileobj=b"1", path_in_repo="other.txt", repo_id=repo_id)
+            return state
+        push_to_hub.remote_state = look_and_wait
+        push_to_hub.push(pathlib.Path("{tmp_path}/model"), "tester/bert")
+    """
+    with HubServer() as hub:
+        assert "A commit has happened since" in client(hub, tmp_path / "home", program, fails=True)
+        repository = hub.repositories["tester/bert"]
+        assert set(repository.commits[repository.branches["main"]].files) == {"other.txt"}
+
+
+def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
+    folder = tmp_path / "model"
+    write_complete_repository(folder)
+    program = push_program(folder, "tester/new", "--dry_run")
+    with HubServer() as hub:
+        output = client(hub, tmp_path / "home", program)
+        assert hub.repositories == {}
+        client(hub, tmp_path / "home", push_program(folder, "tester/new"))
+        (folder / "vocab.txt").unlink()
+        assert re.search(r"^delete +vocab.txt$", client(hub, tmp_path / "home", program), re.M)
+        assert len(hub.repositories["tester/new"].commits) == 2
+    size = (folder / "model.safetensors").stat().st_size
+    assert re.search(rf"^add +{size:,} bytes  model.safetensors$", output, re.M)
+    assert output.endswith("nothing was pushed\n")
+
+
+def test_only_what_belongs_to_the_model_is_pushed_and_images_of_the_card_show(tmp_path):
+    """A training folder: checkpoints, tests, optimizer, logs, a key. The card shows images in subfolders."""
+    folder = tmp_path / "model"
+    write_complete_repository(folder)
+    for name in (
+        "checkpoint-10/model.safetensors",
+        "tests/data/expected.safetensors",
+        "training_args.bin",
+        "secret.key",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    for name in ("plots/my loss.png", "a b.gif", "map.svg", "other.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    with open(folder / "README.md", "a", encoding="utf-8") as card:
+        card.write(
+            '![loss](<plots/my%20loss.png> "loss") ![](<a b.gif>) <img width=3 src="./map.svg"> ![x](https://a.b/c.png)\n'
+        )
+    with HubServer() as hub:
+        client(hub, tmp_path / "home", push_program(folder, "tester/new"))
+        repository = hub.repositories["tester/new"]
+        files = set(repository.commits[repository.branches["main"]].files)
+        program = """
+            from huggingface_hub import hf_hub_download
+            print(open(hf_hub_download("tester/new", "plots/my loss.png")).read())
+        """
+        assert client(hub, tmp_path / "home", program) == "plots/my loss.png\n"
+    tokenizer = {"vocab.txt", "tokenizer_config.json"}
+    images = {"plots/my loss.png", "a b.gif", "map.svg"}
+    assert files == {*CODE, *tokenizer, "config.json", "README.md", "model.safetensors", *images}
 
 
 def broken_folder(tmp_path, change):
@@ -232,19 +394,113 @@ def broken_folder(tmp_path, change):
     return folder
 
 
+def link(folder, name, place):
+    """Put a symbolic link into a folder, to a file beside the folder."""
+    (folder.parent / place).write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder.parent / place)
+
+
+def shards(folder, change):
+    """Turn a folder's weights into shards, and let `change` alter the index."""
+    model = BertForMaskedLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def append(path, text):
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def tokenizer_field(folder, **fields):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+BIAS, ELSEWHERE = "cls.predictions.decoder.bias", "leads to code or files outside of the repository: "
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder, config: (folder / "config.json").unlink(), "expected a config.json"),
         (lambda folder, config: (folder / "bert_padding.py").unlink(), "missing bert_padding.py"),
-        (lambda folder, config: (folder / "model.safetensors").unlink(), "missing \\*.safetensors"),
+        (lambda folder, config: (folder / "README.md").unlink(), "missing README.md"),
+        (lambda folder, config: (folder / "model.safetensors").unlink(), "expected model.safetensors, or the index"),
         (lambda folder, config: config["auto_map"].pop("AutoModel"), "auto_map in config.json lacks AutoModel"),
+        (lambda folder, config: config.update(auto_map=[None]), "auto_map in config.json lacks AutoConfig"),
         (
             lambda folder, config: config["auto_map"].update(AutoModel="a/b--bert_layers.BertModel"),
-            "auto_map leads to another repository: a/b--bert_layers.BertModel",
+            "config.json " + ELSEWHERE + "auto_map.AutoModel: 'a/b--bert_layers.BertModel'",
+        ),
+        (
+            lambda folder, config: config["auto_map"].update(AutoTokenizer=[None, "a/b--tokens.Fast"]),
+            ELSEWHERE + "auto_map.AutoTokenizer: 'a/b--tokens.Fast'",
+        ),
+        (
+            lambda folder, config: config["auto_map"].update(AutoTokenizer="tokens.Fast"),
+            ELSEWHERE + "auto_map.AutoTokenizer: 'tokens.Fast'",
+        ),
+        (
+            lambda folder, config: config.update(custom_pipelines={"x": {"impl": "a/b--pipe.Pipe"}}),
+            ELSEWHERE + "custom_pipelines: ",
+        ),
+        (lambda folder, config: config.update(attn_implementation="a/kernel"), "attn_implementation: 'a/kernel'"),
+        (lambda folder, config: config.update(_attn_implementation={"": "a/kernel"}), "_attn_implementation: "),
+        (lambda folder, config: config.update(quantization_config={"quant_method": "x"}), "quantization_config: "),
+        (
+            lambda folder, config: config.update(parts=[{"text": {"auto_map": {"AutoModel": "a/b--m.C"}}}]),
+            "parts[0].text.auto_map.AutoModel: 'a/b--m.C'",
+        ),
+        (lambda folder, config: config.update(anything=["a/b--module.Class"]), "anything[0]: 'a/b--module.Class'"),
+        (
+            lambda folder, config: tokenizer_field(folder, auto_map={"AutoTokenizer": ["a/b--tokens.Slow", None]}),
+            "tokenizer_config.json " + ELSEWHERE + "auto_map.AutoTokenizer: 'a/b--tokens.Slow'",
+        ),
+        (lambda folder, config: tokenizer_field(folder, vocab_file="/etc/passwd"), "vocab_file: '/etc/passwd'"),
+        (lambda folder, config: cut(folder / "model.safetensors"), "model.safetensors is damaged"),
+        (lambda folder, config: link(folder, "vocab.txt", "key"), "leads out of the folder"),
+        (lambda folder, config: link(folder, "model.safetensors", "weights"), "leads out of the folder"),
+        (lambda folder, config: shards(folder, lambda shard_of: shard_of.pop(BIAS)), f"disagree about {BIAS}"),
+        (
+            lambda folder, config: shards(folder, lambda shard_of: shard_of.update({BIAS: "model-9.safetensors"})),
+            "names shards that are not there: model-9.safetensors",
+        ),
+        (
+            lambda folder, config: shards(folder, lambda shard_of: shard_of.update({BIAS: "../m.safetensors"})),
+            "expected plain names of .safetensors files, got '../m.safetensors'",
+        ),
+        (
+            lambda folder, config: append(folder / "README.md", "![](no.png)"),
+            "README.md shows no.png, which is no image in the folder",
+        ),
+        (
+            lambda folder, config: append(folder / "README.md", "<img src='../key.png'>"),
+            "README.md shows ../key.png, which is no image in the folder",
+        ),
+        (
+            lambda folder, config: append(folder / "README.md", "![](training_args.bin)"),
+            "README.md shows training_args.bin, which is no image in the folder",
         ),
     ],
 )
-def test_an_incomplete_folder_is_not_pushed(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        push_to_hub.check_folder(broken_folder(tmp_path, change))
+def test_a_folder_that_is_incomplete_or_leads_elsewhere_is_not_pushed(tmp_path, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        push_to_hub.files_to_push(broken_folder(tmp_path, change))
+
+
+def test_a_snapshot_of_the_hub_can_be_pushed(tmp_path):
+    """Its files are symbolic links to the cache's blobs."""
+    write_complete_repository(tmp_path / "model")
+    (commit,) = repositories.cache_repository(tmp_path / "cache", "a/b", [tmp_path / "model"])
+    folder = tmp_path / "cache" / "models--a--b" / "snapshots" / commit
+    assert (folder / "vocab.txt").is_symlink()
+    assert "model.safetensors" in push_to_hub.files_to_push(folder)

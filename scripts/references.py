@@ -1,0 +1,90 @@
+"""What in a JSON file of a model repository makes a loader run code, or read a file, from somewhere else.
+
+With `trust_remote_code=True`, transformers runs whatever code the files of a repository name, and much of it may lie in
+another repository. A converted or pushed repository names no code but its own.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+
+# Fields that name a file lead out of the repository as well: `vocab_file`, `fast_tokenizer_files`, …
+FILE_FIELD = re.compile(r".*_files?")
+# Fields that choose an implementation: a plain word is one that transformers or this code has, `owner/name` is fetched.
+IMPLEMENTATION_FIELDS = ("attn_implementation", "experts_implementation")
+CODE_FIELDS = (
+    "auto_map",
+    "auto_mapping",
+    "compression_config",
+    "custom_generate",
+    "custom_pipelines",
+    "kernel_config",
+    "quantization_config",
+    "transformers_weights",
+    "use_kernels",
+)
+# `owner/name--module.Class`, as transformers names a class of another repository or folder.
+FOREIGN_CLASS = re.compile(r"\S--\w+\.\w+")
+
+
+def foreign_references(content, own_modules: Collection[str] = (), place: str = "") -> Iterator[str]:
+    """Find what leads out of a repository.
+
+    Args:
+        content: of a JSON file, or a part of it.
+        own_modules: names of the repository's own Python modules, which `auto_map` may name.
+        place: where `content` stands in the file.
+
+    Yields:
+        Place and value of each finding.
+    """
+    if isinstance(content, dict):
+        for name, value in content.items():
+            inner = f"{place}.{name}" if place else str(name)
+            if name == "auto_map":
+                yield from _foreign_classes(value, own_modules, inner)
+            elif value is not None and _is_code(name, value):
+                yield f"{inner}: {value!r}"
+            else:
+                yield from foreign_references(value, own_modules, inner)
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from foreign_references(value, own_modules, f"{place}[{number}]")
+    elif isinstance(content, str) and FOREIGN_CLASS.search(content):
+        yield f"{place}: {content!r}"
+
+
+def without_references(content):
+    """A copy of a JSON file's content without the fields that name code or files, own code included."""
+    if isinstance(content, dict):
+        return {
+            name: without_references(value)
+            for name, value in content.items()
+            if not _is_code(name, value) and not (isinstance(value, str) and FOREIGN_CLASS.search(value))
+        }
+    if isinstance(content, list):
+        return [
+            without_references(value)
+            for value in content
+            if not (isinstance(value, str) and FOREIGN_CLASS.search(value))
+        ]
+    return content
+
+
+def _is_code(name: str, value) -> bool:
+    if name.strip("_").removesuffix("_internal") in IMPLEMENTATION_FIELDS:
+        return not (isinstance(value, str) and value.isidentifier())
+    return name in CODE_FIELDS or FILE_FIELD.fullmatch(name) is not None
+
+
+def _foreign_classes(value, own_modules: Collection[str], place: str) -> Iterator[str]:
+    """The same for the value of `auto_map`: a class, or a list or dict of classes, some of them null."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _foreign_classes(inner, own_modules, f"{place}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _foreign_classes(inner, own_modules, place)
+    elif value is not None:
+        module, dot, _ = value.partition(".") if isinstance(value, str) else ("", "", "")
+        if not dot or module not in own_modules:
+            yield f"{place}: {value!r}"
