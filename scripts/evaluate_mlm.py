@@ -223,7 +223,7 @@ def draw(rows: list[dict], path: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("sequence length (tokens)")
         axes.set_title(title)
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
