@@ -2,7 +2,6 @@
 tests away from the network and from the user's cache."""
 
 import atexit
-import importlib.machinery
 import importlib.util
 import json
 import os
@@ -23,9 +22,9 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 def _import_root_as_package(name: str) -> None:
-    spec = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
-    spec.submodule_search_locations = [str(ROOT)]
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 _import_root_as_package("mosaicbert")

@@ -298,41 +298,6 @@ def test_users_18_torch_and_transformers_are_enough(repository):
     assert "'triton' cannot serve this call: its package is not installed" in run.stdout
 
 
-def test_pip_install_gives_the_files_as_an_importable_package(tmp_path, repository):
-    target = tmp_path / "site"
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in (*CODE, "setup.cfg", "pyproject.toml", "README.md"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        target,
-        source,
-    ]
-    subprocess.run(pip, check=True, timeout=300)
-    script = f"""
-        from mosaicbert.bert_layers import BertForMaskedLM
-        print(type(BertForMaskedLM.from_pretrained({str(repository)!r})).__module__)
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(target), "PATH": "/usr/bin"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "mosaicbert.bert_layers"
-
-
 @pytest.mark.parametrize("by_name", [False, True])
 def test_fill_mask_pipeline_answers(tmp_path, by_name):
     folder = write_repository(

@@ -1,0 +1,24 @@
+"""MosaicBERT as an installed package: `pip install .`, then `from mosaicbert import BertForMaskedLM`."""
+
+from .bert_layers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+from .configuration_bert import BertConfig
+
+__version__ = "1.0.0"
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "BertPreTrainedModel",
+]

@@ -1,0 +1,41 @@
+"""What `pip install .` gives."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT
+from repositories import write_repository
+
+import mosaicbert
+from mosaicbert.bert_layers import AUTO_CLASSES
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import mosaicbert
+from mosaicbert import BertForMaskedLM
+model = BertForMaskedLM.from_pretrained(sys.argv[2])
+print(json.dumps([mosaicbert.__file__, mosaicbert.__version__, mosaicbert.__all__, type(model).__module__]))
+"""
+
+
+def test_pip_installs_the_classes_and_the_version(tmp_path):
+    tree, target = tmp_path / "tree", tmp_path / "site"
+    tree.mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), ROOT / "setup.cfg", ROOT / "README.md"]:
+        shutil.copy(path, tree)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", target, tree], check=True, timeout=300)
+    command = [sys.executable, "-c", SCRIPT, target, write_repository(tmp_path / "model")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert run.returncode == 0, run.stderr
+    file, version, names, module = json.loads(run.stdout)
+    assert file == str(target / "mosaicbert" / "__init__.py")
+    assert (version, names, module) == (mosaicbert.__version__, mosaicbert.__all__, "mosaicbert.bert_layers")
+    assert (target / f"mosaicbert-{version}.dist-info").is_dir()
+
+
+def test_every_model_class_is_exported():
+    assert {model.__name__ for model in AUTO_CLASSES.values()} <= set(mosaicbert.__all__)
