@@ -1,9 +1,10 @@
 """Times of this model beside the published formula and what users would pick instead.
 
-python benchmarks/bench.py attention|model|train|startup     measure the cases of this command and append rows to a CSV
+python benchmarks/bench.py attention|model|train|pretrain|startup
+                                                              measure the cases of this command, append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
 python benchmarks/bench.py compare --with PATH                this checkout beside another one, in one process
-python benchmarks/bench.py table --write README.md            the README's table, from the CSV
+python benchmarks/bench.py table --write docs/performance.md  the tables of results, from the CSV
 python benchmarks/bench.py plot                               cost against length, from the CSV
 
 A case first proves that its numbers are right and stops when they are not. Contenders then take turns in one process;
@@ -22,13 +23,26 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
 import torch
 import transformers
 from cases import CASES
-from contenders import BASE, CHECKOUT, ROOT, TINY, Attention, Encoder, Training, build, layers
+from contenders import (
+    CHECKOUT,
+    ROOT,
+    SIZES,
+    TINY,
+    Attention,
+    Encoder,
+    Pretraining,
+    Training,
+    build,
+    layers,
+    reason_against,
+)
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,10 +57,11 @@ LABELS = {
     "ModernBERT": "ModernBERT-base, SDPA",
     "one SDPA call": "one SDPA call over all keys, no bias",
     "eager": "our eager path",
+    "one large product": "one large matrix product (ratio: model FLOP utilisation)",
     "ours": "MosaicBERT, this code",
 }
 
-WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training}
+WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training, "pretrain": Pretraining}
 
 # A sample repeats its call until about this many seconds have passed, so that the clock does not matter.
 SAMPLE_SECONDS = 0.01
@@ -185,26 +200,46 @@ def commit() -> str:
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
 
-    name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    try:
+        name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        name = ""
+    if not name:
+        return "unknown"
     changed = git("diff", "--quiet", "HEAD", "--", ":(glob)*.py", ":(glob)benchmarks/*.py").returncode
-    return (name + "-dirty" * bool(changed)) or "unknown"
+    return name + "-dirty" * bool(changed)
 
 
 def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
-    """Gate, memory and times of one case of `attention`, `model` or `train`; returns its rows.
+    """Gate, memory and times of one case of `WORKLOADS`; returns its rows.
+
+    A contender that cannot run here is left out, with its reason printed.
 
     Raises:
         AssertionError: the numbers are wrong.
     """
+    if reason := reason_against(case.ours, case.device):
+        raise AssertionError(f"{case.ours} cannot be measured: {reason}")
     bench = WORKLOADS[case.command](case, sizes)
     bench.gate()
     samples, tokens, memory = {}, {}, {}
     for name in (case.ours, *case.against):
-        function, tokens[name] = bench.contender(name)
-        if case.device == "cuda" or "compiled" in name:
-            function()  # compiles and tunes
+        if reason := reason_against(name, case.device):
+            print(f"{case.name}: {name} is left out: {reason}")
+            continue
+        try:
+            function, tokens[name] = bench.contender(name)
+            if case.device == "cuda" or "compiled" in name:
+                for _ in range(3):  # compiles, tunes, and captures what torch.compile keeps as a graph
+                    function()
+        except Exception as error:
+            if name == case.ours:
+                raise
+            print(f"{case.name}: {name} is left out: {type(error).__name__}: {error}")
+            continue
         begin = time.perf_counter()
         memory[name] = peak_memory(function, case.device)
+        wait(case.device)
         calls = max(1, min(100, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
         samples[name] = lambda function=function, calls=calls: seconds_of(function, case.device, calls)
     return make_rows(case, take_turns(samples, repeats, limit_s), tokens, memory, command)
@@ -264,7 +299,7 @@ def append_rows(path: Path, rows: list) -> None:
 def read_rows() -> dict:
     """The newest row of every processor, case and backend in benchmarks/results: (processor, case, backend) to row."""
     rows = {}
-    for name in ("attention", "model", "train", "startup"):
+    for name in (*WORKLOADS, "startup"):
         path = RESULTS / f"{name}.csv"
         if path.exists():
             with path.open(newline="") as file:
@@ -287,41 +322,58 @@ def mib(row: dict) -> str:
 
 
 def table() -> str:
-    """The README's table, Markdown, from the newest rows of each processor; cases of the plot are left out."""
+    """The tables of docs/performance.md, Markdown, from the newest rows of each processor: the CPUs, then the GPUs.
+
+    Cases of the plot are left out.
+    """
     rows = read_rows()
-    processors = sorted({processor for processor, _, _ in rows})
-    head = ["case", "workload", "against", *(f"on {processor}" for processor in processors), "goal", "memory, MiB"]
+    parts = [device_table(rows, device) for device in ("cpu", "cuda")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def device_table(rows: dict, device: str) -> str:
+    """The table of the cases for `device` and what it was measured on; empty where there are no rows."""
+    cases = [case for case in CASES if case.device == device and not case.name.startswith("length-")]
+    names = {case.name for case in cases}
+    processors = sorted({processor for processor, case, _ in rows if case in names})
+    head = ["case", "workload", "baseline", *processors, "goal", "memory, MiB"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     sources = {}
-    for case in CASES:
-        if case.name.startswith("length-"):
-            continue
+    for case in cases:
         for name, goal in case.against.items():
             found = [rows.get((processor, case.name, name)) for processor in processors]
             if not any(found):
                 continue
-            memory = next(
-                f"{mib(rows[processor, case.name, case.ours])} / {mib(row)}"
-                for processor, row in zip(processors, found)
-                if row
-            )
-            cells = [case.name, case.what, LABELS.get(name, name), *map(ratio_of, found)]
-            lines.append(f"| {' | '.join(cells)} | {'–' if goal is None else f'{goal:.2f}'} | {memory} |")
+            mine = [rows.get((processor, case.name, case.ours)) for processor in processors]
+            memory = next(f"{mib(own)} / {mib(row)}" for own, row in zip(mine, found) if row)
+            cells = [case.name, case.what, LABELS.get(name, name), *map(partial(ratio_of, case), found, mine)]
+            lines.append(f"| {' | '.join([*cells, goal_of(case, name, goal), memory])} |")
             for row in filter(None, found):
                 about = "{processor}, {threads} threads, torch {torch}, transformers {transformers}".format(**row)
+                if device == "cuda":
+                    about += f", Triton {row['triton']}"
                 sources.setdefault(about, set()).add(row["commit"])
     for about, commits in sorted(sources.items()):
         lines += ["", f"Measured on {about}; commit {', '.join(sorted(commits))}."]
-    return "\n".join(lines)
+    return "\n".join(lines) if sources else ""
 
 
-def ratio_of(row: Optional[dict]) -> str:
-    """Median, p20 and p80 of a row's ratio, for the table; a dash where there is no row."""
-    return (
-        "–"
-        if row is None
-        else "{:.2f} ({:.2f}–{:.2f})".format(*(float(row[f"ratio{x}"]) for x in ("", "_p20", "_p80")))
-    )
+def ratio_of(case, row: Optional[dict], mine: Optional[dict]) -> str:
+    """Median, p20 and p80 of a row's ratio, in pretraining also our speed; a dash where there is no row."""
+    if row is None:
+        return "–"
+    text = "{:.2f} ({:.2f}–{:.2f})".format(*(float(row[f"ratio{x}"]) for x in ("", "_p20", "_p80")))
+    return text + (f", {int(mine['tokens_per_second']):,} tokens/s" if case.command == "pretrain" else "")
+
+
+def goal_of(case, name: str, goal: Optional[float]) -> str:
+    """What a case shall reach against the contender `name`, in words."""
+    goals = [] if goal is None else [f"{goal:.2f}"]
+    if case.memory_goal and case.memory_goal[0] == name:
+        goals.append(f"memory {case.memory_goal[1]:.2f}")
+    if case.speed_goal:
+        goals.append(f"{case.speed_goal:,} tokens/s")
+    return ", ".join(goals) or "–"
 
 
 def between_markers(text: str, inner: str) -> str:
@@ -368,6 +420,7 @@ def plot(path: Path) -> None:
 def free(device: str) -> None:
     """Give back what the cases so far held: models, their gradients, and what torch's allocator keeps of them."""
     build.cache_clear()
+    torch.compiler.reset()
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -377,7 +430,7 @@ def main() -> None:
     """Parse the command line and measure, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("attention", "model", "train", "startup", "compare"):
+    for name in (*WORKLOADS, "startup", "compare"):
         about = "time this checkout beside another one" if name == "compare" else f"measure the {name} cases"
         measuring = commands.add_parser(name, help=about)
         if name == "compare":
@@ -395,8 +448,13 @@ def main() -> None:
         measuring.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own)")
         default = "none" if name == "compare" else "benchmarks/results"
         measuring.add_argument("--out", type=Path, help=f"CSV to append to (default: {default})")
+        measuring.add_argument("--commit", help="what the rows say was measured (default: what git says)")
+        measuring.add_argument("--keep_going", action="store_true", help="go on to the next case when one fails")
         measuring.add_argument("--quick", action="store_true", help="tiny sizes, to try the command; needs --out")
-    tabulating = commands.add_parser("table", help="print the table of the README")
+        measuring.add_argument(
+            "--rehearse", action="store_true", help="the cases of a GPU, on the CPU and with tiny sizes; needs --out"
+        )
+    tabulating = commands.add_parser("table", help="print the tables of results")
     tabulating.add_argument("--write", type=Path, help="file to write it into, between its markers")
     drawing = commands.add_parser("plot", help="draw cost against length")
     drawing.add_argument("--out", type=Path, default=RESULTS / "cost_by_length.png")
@@ -437,28 +495,47 @@ def run(parser, arguments) -> None:
     comparing = arguments.command == "compare"
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
+    arguments.quick |= arguments.rehearse
     if arguments.quick and arguments.out is None and not comparing:
-        parser.error("--quick needs --out: its rows are no results")
+        parser.error(f"--{'rehearse' if arguments.rehearse else 'quick'} needs --out: its rows are no results")
     if comparing and not (arguments.other / "bert_layers.py").is_file():
         parser.error(f"--with must be a checkout of this repository, {arguments.other} holds no bert_layers.py")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or ("cuda" if arguments.rehearse or torch.cuda.is_available() else "cpu")
     out = arguments.out if comparing else arguments.out or RESULTS / f"{arguments.command}.csv"
-    sizes = TINY if arguments.quick else BASE
     command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
     function = {"startup": measure_startup, "compare": measure_checkouts}.get(arguments.command, measure)
+    failures = []
     for case in choose_cases(parser, arguments, device):
         if arguments.quick:
             case = replace(case, lengths=tuple(max(1, length // 32) for length in case.lengths))
+        if arguments.rehearse:
+            case = replace(case, device="cpu", lengths=case.lengths[:16])
+        sizes = TINY if arguments.quick else SIZES[case.sizes]
+        rows, failure = [], None
         try:
             rows = function(case, sizes, arguments.repeats, arguments.limit, command)
         except AssertionError as error:
-            sys.exit(f"{case.name}: {error}")
-        free(device)
+            failure = f"{case.name}: {error}"
+        except Exception as error:  # torch's word for too little memory, a compiler's, a driver's
+            if not arguments.keep_going:
+                raise
+            failure = f"{case.name}: {type(error).__name__}: {error}"
+        free(case.device)
+        if failure is not None:
+            if not arguments.keep_going:
+                sys.exit(failure)
+            failures.append(failure)
+            print(failure, flush=True)
+            continue
+        if arguments.commit:
+            rows = [{**row, "commit": arguments.commit} for row in rows]
         if out is not None:
             append_rows(out, rows)
         print(*map(show, rows), sep="\n", flush=True)
+    if failures:
+        sys.exit(f"{len(failures)} of the cases failed")
 
 
 if __name__ == "__main__":

@@ -3,30 +3,44 @@
 A contender is a function without arguments that does the work once. Letters as in `bert_layers.py`.
 """
 
+import copy
 import functools
 import importlib
-import importlib.machinery
-import importlib.util
-import re
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 import transformers
+from loading import ROOT, load_checkout, load_file
 from published import PublishedModel, SelfAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-ROOT = Path(__file__).resolve().parent.parent
+from torch.utils.checkpoint import checkpoint
 
 # Largest score of the attention cases: what cannot weigh anything depends on it, and with it the time.
 LARGEST_SCORE = 5.0
 
-# Share of the tokens that the MLM step predicts, as MosaicBERT was trained.
+# Share of the tokens that the MLM step predicts, and hidden dropout of the pretraining step, as MosaicBERT was trained.
 MASKED_SHARE = 0.3
+HIDDEN_DROPOUT = 0.1
+
+# Sequences that the gate of a pretraining step compares.
+GATED_SEQUENCES = 64
+
+# Measured where the package flash-attn-4 is installed.
+FLASH_ATTENTION_4 = "FlashAttention 4, no bias"
+
+GPU_ONLY = {
+    "ours, skipping off",
+    "ours, CUDA graph",
+    "ours, reduce-overhead",
+    "SDPA cuDNN, no bias",
+    FLASH_ATTENTION_4,
+}
 
 # A contender of this name and a path is our model by the code of another checkout.
 CHECKOUT = "checkout "
@@ -51,39 +65,18 @@ BASE = Sizes()
 TINY = Sizes(hidden_size=48, num_hidden_layers=2, intermediate_size=64, vocab_size=100)
 
 
-def load_file(name: str, path: Path):
-    """A Python file as a module."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def shipped_sizes() -> Sizes:
+    """Those of the checkpoint at the root."""
+    config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    return Sizes(**{name: config[name] for name in names})
 
 
-numerics = load_file("numerics", ROOT / "tests" / "numerics.py")
-# The code as the Hub's clients load it.
-layers = sys.modules[get_class_from_dynamic_module("bert_layers.BertForMaskedLM", str(ROOT)).__module__]
+SIZES = {"base": BASE, "shipped": shipped_sizes()}
 
-
-@functools.cache
-def load_checkout(path: str):
-    """`bert_layers` of another checkout of this repository, as a package of its own beside `layers`.
-
-    Args:
-        path: root folder of the checkout.
-
-    Returns:
-        The module.
-
-    Raises:
-        ValueError: the folder is no checkout.
-    """
-    if not (Path(path) / "bert_layers.py").is_file():
-        raise ValueError(f"path must be a checkout of this repository, {path} holds no bert_layers.py")
-    root = Path(path).resolve()
-    package = importlib.machinery.ModuleSpec("checkout" + re.sub(r"\W", "_", str(root)), None, is_package=True)
-    package.submodule_search_locations = [str(root)]
-    sys.modules[package.name] = importlib.util.module_from_spec(package)
-    return importlib.import_module(f"{package.name}.bert_layers")
+numerics = load_file("tests/numerics.py")
+count_flops = load_file("scripts/recipe.py").count_flops
+layers = load_checkout(ROOT)
 
 
 def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
@@ -104,10 +97,17 @@ def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, n, D]
         place = torch.arange(k.shape[1], device=k.device)
         for rows, places in zip(q.split(chunk, dim=1), place.split(chunk)):
-            distance = (places[:, None] - place[None, :]).abs()
-            scores = rows @ k.transpose(1, 2) * scale - slopes[:, None, None] * distance
-            contexts.append((scores.softmax(dim=-1).to(v.dtype) @ v).transpose(0, 1))
+            # Computed again in backward: the weights of all layers would take hundreds of GiB at 8,192 tokens.
+            arguments = (rows, k, v, places, place, slopes, scale)
+            contexts.append(checkpoint(attend_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(contexts)
+
+
+def attend_chunk(q, k, v, query_places, key_places, slopes, scale):
+    """A chunk of `chunked_formula`: [H, chunk, D] queries and [H, n, D] keys and values to [chunk, H, D]."""
+    distance = (query_places[:, None] - key_places[None, :]).abs()
+    scores = q @ k.transpose(1, 2) * scale - slopes[:, None, None] * distance
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(0, 1)
 
 
 class ChunkedSelfAttention(SelfAttention):
@@ -204,6 +204,15 @@ class Attention:
             )
         if name == "Flex":
             return self.flex()
+        if name == FLASH_ATTENTION_4:
+            from flash_attn.cute import flash_attn_func
+
+            def attend_rows(qkv):
+                rows = qkv.unflatten(0, (len(self.lengths), -1)).unbind(2)  # [B, S, H, D] each
+                result = flash_attn_func(*rows, softmax_scale=self.scale)
+                return (result[0] if isinstance(result, tuple) else result).flatten(0, 1)
+
+            return attend_rows
         backends = {
             "SDPA flash, no bias": SDPBackend.FLASH_ATTENTION,
             "SDPA cuDNN, no bias": SDPBackend.CUDNN_ATTENTION,
@@ -269,24 +278,40 @@ class Attention:
             check(mine, theirs, exact, factor, what)
 
 
+def reason_against(name: str, device: str) -> Optional[str]:
+    """Why a contender cannot be measured on a device, or None when it can."""
+    if device != "cuda" and name in GPU_ONLY:
+        return "it needs a GPU"
+    if name == FLASH_ATTENTION_4:
+        try:
+            importlib.import_module("flash_attn.cute")
+        except ImportError as error:
+            return f"flash-attn-4 cannot be imported: {error}"
+    return None
+
+
 @functools.cache
-def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str):
-    """A randomly initialised model with an MLM head, without dropout.
+def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str, dropout: float = 0.0):
+    """A randomly initialised model with an MLM head.
 
     Args:
-        kind: `ours`; `BERT` or `ModernBERT`, those of transformers with SDPA; or `CHECKOUT` and the path of another
-            checkout, whose model gets the weights of ours.
+        kind: `ours`; `ours, SDPA`, the same with SDPA as its attention; `BERT` or `ModernBERT`, those of transformers
+            with SDPA; or `CHECKOUT` and the path of another checkout, whose model gets the weights of ours.
         sizes: of ours and BERT; ModernBERT has its base size unless they are `TINY`.
         dtype: of the weights.
         device: where they are.
+        dropout: of hidden states; attention has none.
 
     Returns:
         The model.
     """
     torch.manual_seed(0)
-    fields = {**vars(sizes), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    fields = {**vars(sizes), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    if kind == "ours, SDPA":
+        config = layers.BertConfig(**fields, sparse_prediction=True)
+        return layers.BertForMaskedLM._from_config(config, attn_implementation="sdpa").to(device, dtype)
     if kind == "ours" or kind.startswith(CHECKOUT):
-        package = layers if kind == "ours" else load_checkout(kind.removeprefix(CHECKOUT))
+        package = layers if kind == "ours" else load_checkout(Path(kind.removeprefix(CHECKOUT)))
         model = package.BertForMaskedLM(package.BertConfig(**fields, sparse_prediction=True)).to(device, dtype)
         if package is not layers:
             model.load_state_dict(build("ours", sizes, dtype, device).state_dict())
@@ -314,7 +339,12 @@ class Encoder:
         self.case, self.sizes, self.dtype = case, sizes, getattr(torch, case.dtype)
         self.tokens = sum(case.lengths)
         self.ids, self.mask = self.batch(case.lengths)
-        self.model = build("ours", sizes, self.dtype, case.device).eval()
+        self.model = build(self.kind(case.ours), sizes, self.dtype, case.device).eval()
+
+    @staticmethod
+    def kind(name: str) -> str:
+        """What `build` makes for a contender."""
+        return "ours" if name.startswith("ours") and name != "ours, SDPA" else name
 
     def batch(self, lengths):
         """int64 [B, S] random ids and mask; rows are filled from the left, padding is 0."""
@@ -340,11 +370,43 @@ class Encoder:
         if name == "ours, full rows":
             ids, mask = self.batch((max(self.case.lengths),) * len(self.case.lengths))
             tokens = mask.numel()
-        kind = "ours" if name.startswith("ours") else name
-        encoder = build(kind, self.sizes, self.dtype, self.case.device).eval().base_model
+        encoder = build(self.kind(name), self.sizes, self.dtype, self.case.device).eval().base_model
+        if name == "ours, CUDA graph":
+            return self.captured(encoder), tokens
+        if name in ("ours, no mask", "ours, reduce-overhead"):
+            mask = None
         if name == "ours, compiled":
             encoder = torch.compile(encoder)
+        if name == "ours, reduce-overhead":
+            encoder = torch.compile(encoder, mode="reduce-overhead")
         return torch.no_grad()(lambda: encoder(ids, attention_mask=mask).last_hidden_state), tokens
+
+    @torch.no_grad()
+    def captured(self, encoder):
+        """The encoder over rows without padding as a CUDA graph; each call copies its ids in and replays it.
+
+        Raises:
+            AssertionError: the graph gives other numbers than a plain call.
+        """
+        ids = self.ids.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, tunes, and allocates what is kept
+                encoder(ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = encoder(ids).last_hidden_state
+
+        def replay():
+            ids.copy_(self.ids)
+            graph.replay()
+            return hidden
+
+        ids.fill_(1)
+        check(replay(), encoder(self.ids).last_hidden_state, None, None, "hidden states of the CUDA graph")
+        return replay
 
     def difference(self, name: str) -> float:
         """Largest difference between our result and that of contender `name`, over the largest value."""
@@ -389,6 +451,8 @@ class Encoder:
 class Training(Encoder):
     """Contenders for an MLM training step, forward and backward, over a padded batch; arguments as for `Encoder`."""
 
+    autocast = False
+
     def __init__(self, case, sizes: Sizes):
         super().__init__(case, sizes)
         drawn = torch.rand(self.ids.shape, generator=torch.Generator().manual_seed(1)).to(case.device) < MASKED_SHARE
@@ -418,19 +482,77 @@ class Training(Encoder):
             gradients.append(torch.cat([parameter.grad.flatten() for _, parameter in parameters]))
         return numerics.relative_error(*gradients)
 
+    def loss(self, model):
+        """Our loss over the batch."""
+        return model(self.ids, self.mask, labels=self.labels).loss
+
     def gate(self):
         """Compare our loss and the gradient of each weight with the judge's."""
         self.model.zero_grad()
-        self.model(self.ids, self.mask, labels=self.labels).loss.backward()
+        self.loss(self.model).backward()
         got = {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
-        def judge(dtype):
+        def judge(dtype, autocast):
             self.model.zero_grad()
             model = self.published(dtype, Judge)
-            model.masked_lm(self.ids, self.mask, self.labels)[0].backward()
+            with torch.autocast(self.case.device, torch.bfloat16, enabled=autocast):
+                loss, _ = model.masked_lm(self.ids, self.mask, self.labels)
+            loss.backward()
             return {name: model.get_parameter(name.removeprefix("bert.")).grad for name in got}
 
-        plain = judge(self.dtype)
-        truth = None if self.dtype == torch.float32 else judge(torch.float32)
+        plain = judge(self.dtype, self.autocast)
+        exact = self.dtype == torch.float32 and not self.autocast
+        truth = None if exact else judge(torch.float32, False)
         for name, gradient in got.items():
             check(gradient, plain[name], truth and truth[name], numerics.MODEL, name)
+
+
+class Pretraining(Training):
+    """Contenders for a step of scripts/pretrain_mlm.py: sequences of one length, concatenated to one row.
+
+    float32 weights under bfloat16 autocast, hidden dropout, loss over what is masked, AdamW. Data is on the device.
+    """
+
+    autocast = True
+
+    def loss(self, model):
+        length = self.ids.shape[1]
+        starts = torch.arange(0, self.tokens + 1, length, dtype=torch.int32, device=self.ids.device)
+        ids, labels = self.ids.view(1, -1), self.labels.view(1, -1)
+        with torch.autocast(self.case.device, torch.bfloat16):
+            return model(ids, cu_seq_lens_q=starts, max_length_q=length, labels=labels).loss
+
+    def contender(self, name: str):
+        if name == "one large product":
+            return self.product()
+        model = build("ours", self.sizes, self.dtype, self.case.device, HIDDEN_DROPOUT).train()
+        if name == "ours, layers compiled":
+            model = copy.deepcopy(model)
+            for layer in model.bert.encoder.layer:
+                layer.compile()
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.02, fused=True
+        )
+
+        def step():
+            self.loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, self.tokens
+
+    def product(self):
+        """One large bfloat16 product, and the tokens that our step serves with as many FLOPs.
+
+        So its time a token over ours is our model FLOP utilisation.
+        """
+        size = 8192 if self.case.device == "cuda" else 512
+        matrix = torch.randn(size, size, dtype=torch.bfloat16, device=self.case.device)
+        pairs, predicted = sum(length**2 for length in self.case.lengths), int((self.labels != -100).sum())
+        flops = count_flops(self.model.config, self.tokens, pairs, predicted)
+        return lambda: matrix @ matrix, 2 * size**3 / flops * self.tokens
+
+    def gate(self):
+        """As for `Training`, on the first sequences."""
+        few = replace(self.case, lengths=self.case.lengths[:GATED_SEQUENCES])
+        super(Pretraining, Pretraining(few, self.sizes)).gate()

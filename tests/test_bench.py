@@ -1,14 +1,17 @@
-"""The benchmark command: it measures, it refuses wrong numbers, and the README shows what its results say."""
+"""The benchmark command: it measures, it refuses wrong numbers, and the documentation shows what its results say."""
 
 import csv
 import gc
 import shutil
 import subprocess
+from dataclasses import replace
 
 import bench
 import pytest
 from cases import CASES, RAGGED
 from conftest import ROOT
+from contenders import TINY, Pretraining
+from recipe import count_flops
 
 
 def run(monkeypatch, *arguments):
@@ -64,6 +67,58 @@ def test_two_checkouts_are_timed_in_turns_and_their_difference_is_told(case, mon
     assert f"checkout {changed}" in printed and "largest difference 0.0e+00" not in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "case", "contenders"),
+    [
+        ("attention", "G5", ["ours", "SDPA flash, no bias"]),
+        ("model", "G15-8x128", ["ours, SDPA", "BERT"]),
+        ("pretrain", "G14-base", ["ours", "one large product"]),
+    ],
+)
+def test_a_gpu_case_can_be_rehearsed_on_a_cpu(command, case, contenders, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    run(monkeypatch, command, "--rehearse", "--case", case, "--repeats", 1, "--commit", "abc1234", "--out", out)
+    assert [(row["backend"], row["commit"]) for row in rows_of(out)] == [(name, "abc1234") for name in contenders]
+
+
+def test_a_contender_that_cannot_run_is_left_out_with_its_reason(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    run(monkeypatch, "attention", "--rehearse", "--case", "G6-2048", "--repeats", 1, "--out", out)
+    assert [row["backend"] for row in rows_of(out)] == ["ours"]
+    assert "G6-2048: ours, skipping off is left out: it needs a GPU" in capsys.readouterr().out
+
+
+def test_a_failing_case_lets_others_run_where_that_was_asked_for(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    arguments = ("model", "--rehearse", "--case", "G13", "--case", "G8", "--repeats", 1, "--out", out)
+    with pytest.raises(SystemExit, match="1 of the cases failed"):
+        run(monkeypatch, *arguments, "--keep_going")
+    assert "G13: ours, CUDA graph cannot be measured: it needs a GPU" in capsys.readouterr().out
+    assert [row["case"] for row in rows_of(out)] == ["G8", "G8"]
+    with pytest.raises(SystemExit, match="G13: ours, CUDA graph cannot be measured"):
+        run(monkeypatch, *arguments)
+
+
+def test_utilisation_is_the_share_of_the_flops_of_a_large_product():
+    case = replace(next(case for case in CASES if case.name == "G14-base"), device="cpu", lengths=(8, 8))
+    workload = Pretraining(case, TINY)
+    _, tokens = workload.contender("one large product")
+    predicted = int((workload.labels != -100).sum())
+    flops = count_flops(workload.model.config, 16, 2 * 8**2, predicted)
+    assert tokens / 16 == pytest.approx(2 * 512**3 / flops)
+
+
+@pytest.mark.parametrize("git", ["missing", "no repository"])
+def test_without_git_the_commit_is_unknown(git, monkeypatch):
+    def process(command, **kwargs):
+        if git == "missing":
+            raise FileNotFoundError("git")
+        return subprocess.CompletedProcess(command, 128, "", "not a git repository")
+
+    monkeypatch.setattr(bench.subprocess, "run", process)
+    assert bench.commit() == "unknown"
+
+
 def test_a_case_leaves_no_model_behind(monkeypatch, tmp_path):
     run(
         *(monkeypatch, "train", "--quick", "--case", "C8", "--repeats", 1, "--device", "cpu"),
@@ -87,6 +142,7 @@ def test_wrong_numbers_stop_the_benchmark_before_a_row(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (["model", "--quick"], "--quick needs --out"),
+        (["model", "--rehearse"], "--rehearse needs --out"),
         (["model", "--case", "nothing", "--device", "cpu"], "no model case for cpu is named nothing"),
         (["model", "--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["compare", "--with", "nowhere"], "--with must be a checkout of this repository, nowhere holds no"),
@@ -144,10 +200,10 @@ def test_cases_are_what_their_names_say():
     assert len(short) == 64 and (min(short), max(short)) == (5, 32)
 
 
-def test_readme_table_is_what_the_results_say():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tables_in_docs_are_what_the_results_say():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert bench.read_rows(), "there are no results"
-    assert bench.between_markers(readme, bench.table()) == readme
+    assert bench.between_markers(page, bench.table()) == page
 
 
 def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
@@ -158,7 +214,7 @@ def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
         rows = bench.make_rows(case, times, dict.fromkeys(names, 1), dict.fromkeys(names, 2.0**20), "command")
         bench.append_rows(tmp_path / "model.csv", [{**row, "processor": processor} for row in rows])
     head, _, *lines = bench.table().splitlines()
-    assert "| on One | on Two | goal |" in head
+    assert "| baseline | One | Two | goal |" in head
     assert "| BERT-base, SDPA | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) | 2.50 |" in lines[0]
     assert "| published formula | – | 3.00 (3.00–3.00) | – |" in lines[1]
     assert [line.split(",")[0] for line in lines[2:] if line] == ["Measured on One", "Measured on Two"]

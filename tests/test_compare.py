@@ -1,4 +1,4 @@
-"""scripts/compare_with_bert.py: both models read the same wordpieces and start alike; a stopped run goes on."""
+"""benchmarks/compare_with_bert.py: both models read the same wordpieces and start alike; a stopped run goes on."""
 
 import argparse
 import csv

@@ -1,22 +1,21 @@
-"""Train a stock BERT and the MosaicBERT made of it on the same text, and compare their loss by wordpieces and by time.
+"""Train a stock BERT and the MosaicBERT that was initialized from it on the same text, and compare their losses.
 
     python scripts/convert_bert.py BERT runs/warm --text corpus/*.jsonl.gz
-    python scripts/compare_with_bert.py --bert BERT --mosaicbert runs/warm --train_data corpus/*.jsonl.gz \\
+    python benchmarks/compare_with_bert.py --bert BERT --mosaicbert runs/warm --train_data corpus/*.jsonl.gz \\
         --validation_data valid/*.jsonl.gz --output_dir runs/compare
 
-Both get the same depth, width, first weights (the MLM head of the MosaicBERT included), sequences, masks, seeds and
-optimizer; with `--random_weights` both start from random ones, and the two folders give sizes and tokenizer alone.
-Stock BERT reads the sequences padded, MosaicBERT packed, each with what it offers: MosaicBERT scores the masked
-wordpieces alone. `seconds` are the process's CPU time on a CPU, so that other programs do not count, and time on a
-GPU. Written: `curves.csv`, `curves.png`, and each model of the first seed, for evaluate_mlm.py. With `--save_every` the
-same command goes on where it was stopped.
+Both models get the same depth, width, initial weights (including the MLM head), sequences, masks, seeds and optimizer.
+With `--random_weights` both start from random weights, and the two folders only provide sizes and tokenizer.
+Stock BERT reads padded batches, MosaicBERT packed ones. Each uses what it has: MosaicBERT computes scores for masked
+tokens only. `seconds` is CPU time on a CPU, so that other programs do not count, and wall time on a GPU. The script
+writes `curves.csv`, `curves.png` and the models of the first seed, for evaluate_mlm.py. With `--save_every` the same
+command continues a run that was stopped.
 
-Where loss by length is the question and not time, a stock BERT alone that is spared work which changes no number:
+To compare losses by length rather than by time, train stock BERT alone and skip work that does not change its numbers:
 
-    python scripts/compare_with_bert.py ... --models "stock BERT" --lean_baseline --bf16 --max_length 128 512
+    python benchmarks/compare_with_bert.py ... --models "stock BERT" --lean_baseline --bf16 --max_length 128 512
 """
 
-import argparse
 import csv
 import os
 import time
@@ -25,23 +24,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import repository_class
-from packing import IGNORED, PackedRows, flatten_rows, load_sequences, load_texts
-from recipe import linear_schedule
+from loading import load_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+
+cli, common, packing, recipe = (load_file(f"scripts/{name}.py") for name in ("cli", "common", "packing", "recipe"))
+IGNORED = packing.IGNORED
 
 MODELS = ("stock BERT", "MosaicBERT")
 COLUMNS = ("model", "seed", "step", "wordpieces", "seconds", "train_loss", "validation_loss")
 
 
 def stock_twin(source: str, mosaic, random_weights: bool = False, attention: str = "sdpa"):
-    """A stock BERT for masked language modelling that starts from what a MosaicBERT was converted from.
+    """A stock BERT for masked language modelling with the weights that a MosaicBERT was initialized from.
 
     Args:
-        source: folder or Hub id of the BERT; its first layers are used, as many as `mosaic` has.
-        mosaic: the converted model; its MLM head and the size of its vocabulary are taken over.
-        random_weights: whether only the sizes are taken over.
-        attention: transformers' name of its attention implementation.
+        source: folder or Hub id of the BERT; as many of its first layers are used as `mosaic` has.
+        mosaic: the converted model; it provides the MLM head and the size of the vocabulary.
+        random_weights: take only the sizes, and start from random weights.
+        attention: `attn_implementation` of the stock BERT.
 
     Returns:
         A `transformers.BertForMaskedLM`.
@@ -62,12 +62,12 @@ def stock_twin(source: str, mosaic, random_weights: bool = False, attention: str
 
 
 def flatten_row(row: dict) -> dict:
-    """Turn a row of `mask_row` to the batch without padding that MosaicBERT reads, see `flatten_rows`."""
-    return flatten_rows([row])
+    """Turn a row of `mask_row` into the batch without padding that MosaicBERT reads; see `flatten_rows`."""
+    return packing.flatten_rows([row])
 
 
 def pad_row(row: dict) -> dict[str, torch.Tensor]:
-    """Turn a row of `mask_row` to the padded batch that a stock BERT reads: ids, mask and labels, int64 [N, S]."""
+    """Turn a row of `mask_row` into the padded batch that a stock BERT reads: ids, mask and labels, int64 [N, S]."""
     ends = row["lengths"].cumsum()[:-1]
     ids, labels = (
         torch.nn.utils.rnn.pad_sequence(
@@ -81,17 +81,18 @@ def pad_row(row: dict) -> dict[str, torch.Tensor]:
 
 
 def batch_loss(model, batch: dict) -> torch.Tensor:
-    """The model's own loss of a batch that `flatten_row` or `pad_row` makes."""
+    """The model's own loss on a batch from `flatten_row` or `pad_row`."""
     return model(**batch).loss
 
 
 def lean_loss(model, batch: dict) -> torch.Tensor:
-    """The same number for a stock BERT with less work: masked wordpieces alone are scored, and each sequence is padded
-    to at most 1.25 times its length.
+    """The loss of a stock BERT with less work: scores for masked tokens only, and little padding.
+
+    Each sequence is padded to at most 1.25 times its length.
 
     Args:
         model: `transformers.BertForMaskedLM`.
-        batch: of `pad_row`, sequences in the order of their lengths.
+        batch: from `pad_row`, its sequences sorted by length.
     """
     lengths = batch["attention_mask"].sum(1)
     labelled, start = [], 0
@@ -108,23 +109,23 @@ def lean_loss(model, batch: dict) -> torch.Tensor:
 
 
 def train(name: str, model, collate, loss_of, rows, held_out, seed: int, arguments) -> list[dict]:
-    """Train one model for the steps asked and log its curve, from where an earlier call with `save_every` stopped.
+    """Train one model and log its loss; continues where an earlier call with `save_every` stopped.
 
     Args:
-        name: of the model in the log.
-        model: what `loss_of` takes.
-        collate: turns a row to a batch.
+        name: name of the model in the log.
+        model: the model.
+        collate: turns a row into a batch.
         loss_of: `(model, batch) -> loss`.
         rows: `PackedRows` to train on.
         held_out: rows to validate on.
-        seed: of dropout.
-        arguments: the command line.
+        seed: seed of dropout.
+        arguments: the parsed command line.
 
     Returns:
-        One dict a logged step, see `COLUMNS`. The validation loss is logged at the first and the last step.
+        One dict per logged step, with the keys of `COLUMNS`. The validation loss is logged at the first and last step.
 
     Raises:
-        ValueError: what was saved belongs to another command line.
+        ValueError: `output_dir` holds the progress of another command line.
     """
     clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def train(name: str, model, collate, loss_of, rows, held_out, seed: int, argumen
     )
     warmup = max(1, round(0.06 * arguments.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_schedule(step, warmup, arguments.steps, final=0.02)
+        optimizer, lambda step: recipe.linear_schedule(step, warmup, arguments.steps, final=0.02)
     )
 
     def forward(row):
@@ -199,13 +200,13 @@ def train(name: str, model, collate, loss_of, rows, held_out, seed: int, argumen
 
 
 def asked_of(arguments) -> dict[str, str]:
-    """What of the command line decides the numbers of a run."""
-    others = ("output_dir", "save_every", "log_every", "models", "seeds")
+    """The arguments that determine the numbers of a run."""
+    others = ("output_dir", "traceback", "save_every", "log_every", "models", "seeds")
     return {name: str(value) for name, value in vars(arguments).items() if name not in others}
 
 
 def draw(log: list[dict], path: Path) -> None:
-    """Save a picture of the training loss by wordpieces and by seconds, one line a model and seed."""
+    """Plot the training loss against tokens and against seconds, with one line per model and seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,9 +214,7 @@ def draw(log: list[dict], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     names = list(dict.fromkeys(entry["model"] for entry in log))
-    for axes, column, label in zip(
-        panels, ("wordpieces", "seconds"), ("wordpieces seen", "seconds (CPU time on a CPU)")
-    ):
+    for axes, column, label in zip(panels, ("wordpieces", "seconds"), ("tokens seen", "seconds (CPU time on a CPU)")):
         for number, name in enumerate(names):
             for seed in sorted({entry["seed"] for entry in log}):
                 own = [e for e in log if (e["model"], e["seed"]) == (name, seed) and e["train_loss"] != ""]
@@ -235,7 +234,7 @@ def draw(log: list[dict], path: Path) -> None:
 
 
 def write_curves(log: list[dict], folder: Path) -> None:
-    """Write what has been logged so far as `curves.csv` and `curves.png`."""
+    """Write the log so far as `curves.csv` and `curves.png`."""
     with open(folder / "curves.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -244,42 +243,46 @@ def write_curves(log: list[dict], folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, train both models for each seed, and write the curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line, train both models with each seed, and write the curves."""
+    parser = cli.Parser(__doc__)
     parser.add_argument("--bert", required=True, help="folder or Hub id of a stock BERT")
-    parser.add_argument("--mosaicbert", required=True, help="folder of its conversion by convert_bert.py")
-    parser.add_argument("--train_data", nargs="+", required=True, help="as pretrain_mlm.py takes it")
-    parser.add_argument("--validation_data", nargs="+", required=True, help="the same")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--random_weights", action="store_true", help="start both from random weights")
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--lean_baseline", action="store_true", help="spare stock BERT work that changes no number")
+    parser.add_argument("--mosaicbert", required=True, help="folder that convert_bert.py made of it")
+    parser.add_argument("--train_data", nargs="+", required=True, help="training text, as pretrain_mlm.py takes it")
+    parser.add_argument("--validation_data", nargs="+", required=True, help="validation text, likewise")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for curves and models")
+    parser.add_argument("--random_weights", action="store_true", help="start both models from random weights")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="models to train")
+    parser.add_argument(
+        "--lean_baseline", action="store_true", help="skip work of stock BERT that does not change its numbers"
+    )
     parser.add_argument("--bert_attention", default="sdpa", help="attn_implementation of stock BERT")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument(
-        "--max_length", nargs="+", type=int, default=[128], help="wordpieces of a sequence; may be mixed"
+        "--max_length", nargs="+", type=int, default=[128], help="tokens per sequence; several lengths are mixed"
     )
     parser.add_argument("--mask_token_share", type=float, default=0.8, help="as pretrain_mlm.py takes it")
-    parser.add_argument("--tokens_per_row", type=int, default=3072, help="wordpieces of a step, at most")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--log_every", type=int, default=5)
-    parser.add_argument("--save_every", type=int, default=0, help="steps between two saves to go on from; 0: none")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--validation_rows", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=8e-4)
-    parser.add_argument("--dropout", type=float, default=0.0, help="hidden dropout of both; attention has none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens_per_row", type=int, default=3072, help="most tokens per step")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    parser.add_argument("--log_every", type=int, default=5, help="steps between log lines")
+    parser.add_argument("--save_every", type=int, default=0, help="steps between checkpoints to resume from; 0: none")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="trains once per seed")
+    parser.add_argument("--validation_rows", type=int, default=8, help="most rows to validate on")
+    parser.add_argument("--learning_rate", type=float, default=8e-4, help="peak learning rate")
+    parser.add_argument("--dropout", type=float, default=0.0, help="hidden dropout of both models; attention has none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.mosaicbert)
-    mosaic_class = repository_class("BertForMaskedLM")
+    mosaic_class = common.repository_class("BertForMaskedLM")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     def rows_of(sources, probability, seed):
         lengths = arguments.max_length
         shares = [1 / len(lengths)] * len(lengths)
-        sequences = load_sequences(load_texts(sources), tokenizer, lengths, shares, seed=0)
-        return PackedRows(sequences, tokenizer, arguments.tokens_per_row, probability, seed, arguments.mask_token_share)
+        sequences = packing.load_sequences(packing.load_texts(sources), tokenizer, lengths, shares, seed=0)
+        return packing.PackedRows(
+            sequences, tokenizer, arguments.tokens_per_row, probability, seed, arguments.mask_token_share
+        )
 
     held_out = rows_of(arguments.validation_data, 0.15, 0)
     held_out = [held_out[i] for i in range(min(arguments.validation_rows, len(held_out)))]
@@ -311,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "a smaller --tokens_per_row needs less memory")
