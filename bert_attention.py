@@ -1,6 +1,6 @@
 """ALiBi slopes and the two attention functions that need plain torch only: eager and SDPA.
 
-Both follow the contract of the backend table: `(query, key, value, packed, alibi_slopes, scale, dropout_p) -> context`.
+Both follow the contract of the backend table: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`.
 
 Letters: N sequences, T tokens, H heads, D head size, M row length, n tokens of one sequence.
 """
@@ -116,13 +116,11 @@ def eager_attention_weights(query, key, packed, alibi_slopes, scale):
     return weights.masked_fill(~(is_token[:, None, :, None] & is_token[:, None, None, :]), 0.0)
 
 
-def eager_attention(query, key, value, packed, alibi_slopes, scale, dropout_p, return_weights=False):
+def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=False):
     """ALiBi attention by the plain formula; memory grows with M².
 
     Args:
-        query: floating [T, H, D].
-        key: like `query`.
-        value: like `query`.
+        qkv: floating [T, 3, H, D]: query, key and value of each token.
         packed: the `PackedBatch` that says which tokens form a sequence and where they stand.
         alibi_slopes: float32 [H], positive.
         scale: factor of the scores.
@@ -130,17 +128,18 @@ def eager_attention(query, key, value, packed, alibi_slopes, scale, dropout_p, r
         return_weights: also return the weights, as used (after dropout).
 
     Returns:
-        [T, H, D] in the dtype of `query`; with `return_weights` also [N, H, M, M] in that dtype.
+        [T, H, D] in the dtype of `qkv`; with `return_weights` also [N, H, M, M] in that dtype.
 
     Source: ours.
     """
+    query, key, value = qkv.unbind(1)
     weights = eager_attention_weights(query, key, packed, alibi_slopes, scale)
     weights = F.dropout(weights, dropout_p, training=dropout_p > 0).to(query.dtype)
     context = packed.from_rows(torch.einsum("nhqk,nkhd->nqhd", weights, packed.to_rows(value)))
     return (context, weights) if return_weights else context
 
 
-def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
+def sdpa_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """ALiBi attention by torch's scaled_dot_product_attention (SDPA); see `eager_attention` for the arguments.
 
     This is the place that decides which formula serves which call:
@@ -157,6 +156,7 @@ def sdpa_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
 
     Source: ours; measured on an Intel Xeon with avx512_bf16 and without AMX, see benchmarks/README.md.
     """
+    query, key, value = qkv.unbind(1)
     if not len(query):
         return query
     slopes = alibi_slopes.to(torch.promote_types(query.dtype, torch.float32))

@@ -41,9 +41,9 @@ class AttentionBackend:
     """One row of the backend table: what serves a call, and what it can serve.
 
     Attributes:
-        function: `(query, key, value, packed, alibi_slopes, scale, dropout_p) -> context` over [T, H, D]; None when
-            its package is missing.
-        dtypes: dtypes of query, key and value.
+        function: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`, [T, 3, H, D] to [T, H, D]; None when its
+            package is missing.
+        dtypes: dtypes of `qkv`.
         devices: device types; empty: all.
         max_head_dim: largest D; None: no limit.
         declines: `(device) -> reason or None`, asked last; None: never declines.
@@ -57,17 +57,17 @@ class AttentionBackend:
     declines: Optional[Callable] = None
     returns_weights: bool = False
 
-    def reason_against(self, query: torch.Tensor) -> Optional[str]:
+    def reason_against(self, qkv: torch.Tensor) -> Optional[str]:
         """Why this row cannot serve the call, in words, or None when it can."""
         if self.function is None:
             return "its package is not installed"
-        if query.dtype not in self.dtypes:
-            return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {query.dtype}"
-        if self.devices and query.device.type not in self.devices:
-            return f"it supports devices {', '.join(self.devices)}, got {query.device.type}"
-        if self.max_head_dim and query.shape[-1] > self.max_head_dim:
-            return f"it supports heads of up to {self.max_head_dim} channels, got {query.shape[-1]}"
-        return self.declines(query.device) if self.declines else None
+        if qkv.dtype not in self.dtypes:
+            return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {qkv.dtype}"
+        if self.devices and qkv.device.type not in self.devices:
+            return f"it supports devices {', '.join(self.devices)}, got {qkv.device.type}"
+        if self.max_head_dim and qkv.shape[-1] > self.max_head_dim:
+            return f"it supports heads of up to {self.max_head_dim} channels, got {qkv.shape[-1]}"
+        return self.declines(qkv.device) if self.declines else None
 
 
 # The one table: order is preference. Attention dropout works in every row.
@@ -99,12 +99,12 @@ for _name in (AUTOMATIC, "triton"):
     AttentionInterface.register(_name, foreign_attention)
 
 
-def choose_attention(name: str, query: torch.Tensor, needs_weights: bool) -> Callable:
+def choose_attention(name: str, qkv: torch.Tensor, needs_weights: bool) -> Callable:
     """The attention function for one call.
 
     Args:
         name: a key of `ATTENTION_BACKENDS`, or `AUTOMATIC` for the first row that can serve.
-        query: the tensor that the choice is made from, [T, H, D].
+        qkv: the tensor that the choice is made from, [T, 3, H, D].
         needs_weights: whether attention weights are to be returned, which eager alone serves.
 
     Returns:
@@ -118,7 +118,7 @@ def choose_attention(name: str, query: torch.Tensor, needs_weights: bool) -> Cal
     names = ATTENTION_BACKENDS if name == AUTOMATIC else (name,)
     for candidate in names:
         backend = ATTENTION_BACKENDS[candidate]
-        reason = backend.reason_against(query)
+        reason = backend.reason_against(qkv)
         if reason is None:
             return backend.function
     raise ValueError(f"attn_implementation {candidate!r} cannot serve this call: {reason}")
@@ -302,14 +302,13 @@ class BertSelfAttention(nn.Module):
     def forward(self, hidden, packed, slopes, output_attentions):
         """[T, E] to a context [T, E] and weights [N, H, M, M] or None."""
         qkv = self.Wqkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(1)  # [T, H, D] each
         dropout_p = self.dropout_rate if self.training else 0.0
-        attend = choose_attention(self.config._attn_implementation, query, output_attentions)
+        attend = choose_attention(self.config._attn_implementation, qkv, output_attentions)
         weights = None
         if output_attentions:
-            context, weights = attend(query, key, value, packed, slopes, self.scale, dropout_p, return_weights=True)
+            context, weights = attend(qkv, packed, slopes, self.scale, dropout_p, return_weights=True)
         else:
-            context = attend(query, key, value, packed, slopes, self.scale, dropout_p)
+            context = attend(qkv, packed, slopes, self.scale, dropout_p)
         return context.flatten(1), weights
 
 

@@ -889,29 +889,25 @@ def _attend(
     )[0]
 
 
-def triton_attention(query, key, value, packed, alibi_slopes, scale, dropout_p):
+def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """The `triton` row of the backend table.
 
     Args:
-        query: float16, bfloat16 or float32 [T, H, D], D at most 128; any strides, a view of one [T, 3, H, D] tensor is
-            not copied. float32 is computed in float32, without TensorFloat-32.
-        key: like `query`.
-        value: like `query`.
+        qkv: float16, bfloat16 or float32 [T, 3, H, D], D at most 128; any strides. float32 is computed in float32,
+            without TensorFloat-32.
         packed: the `PackedBatch` that says which tokens form a sequence, where they stand and which are padding.
-        alibi_slopes: float32 [H], positive, on the device of `query`; gets no gradient.
+        alibi_slopes: float32 [H], positive, on the device of `qkv`; gets no gradient.
         scale: factor of the scores.
         dropout_p: probability of dropping a weight, in [0, 1).
 
     Returns:
-        [T, H, D] in the dtype of `query`. Positions that hold padding (`packed.key_mask`) get values without meaning.
+        [T, H, D] in the dtype of `qkv`. Positions that hold padding (`packed.key_mask`) get values without meaning.
 
     Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax; the bias and the
     skipping are ours.
     """
     return _attend(
-        query,
-        key,
-        value,
+        *qkv.unbind(1),
         packed.cu_seqlens,
         packed.max_seqlen,
         alibi_slopes,

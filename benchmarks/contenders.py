@@ -187,10 +187,10 @@ class Attention:
     def attend(self, name: str):
         """`name`'s attention: [T, 3, H, D] to [T, H, D]."""
         if name == "ours":
-            chosen = layers.choose_attention(layers.AUTOMATIC, self.qkv[:, 0], False)
-            return lambda qkv: chosen(*qkv.unbind(1), self.packed, self.slopes, self.scale, 0.0)
+            chosen = layers.choose_attention(layers.AUTOMATIC, self.qkv, False)
+            return lambda qkv: chosen(qkv, self.packed, self.slopes, self.scale, 0.0)
         if name == "eager":
-            return lambda qkv: layers.eager_attention(*qkv.unbind(1), self.packed, self.slopes, self.scale, 0.0)
+            return lambda qkv: layers.eager_attention(qkv, self.packed, self.slopes, self.scale, 0.0)
         if name == "ours, skipping off":
             triton = sys.modules[layers.triton_attention.__module__]
             return lambda qkv: triton.flash_attn_varlen_qkvpacked_func(

@@ -5,10 +5,10 @@ import json
 import shutil
 
 import torch
+from common import CODE_FILES
 from conftest import ROOT
 from models import tiny_config, tiny_model
 
-CODE = ("configuration_bert.py", "bert_padding.py", "bert_attention.py", "flash_attn_triton.py", "bert_layers.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_bert.BertConfig",
     "AutoModel": "bert_layers.BertModel",
@@ -44,7 +44,7 @@ def write_repository(folder, model=None, config=None, weights="pytorch_model.bin
     """
     folder.mkdir(parents=True, exist_ok=True)
     if code:
-        for name in CODE:
+        for name in CODE_FILES:
             shutil.copy(ROOT / name, folder)
     (folder / "config.json").write_text(json.dumps(published_config() if config is None else config))
     state = {k: v.clone() for k, v in (model or tiny_model()).state_dict().items() if k not in without}

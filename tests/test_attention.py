@@ -41,7 +41,7 @@ def attend(function, packed, query, key, value, grad, dropout_p=0.0):
     inputs = [x.detach().clone().requires_grad_() for x in (query, key, value)]
     precision = torch.promote_types(query.dtype, torch.float32)
     slopes = torch.tensor(alibi_slopes(query.shape[1]), dtype=precision)
-    context = function(*inputs, packed, slopes, query.shape[-1] ** -0.5, dropout_p)
+    context = function(torch.stack(inputs, dim=1), packed, slopes, query.shape[-1] ** -0.5, dropout_p)
     assert context.dtype == query.dtype and context.shape == query.shape
     context.backward(grad)
     return [context, *(x.grad for x in inputs)]
@@ -90,10 +90,10 @@ def formula(request, monkeypatch):
     return request.param
 
 
-def plain_attention(query, key, value, packed, slopes, scale, dropout_p):
-    """The plain formula with products in the dtype of `query` and softmax in float32; eager has float32 scores."""
+def plain_attention(qkv, packed, slopes, scale, dropout_p):
+    """The plain formula with products in the dtype of `qkv` and softmax in float32; eager has float32 scores."""
     contexts = []
-    for q, k, v in zip(*(x.split(packed.lengths) for x in (query, key, value))):
+    for q, k, v in zip(*(x.split(packed.lengths) for x in qkv.unbind(1))):
         place = torch.arange(len(q))
         bias = -slopes[:, None, None] * (place[:, None] - place).abs()
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale + bias
@@ -112,7 +112,7 @@ def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, nor
     packed = batch([64] * 3 + [200, 400])
     inputs = tensors(packed, dtype=torch.bfloat16, norm=norm)
     assert_as_good_as_plain(sdpa_attention, packed, inputs, plain_attention)
-    arguments = (*inputs[:3], packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
+    arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
     expected = truth(packed, *inputs)[0]
     got = sdpa_attention(*arguments)  # without a backward pass the choice is another
     numerics.assert_no_worse(got, plain_attention(*arguments), expected, numerics.FORWARD)
@@ -122,7 +122,7 @@ def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(band_for_all, 
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=8, norm=0.05, dtype=torch.bfloat16)
     assert_as_good_as_plain(sdpa_attention, packed, inputs)
-    arguments = (*inputs[:3], packed, torch.tensor(alibi_slopes(8)), 0.25, 0.0)
+    arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(8)), 0.25, 0.0)
     expected = truth(packed, *inputs)[0]
     numerics.assert_no_worse(sdpa_attention(*arguments), eager_attention(*arguments), expected, numerics.FORWARD)
 
@@ -178,7 +178,9 @@ def test_plain_and_sdpa_match_the_reference_in_float64(layout, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_token_at_all_gives_an_empty_context(backend):
     packed = batch([0, 0])
-    context = BACKENDS[backend](*tensors(packed)[:3], packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
+    context = BACKENDS[backend](
+        torch.stack(tensors(packed)[:3], dim=1), packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0
+    )
     assert context.shape == (0, 3, 16)
 
 
@@ -187,8 +189,8 @@ def test_the_formula_for_other_devices_matches_too(layout):
     """`chunked_attention` serves CUDA without Triton; here on the CPU, and with more than one chunk a sequence."""
     packed = LAYOUTS[layout]()
 
-    def function(query, key, value, packed, slopes, scale, dropout_p):
-        return bert_attention.chunked_attention(query, key, value, packed, slopes, scale, dropout_p)
+    def function(qkv, packed, slopes, scale, dropout_p):
+        return bert_attention.chunked_attention(*qkv.unbind(1), packed, slopes, scale, dropout_p)
 
     assert_as_good_as_plain(function, packed, tensors(packed))
     before, bert_attention.CHUNK_ENTRIES = bert_attention.CHUNK_ENTRIES, 7 * 97
@@ -215,9 +217,9 @@ def test_keys_that_weigh_nothing_are_cut_off_exactly(monkeypatch, norm):
         "nothing is cut off here"
     )
     assert_as_good_as_plain(sdpa_attention, packed, inputs)
-    cut = sdpa_attention(*inputs[:3], packed, torch.tensor([0.7, 0.25]), 0.25, 0.0)
+    cut = sdpa_attention(torch.stack(inputs[:3], dim=1), packed, torch.tensor([0.7, 0.25]), 0.25, 0.0)
     monkeypatch.setattr(bert_attention, "CUT_FROM", 10_000)
-    whole = sdpa_attention(*inputs[:3], packed, torch.tensor([0.7, 0.25]), 0.25, 0.0)
+    whole = sdpa_attention(torch.stack(inputs[:3], dim=1), packed, torch.tensor([0.7, 0.25]), 0.25, 0.0)
     torch.testing.assert_close(cut, whole, rtol=0, atol=2**-22 * whole.abs().max().item())
 
 
@@ -313,6 +315,6 @@ def test_dropout_in_sdpa_has_the_right_mean_and_repeats_in_backward(layout):
     # With one mask, the context is linear in value: its gradient must come from the mask of the forward pass.
     value = value.requires_grad_()
     slopes = torch.tensor(alibi_slopes(2), dtype=torch.float64)
-    context = sdpa_attention(query, key, value, packed, slopes, 8**-0.5, 0.3)
+    context = sdpa_attention(torch.stack((query, key, value), dim=1), packed, slopes, 8**-0.5, 0.3)
     (gradient,) = torch.autograd.grad(context, value, grad)
     numerics.assert_same((gradient * value).sum(), (context * grad).sum(), 1e-9)

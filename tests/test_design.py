@@ -7,8 +7,8 @@ import sys
 import textwrap
 
 import pytest
+from common import CODE_FILES
 from conftest import ROOT
-from repositories import CODE
 
 LEAVES = {
     "configuration_bert.py": {"transformers"},
@@ -29,7 +29,7 @@ def imports(tree):
             yield (None if node.level else node.module.split(".")[0]), node
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_import_what_the_design_allows(name):
     tree = ast.parse((ROOT / name).read_text())
     guarded = {id(n) for block in ast.walk(tree) if isinstance(block, ast.Try) for n in ast.walk(block)}
@@ -45,7 +45,7 @@ def test_model_files_import_what_the_design_allows(name):
 def test_the_hub_imports_every_leaf_so_that_loaders_copy_it():
     # transformers finds relative imports with such an expression on the raw text.
     found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", (ROOT / "bert_layers.py").read_text(), flags=re.M))
-    assert found == {name.removesuffix(".py") for name in CODE} - {"bert_layers"}
+    assert found == {name.removesuffix(".py") for name in CODE_FILES} - {"bert_layers"}
 
 
 def test_importing_the_package_warns_about_nothing_and_starts_no_device():
@@ -78,6 +78,6 @@ def public_definitions(tree):
 def test_every_public_function_and_class_has_a_docstring():
     # A module's forward and transformers' accessors say all in their names and their class.
     self_evident = re.compile(r"forward|backward|[gs]et_(in|out)put_embeddings")
-    for name in CODE:
+    for name in CODE_FILES:
         for node in public_definitions(ast.parse((ROOT / name).read_text())):
             assert self_evident.fullmatch(node.name) or ast.get_docstring(node), f"{name}:{node.lineno} {node.name}"

@@ -11,9 +11,10 @@ import numerics
 import pytest
 import torch
 import transformers
+from common import CODE_FILES
 from conftest import ROOT
 from models import VOCAB, ragged_batch, tiny_config, tiny_model
-from repositories import AUTO_MAP, CODE, cache_repository, published_config, write_repository
+from repositories import AUTO_MAP, cache_repository, published_config, write_repository
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -228,13 +229,13 @@ def test_users_7_saves_a_complete_repository_and_reloads_it(tmp_path, repository
     saved = tmp_path / "saved"
     assert_loads(repository).save_pretrained(saved)
     names = {file.name for file in saved.iterdir()}
-    assert {*CODE, "config.json", "model.safetensors"} <= names
+    assert {*CODE_FILES, "config.json", "model.safetensors"} <= names
     assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert "_attn_implementation" not in (saved / "config.json").read_text()
     assert_loads(saved)
     # A model of the importable package, built and not loaded, saves the same.
     tiny_model().save_pretrained(tmp_path / "built")
-    assert {*CODE} <= {file.name for file in (tmp_path / "built").iterdir()}
+    assert {*CODE_FILES} <= {file.name for file in (tmp_path / "built").iterdir()}
     assert_loads(tmp_path / "built")
     # A classifier made from it, saved, and loaded under another head.
     AutoModelForTokenClassification.from_pretrained(saved, num_labels=5, **REMOTE).save_pretrained(tmp_path / "tokens")

@@ -246,11 +246,11 @@ def test_attention_dropout_keeps_the_expectation(backend, rows):
         mask[1, 4] = 0
     packed = pack_padded(mask, (2, 12), mask.device, traced=False)
     total = int(mask.sum())
-    query, key, value = torch.randn(3, total, 2, 8)
+    qkv = torch.randn(total, 3, 2, 8)
     slopes = torch.tensor([0.5, 0.1])
     attend = ATTENTION_BACKENDS[backend].function
-    exact = attend(query, key, value, packed, slopes, 0.3, 0.0)
-    draws = torch.stack([attend(query, key, value, packed, slopes, 0.3, 0.4) for _ in range(1500)])
+    exact = attend(qkv, packed, slopes, 0.3, 0.0)
+    draws = torch.stack([attend(qkv, packed, slopes, 0.3, 0.4) for _ in range(1500)])
     spread = draws.std(0) / 1500**0.5
     # Over 300 comparisons of a mean: five standard errors happen by chance once in two thousand runs.
     assert ((draws.mean(0) - exact).abs() < 5 * spread + 1e-6).all()
@@ -342,8 +342,8 @@ def test_users_20_silenced_slots_are_never_predicted():
 def test_users_6_the_tensor_and_not_an_import_chooses_the_backend(dtype):
     """Triton is importable here, and may find a GPU; tensors on the CPU are served without it all the same."""
     pytest.importorskip("triton", reason="without Triton the reason is another one: tests/test_loading.py")
-    query = torch.randn(3, 2, 16, dtype=dtype)
-    chosen = choose_attention("auto", query, needs_weights=False)
+    qkv = torch.randn(5, 3, 2, 16, dtype=dtype)
+    chosen = choose_attention("auto", qkv, needs_weights=False)
     assert chosen is ATTENTION_BACKENDS["sdpa"].function
     ids, mask = ragged_batch([9, 4])
     model = tiny_model().to(dtype)

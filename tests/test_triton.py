@@ -110,7 +110,7 @@ def assert_as_good_as_eager(kernel, qkv, packed, slopes, positions=None):
     scale = qkv.shape[-1] ** -0.5
     bounds = packed.cu_seqlens.tolist()
     context, (gradient,) = with_gradient(kernel, qkv)
-    plain, (plain_gradient,) = with_gradient(lambda x: eager_attention(*x.unbind(1), packed, slopes, scale, 0.0), qkv)
+    plain, (plain_gradient,) = with_gradient(lambda x: eager_attention(x, packed, slopes, scale, 0.0), qkv)
     truth, (true_gradient,) = with_gradient(
         lambda x: reference.attention(*x.unbind(1), bounds, positions, slopes.tolist(), scale), qkv
     )
@@ -213,7 +213,7 @@ def test_holes_and_left_padding_keep_their_distances():
     slopes = slopes_of(2)
 
     def kernel(x):
-        return leaf.triton_attention(*x.unbind(1), packed, slopes, 0.25, 0.0)
+        return leaf.triton_attention(x, packed, slopes, 0.25, 0.0)
 
     assert_as_good_as_eager(kernel, qkv, packed, slopes, packed.positions.tolist())
 
@@ -230,7 +230,7 @@ def test_padding_kept_among_the_tokens_gets_no_weight():
     slopes = slopes_of(2)
 
     def kernel(x):
-        return leaf.triton_attention(*x.unbind(1), kept, slopes, 0.25, 0.0)[real]
+        return leaf.triton_attention(x, kept, slopes, 0.25, 0.0)[real]
 
     context, (gradient,) = with_gradient(kernel, qkv)
     truth, (true_gradient,) = with_gradient(
@@ -483,7 +483,9 @@ def dropped_weights(lengths, heads, dropout_p, seed):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
     torch.manual_seed(seed)
     packed = pack_flattened(cu_seqlens, max(lengths), total)
-    return leaf.triton_attention(query, query, value, packed, slopes_of(heads) * 0.01, 1.0, dropout_p)
+    return leaf.triton_attention(
+        torch.stack((query, query, value), dim=1), packed, slopes_of(heads) * 0.01, 1.0, dropout_p
+    )
 
 
 @on_kernels
