@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import re
 import string
 import zlib
@@ -164,7 +165,11 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file as transformers does: sorted, two spaces, a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        path.write_bytes(text.encode("utf-8"))
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\\ud800"
+        raise ValueError(f"{path.name}: expected valid Unicode, {one_line(error)}") from error
 
 
 def say_float32(folder: Path) -> None:
@@ -298,12 +303,20 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises whatever it likes
-            raise ValueError(f"{path}: cannot be read, {one_line(error)}") from error
+            raise ValueError(f"{path}: cannot be read, {unpickling_problem(error)}") from error
         weights.update(check_weights(content, str(path)))
     legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     for old, new in legacy.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     return weights
+
+
+def unpickling_problem(error: Exception) -> str:
+    """Why a pickle of weights was not opened: torch's own message advises to open it all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds {found[1]}, which is more than tensors"
+    return "it is damaged or no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
 
 
 def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
@@ -409,9 +422,11 @@ def load_tokenizer(folder: Path, argument: str = "source"):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("A word, and ☃.")  # some of what a damaged one lacks is only missed here
+        return tokenizer
     except Exception as error:  # the tokenizers package raises plain exceptions
-        raise ValueError(f"{argument}: its tokenizer cannot be loaded, {one_line(error)}") from error
+        raise ValueError(f"{argument}: its tokenizer cannot be used, {one_line(error)}") from error
 
 
 def vocabulary_size(tokenizer) -> int:
