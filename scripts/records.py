@@ -1,0 +1,151 @@
+"""Read text and labelled records from files: JSON lines, CSV and plain text, each also gzipped."""
+
+import csv
+import glob
+import gzip
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+TEXT_FILES = (".jsonl", ".json", ".txt")
+RECORD_FILES = (".jsonl", ".json", ".csv")
+
+
+def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """Resolve file names and glob patterns.
+
+    Args:
+        sources: names or patterns; `~` is the home directory, `**` any number of folders.
+        suffixes: kinds of files that the caller reads, such as `.jsonl`; each may be gzipped (`.gz`).
+
+    Returns:
+        The files in the order of their sources, those of one pattern sorted. A file named twice is there twice.
+
+    Raises:
+        ValueError: nothing matches a source, or a file is of another kind.
+    """
+    found = []
+    for source in sources:
+        source = os.path.expanduser(str(source))
+        matches = (
+            [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
+        )
+        if not matches:
+            raise ValueError(f"no file matches {source!r}")
+        for path in matches:
+            if kind_of(path) not in suffixes:
+                raise ValueError(f"data must be {', '.join(suffixes)} files, or these with .gz, got {path!r}")
+        found += matches
+    return found
+
+
+def kind_of(path: str) -> str:
+    """The suffix of a file name without `.gz`, such as `.jsonl`."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Read the lines of a UTF-8 file, gzipped or not.
+
+    Yields:
+        The number of the line, from 1, and the line.
+
+    Raises:
+        ValueError: a line is not UTF-8, or the file is not a whole gzip file; names file and line.
+    """
+    opener = gzip.open if str(path).endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}: expected UTF-8, got the byte {error.object[error.start]:#x}"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: the gzip file is damaged after line {number}") from error
+
+
+def read_records(path: str) -> Iterator[tuple[int, dict]]:
+    """Read the records of one file.
+
+    Args:
+        path: `.jsonl` or `.json` (one object a line, or one array of objects), or `.csv` with a header.
+
+    Yields:
+        The number of the line (of the object in an array), from 1, and the record.
+
+    Raises:
+        ValueError: something is not a record; names file and line.
+    """
+    lines = read_lines(path)
+    if kind_of(path) == ".csv":
+        numbered = csv.DictReader(line for _, line in lines)
+        try:
+            for record in numbered:
+                if None in record or None in record.values():
+                    raise ValueError(f"{path}, line {numbered.line_num}: expected {len(numbered.fieldnames)} columns")
+                yield numbered.line_num, record
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {numbered.line_num}: {error}") from error
+        return
+    first = next(((number, line) for number, line in lines if line.strip()), None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
+        whole = first[1] + "".join(line for _, line in lines)
+        parts = enumerate(_parse(path, first[0], whole), start=1)
+    else:
+        filled = ((number, line) for number, line in itertools.chain([first], lines) if line.strip())
+        parts = ((number, _parse(path, number, line)) for number, line in filled)
+    for number, record in parts:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {json.dumps(record)[:60]}")
+        yield number, record
+
+
+def _parse(path: str, number: int, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number + error.lineno - 1}: expected JSON, {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {number}: the JSON is nested too deeply") from error
+
+
+def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:
+    """Read documents one at a time.
+
+    Args:
+        sources: names or glob patterns of `TEXT_FILES`. In `.txt` files a document is a paragraph.
+        text_field: the field of a JSON record that holds the text.
+
+    Yields:
+        The text of each document that is not empty, in the order of the files.
+
+    Raises:
+        ValueError: see `find_files`; or a record has no such field or no string there; names file and line.
+    """
+    for path in find_files(sources, TEXT_FILES):
+        if kind_of(path) == ".txt":
+            lines = (line for _, line in read_lines(path))
+            for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+                if filled:
+                    yield "".join(paragraph).strip()
+            continue
+        for number, record in read_records(path):
+            if text_field not in record:
+                raise ValueError(
+                    f"{path}, line {number}: text_field must be one of {sorted(record)}, got {text_field!r}"
+                )
+            text = record[text_field]
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{path}, line {number}: expected a string in {text_field!r}, got {json.dumps(text)[:60]}"
+                )
+            if text.strip():
+                yield text
