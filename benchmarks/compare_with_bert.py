@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from loading import load_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
-cli, common, packing, recipe = (load_file(f"scripts/{name}.py") for name in ("cli", "common", "packing", "recipe"))
+cli, _, common, _, packing, recipe = (
+    load_file(f"scripts/{name}.py") for name in ("cli", "references", "common", "records", "packing", "recipe")
+)
 IGNORED = packing.IGNORED
 
 MODELS = ("stock BERT", "MosaicBERT")
@@ -62,12 +64,12 @@ def stock_twin(source: str, mosaic, random_weights: bool = False, attention: str
 
 
 def flatten_row(row: dict) -> dict:
-    """Turn a row of `mask_row` into the batch without padding that MosaicBERT reads; see `flatten_rows`."""
+    """Turn a row of `Masking` into the batch without padding that MosaicBERT reads; see `flatten_rows`."""
     return packing.flatten_rows([row])
 
 
 def pad_row(row: dict) -> dict[str, torch.Tensor]:
-    """Turn a row of `mask_row` into the padded batch that a stock BERT reads: ids, mask and labels, int64 [N, S]."""
+    """Turn a row of `Masking` into the padded batch that a stock BERT reads: ids, mask and labels, int64 [N, S]."""
     ends = row["lengths"].cumsum()[:-1]
     ids, labels = (
         torch.nn.utils.rnn.pad_sequence(
@@ -279,7 +281,7 @@ def main() -> None:
     def rows_of(sources, probability, seed):
         lengths = arguments.max_length
         shares = [1 / len(lengths)] * len(lengths)
-        sequences = packing.load_sequences(packing.load_texts(sources), tokenizer, lengths, shares, seed=0)
+        sequences = packing.load_sequences(sources, tokenizer, lengths, shares, seed=0)
         return packing.PackedRows(
             sequences, tokenizer, arguments.tokens_per_row, probability, seed, arguments.mask_token_share
         )

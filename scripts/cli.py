@@ -5,13 +5,17 @@ that `--help` answers at once.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
+import functools
 import importlib.metadata
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 # The oldest transformers that the model code runs on; setup.cfg says the same.
 OLDEST_TRANSFORMERS = "4.54.1"
@@ -48,12 +52,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """End the program with exit status 2 and one line, about a misspelt flag if there is one."""
-        flags = [word.partition("=")[0] for word in self.words if re.match(r"--?[A-Za-z]", word)]
-        unknown = next((flag for flag in flags if flag not in self._option_string_actions), None)
+        known = self._known_flags()
+        unknown = next((flag for flag in self._flags() if flag not in known), None)
         if unknown is not None:
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown, known, n=1)
             message = f"there is no option {unknown}" + (f"; did you mean {near[0]}?" if near else "")
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+    def _flags(self) -> list[str]:
+        return [word.partition("=")[0] for word in self.words if re.match(r"--?[A-Za-z]", word)]
+
+    def _known_flags(self) -> list[str]:
+        return list(self._option_string_actions)
 
 
 def positive_integer(text: str) -> int:
@@ -61,6 +71,113 @@ def positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Type of an option that takes a number above zero."""
+    return _number(text, lambda number: 0 < number < math.inf, "a positive number")
+
+
+def not_negative(text: str) -> float:
+    """Type of an option that takes a number of zero or more."""
+    return _number(text, lambda number: 0 <= number < math.inf, "a number of at least 0")
+
+
+def share(text: str) -> float:
+    """Type of an option that takes a number from 0 to 1."""
+    return _number(text, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def positive_share(text: str) -> float:
+    """Type of an option that takes a number above 0 and up to 1."""
+    return _number(text, lambda number: 0 < number <= 1, "a number above 0 and up to 1")
+
+
+def _number(text: str, accept: Callable[[float], bool], expected: str) -> float:
+    with contextlib.suppress(ValueError):
+        if accept(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def truth(text: str) -> bool:
+    """Type of an option that takes true or false; with `**FLAG` it is true when it is only named."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return words[text.lower()]
+
+
+# What makes an option with true and false a flag.
+FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+
+
+class TrainingParser(Parser):
+    """A parser of a script's own options that also takes every option of transformers' `TrainingArguments`.
+
+    An own option with the name of one of `TrainingArguments` replaces it; `use_cpu` is true where there is no GPU.
+    `--help` shows the own options, `--help_all` the others too.
+
+    Args:
+        description: what the script does.
+        recipe: defaults of `TrainingArguments` that are no own options.
+        refused: options of `TrainingArguments` that the script cannot serve, and why.
+        usage: the shortest command line.
+    """
+
+    def __init__(self, description: str, recipe: dict[str, Any], refused: dict[str, str], usage: str):
+        wide = functools.partial(HelpFormatter, max_help_position=32, width=118)
+        super().__init__(description, formatter_class=wide, usage=f"{usage} [options]")
+        self.recipe, self.refused = recipe, refused
+        self.add_argument("--help_all", action="store_true", help="also show the options of transformers' Trainer")
+
+    def parse(self, words: Optional[Sequence[str]] = None):
+        """Parse a command line.
+
+        Returns:
+            The own options as a namespace, and the `TrainingArguments`, which hold the own options of their names.
+        """
+        words = sys.argv[1:] if words is None else list(words)
+        if "--help_all" in words:
+            print(f"{self.format_help()}\noptions of transformers' Trainer:")
+            print(self._others().format_help().partition(":\n")[2])
+            self.exit()
+        options, rest = self.parse_known_args(words)
+        import torch
+
+        if not torch.cuda.is_available():
+            options.use_cpu = True
+        for flag in self._flags():
+            if flag.lstrip("-") in self.refused:
+                self.exit(2, f"{self.prog}: {flag}: {self.refused[flag.lstrip('-')]}\n")
+            if flag not in self._option_string_actions and "-" in flag[2:]:
+                self.error("unrecognized")  # transformers would take it
+        others = self._others()
+        names = {field.name for field in dataclasses.fields(others.dataclass_types[0]) if field.init}
+        recipe = {"disable_tqdm": not sys.stderr.isatty(), **self.recipe}
+        others.set_defaults(**{name: value for name, value in recipe.items() if name in names})
+        others.set_defaults(
+            **{name: value for name, value in vars(options).items() if name in names and value is not None}
+        )
+        arguments, unknown = others.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, arguments
+
+    def _known_flags(self) -> list[str]:
+        others = [flag for flag in self._others()._option_string_actions if "-" not in flag[2:]]
+        return [*self._option_string_actions, *others]
+
+    def _others(self) -> argparse.ArgumentParser:
+        import accelerate  # noqa: F401  (Trainer needs it; here its absence is told by name)
+        from transformers import HfArgumentParser, TrainingArguments
+
+        others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+        others.error = self.error
+        for action in others._actions:
+            if action.dest in self.refused or f"--{action.dest}" in self._option_string_actions:
+                action.help = argparse.SUPPRESS
+        return others
 
 
 def run(main: Callable[[], None], memory_hint: str = "") -> None:
@@ -122,7 +239,7 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
     no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
     if no_memory or isinstance(error, (MemoryError, memory)):
         return "out of memory" + (f"; {memory_hint}" if memory_hint else "")
-    if isinstance(error, (ValueError, OSError, ImportError, *others)):
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, *others)):
         return one_line(error)
     return None
 

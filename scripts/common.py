@@ -1,18 +1,12 @@
-"""What several scripts need: reading text and checkpoints, tokenizer files, cards.
+"""What several scripts need: reading checkpoints, tokenizer files, cards.
 
 torch and transformers are imported in the functions that use them, so that a script's `--help` need not wait for them.
 """
 
-import glob
-import gzip
-import itertools
 import json
-import os
 import pickle
 import re
 import string
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -46,7 +40,6 @@ TOKENIZER_FILES = (
 SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
 # Of what a model repository holds, the JSON files in which transformers looks for code.
 REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
-TEXT_SUFFIXES = (".txt", ".json", ".jsonl")
 LICENSE_NAME = re.compile(r"\w[\w.+-]*")
 # The limits on length in tokenizer files: ALiBi has no longest input, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
@@ -65,87 +58,6 @@ def repository_class(name: str):
 
     module = "configuration_bert" if name == "BertConfig" else "bert_layers"
     return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
-
-
-def find_files(patterns: list[str], argument: str = "data") -> list[str]:
-    """Find files of text.
-
-    Args:
-        patterns: names and glob patterns of `.txt`, `.json` or `.jsonl` files, or of these with `.gz`.
-        argument: what the user calls `patterns`, for messages.
-
-    Returns:
-        Names of the files, those of a pattern sorted.
-
-    Raises:
-        ValueError: nothing matches, or a file is of another kind.
-    """
-    files = []
-    for pattern in map(str, patterns):
-        names = (
-            [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        )
-        if not names:
-            raise ValueError(f"{argument}: no file matches {pattern!r}")
-        files += names
-    for name in files:
-        if not name.removesuffix(".gz").endswith(TEXT_SUFFIXES):
-            raise ValueError(f"{argument}: expected .txt, .json or .jsonl files, or these with .gz, got {name!r}")
-    return files
-
-
-def read_texts(paths: list[str]) -> Iterator[str]:
-    """Read documents one at a time.
-
-    Args:
-        paths: as for `find_files`: JSON lines with a `text` field (`.jsonl`, `.json`), or plain text with one document
-            a paragraph (`.txt`).
-
-    Yields:
-        The text of each document that is not empty, in the files' order.
-
-    Raises:
-        ValueError: a line is no JSON object with a string `text`, or a file is not UTF-8; names file and line.
-    """
-    for path in find_files(paths):
-        opener = gzip.open if str(path).endswith(".gz") else open
-        name = str(path).removesuffix(".gz")
-        with opener(path, "rb") as file:
-            lines = decode_lines(path, file)
-            if not name.endswith((".jsonl", ".json")):
-                for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line[1].strip())):
-                    if filled:
-                        yield "".join(line for _, line in paragraph).strip()
-                continue
-            for number, line in lines:
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: expected JSON, {one_line(error)}") from error
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise ValueError(
-                        f"{path}, line {number}: expected an object with a string `text`, got {line[:60]!r}"
-                    )
-                if record["text"].strip():
-                    yield record["text"]
-
-
-def decode_lines(path: str, file) -> Iterator[tuple[int, str]]:
-    """Decode the lines of a binary file, and number them from 1.
-
-    Raises:
-        ValueError: a line is not UTF-8, or a gzipped file is damaged; names file and line.
-    """
-    number = 0
-    try:
-        for number, line in enumerate(file, start=1):
-            yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: expected UTF-8, {one_line(error)}") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}, after line {number}: {one_line(error)}") from error
 
 
 def read_json(path: Path) -> dict:

@@ -21,7 +21,6 @@ from common import (
     load_tokenizer,
     load_weights,
     read_json,
-    read_texts,
     repository_class,
     say_float32,
     unpickling_problem,
@@ -30,6 +29,7 @@ from common import (
     write_json,
     write_tokenizer_file,
 )
+from records import read_texts
 
 Weights = dict[str, torch.Tensor]
 

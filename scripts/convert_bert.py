@@ -22,7 +22,8 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 from pathlib import Path
 
 from cli import Parser, positive_integer, run
-from common import find_checkpoint, find_files, write_card
+from common import find_checkpoint, write_card
+from records import find_files
 from staging import staged_folder
 
 

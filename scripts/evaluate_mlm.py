@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import REPOSITORY, read_texts
+from common import REPOSITORY
+from records import read_texts
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 MASKED_SHARE = 0.15

@@ -1,15 +1,17 @@
 """The learning rate schedule of pretraining, and the FLOPs of a step; needs nothing but torch."""
 
 import time
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 
 
-def linear_schedule(step: int, warmup: int, total: int, final: float) -> float:
+def linear_schedule(step: float, warmup: int, total: int, final: float) -> float:
     """The learning rate of a step over its peak: up from 0 in a line, then down in a line.
 
     Args:
-        step: number of the step, from 0.
+        step: number of the step, from 0; a fraction where the clock sets the pace.
         warmup: steps that warm up.
         total: steps of the run.
         final: where the line ends.
@@ -19,6 +21,76 @@ def linear_schedule(step: int, warmup: int, total: int, final: float) -> float:
     if step < warmup:
         return step / warmup
     return 1 - (1 - final) * min(1.0, (step - warmup) / max(1, total - warmup))
+
+
+class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
+    """`linear_schedule` by steps or by the clock, whichever is further on.
+
+    The first step takes from the time but does not count as progress: it compiles kernels, and would otherwise take the
+    place of the warmup. What `state_dict` holds includes the time used, so a resumed run goes on with the rest of it.
+
+    Args:
+        optimizer: whose learning rates are set.
+        warmup, total, final: as `linear_schedule` takes them, in steps.
+        max_seconds: when the run is to end, from `start_clock` on; None: the clock does not count.
+        agree: makes one number of those that several processes have.
+        clock: seconds, from any origin.
+    """
+
+    STATE = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "elapsed", "first_step")
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: int,
+        total: int,
+        final: float,
+        max_seconds: Optional[float] = None,
+        agree: Callable[[float], float] = lambda seconds: seconds,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.warmup, self.total, self.final, self.max_seconds = warmup, total, final, max_seconds
+        self.agree, self.clock = agree, clock
+        self.elapsed, self.first_step, self._began = 0.0, 0.0, None
+        super().__init__(optimizer)
+
+    def start_clock(self) -> None:
+        """Begin to count time, or go on from the time of a loaded state."""
+        self._began = self.clock() - self.elapsed
+
+    @property
+    def position(self) -> float:
+        """How far the run is, in steps out of `total`."""
+        if self.max_seconds is None:
+            return self.last_epoch
+        left = max(self.max_seconds - self.first_step, 1e-9)
+        return max(self.last_epoch, self.total * max(0.0, self.elapsed - self.first_step) / left)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether steps or time are used up."""
+        return self.position >= self.total
+
+    def step(self) -> None:
+        """Set the learning rates of the next step."""
+        if self.max_seconds is not None and self._began is not None:
+            self.elapsed = self.agree(self.clock() - self._began)
+            if self.last_epoch == 0:
+                self.first_step = self.elapsed
+        super().step()
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        share = linear_schedule(self.position, self.warmup, self.total, self.final)
+        return [peak * share for peak in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; steps and shares come from the command line."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.__dict__.update({name: state[name] for name in self.STATE if name in state})
 
 
 def count_flops(config, tokens, pairs, predicted):

@@ -14,12 +14,13 @@ TEXT_FILES = (".jsonl", ".json", ".txt")
 RECORD_FILES = (".jsonl", ".json", ".csv")
 
 
-def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, argument: str = "data") -> list[str]:
     """Resolve file names and glob patterns.
 
     Args:
         sources: names or patterns; `~` is the home directory, `**` any number of folders.
         suffixes: kinds of files that the caller reads, such as `.jsonl`; each may be gzipped (`.gz`).
+        argument: what the user calls `sources`, for messages.
 
     Returns:
         The files in the order of their sources, those of one pattern sorted. A file named twice is there twice.
@@ -34,10 +35,10 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str]) -> list[str]:
             [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
         )
         if not matches:
-            raise ValueError(f"no file matches {source!r}")
+            raise ValueError(f"{argument}: no file matches {source!r}")
         for path in matches:
             if kind_of(path) not in suffixes:
-                raise ValueError(f"data must be {', '.join(suffixes)} files, or these with .gz, got {path!r}")
+                raise ValueError(f"{argument}: expected {', '.join(suffixes)} files, or these with .gz, got {path!r}")
         found += matches
     return found
 

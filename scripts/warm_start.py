@@ -15,16 +15,15 @@ from common import (
     check_layers,
     copy_tokenizer,
     file_inside,
-    find_files,
     load_tokenizer,
     load_weights,
     read_json,
-    read_texts,
     repository_class,
     say_float32,
     vocabulary_size,
     write_json,
 )
+from records import find_files, read_texts
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 

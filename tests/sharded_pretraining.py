@@ -6,6 +6,7 @@ test_pretrain.py runs it.
 """
 
 import pretrain_mlm
+import pretraining
 from accelerate.state import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +19,7 @@ def start_as_accelerators(self, *args, **kwargs):
         self.distributed_type = DistributedType.MULTI_XPU
 
 
-class CountingTrainer(pretrain_mlm.PretrainingTrainer):
+class CountingTrainer(pretraining.PretrainingTrainer):
     def training_step(self, model, *args, **kwargs):
         if self.state.global_step == 0:
             print("parts", sum(isinstance(weight, DTensor) for weight in model.parameters()), flush=True)
@@ -27,5 +28,5 @@ class CountingTrainer(pretrain_mlm.PretrainingTrainer):
 
 if __name__ == "__main__":
     PartialState.__init__ = start_as_accelerators
-    pretrain_mlm.PretrainingTrainer = CountingTrainer
+    pretraining.PretrainingTrainer = CountingTrainer
     pretrain_mlm.main()

@@ -78,17 +78,3 @@ def test_help_explains_the_script(module, run_script, capsys):
     with pytest.raises(SystemExit, match="0"):
         run_script(module, "--help")
     assert "--overwrite" in capsys.readouterr().out
-
-
-def test_read_texts_reads_lines_and_paragraphs(tmp_path):
-    (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
-    assert list(common.read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == [
-        "one\nstill one",
-        "two",
-        "three",
-        "four",
-    ]
-    (tmp_path / "c.jsonl").write_text('{"title": "no text"}\n')
-    with pytest.raises(ValueError, match="line 1: expected an object with a string `text`"):
-        list(common.read_texts([tmp_path / "c.jsonl"]))

@@ -20,7 +20,8 @@ def test_padded_and_packed_rows_are_the_same_batch():
     generator = np.random.default_rng(0)
     special = type("Tokenizer", (), {"all_special_ids": [2, 3], "mask_token_id": 4, "__len__": lambda self: 45})()
     parts = [np.array([2, *generator.integers(5, 45, length), 3]) for length in (3, 9, 30)]
-    row = packing.mask_row(parts, special, 0.3, generator)
+    lengths = np.array([len(part) for part in parts])
+    row = packing.Masking(special, 0.3)(np.concatenate(parts), lengths, generator)
     padded, packed = compare_with_bert.pad_row(row), compare_with_bert.flatten_row(row)
     assert padded["attention_mask"].sum(1).tolist() == [5, 11, 32]
     assert_same(model(**padded).loss, model(**packed).loss, SAME[torch.float32])
@@ -67,7 +68,7 @@ def test_a_lean_baseline_has_the_same_loss_and_gradients():
 
 def run(corpus, tokenizer, folder, **changes):  # noqa: F811
     """Train a tiny model with dropout for ten steps and return its log and its first weight."""
-    sequences = packing.load_sequences(packing.load_texts([str(corpus)]), tokenizer, [32], [1.0], seed=0)
+    sequences = packing.load_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
     rows = packing.PackedRows(sequences, tokenizer, 256, 0.3, seed=0)
     loss_of = changes.pop("loss_of", compare_with_bert.batch_loss)
     asked = {"device": "cpu", "learning_rate": 1e-2, "steps": 10, "log_every": 5, "save_every": 0, "bf16": False}

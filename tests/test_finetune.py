@@ -6,9 +6,10 @@ import json
 import finetune_classification as finetune
 import numpy as np
 import pytest
+from corpora import WORDS
+from folders import SPECIAL
 from models import tiny_model
 from repositories import write_repository
-from test_pretrain import SPECIAL, WORDS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast, HfArgumentParser
 
 

@@ -1,58 +1,42 @@
-"""scripts/pretrain_mlm.py: cutting, masking and packing text, the published recipe, and runs that survive what happens
-to them."""
+"""scripts/pretrain_mlm.py: the published recipe, and runs that survive what happens to them."""
 
-import itertools
+import functools
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import numpy as np
 import packing
 import pretrain_mlm
+import pretraining
 import pytest
 import recipe
+import runs
 import torch
 from conftest import ROOT
+from corpora import WORDS, make_tokenizer, write_corpus
+from folders import SPECIAL
 from models import tiny_model
 from numerics import SAME, assert_same
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertTokenizerFast,
-    DataCollatorWithFlattening,
-    HfArgumentParser,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = [first + second for first in "bcdfghjk" for second in "aeiou"]
+SIZES = "hidden_size=24 num_hidden_layers=2 num_attention_heads=3 intermediate_size=20".split()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """60 documents of 5 to 300 words as JSON lines."""
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    documents = [" ".join(generator.choice(WORDS, generator.integers(5, 300))) for _ in range(60)]
-    path.write_text("\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(documents)))
-    return path
-
-
-def sequences_of(corpus, tokenizer, lengths=(32,), shares=(1.0,), streaming=False):
-    texts = packing.load_texts([str(corpus)], streaming=streaming)
-    return packing.load_sequences(texts, tokenizer, list(lengths), list(shares), seed=0)
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 def command_line(corpus, tokenizer, output_dir, **flags):
@@ -68,19 +52,17 @@ def command_line(corpus, tokenizer, output_dir, **flags):
         "peak_tflops": 1e-3,
         "use_cpu": True,
         "gradient_accumulation_steps": 2,
-        "disable_tqdm": True,
         **flags,
     }
-    sizes = "hidden_size=24 num_hidden_layers=2 num_attention_heads=3 intermediate_size=20".split()
-    flat = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in settings.items()]
-    return [*itertools.chain(*flat), "--config_fields", *sizes]
+    flat = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        flat += [f"--{name}", *map(str, values)]
+    return [*flat, "--config_fields", *SIZES]
 
 
 def run(arguments):
-    parser = HfArgumentParser(
-        (pretrain_mlm.ModelArguments, pretrain_mlm.DataArguments, pretrain_mlm.PretrainingArguments)
-    )
-    return pretrain_mlm.train(*parser.parse_args_into_dataclasses(arguments))
+    return pretraining.train(*pretrain_mlm.parse(arguments))
 
 
 def losses(folder):
@@ -88,140 +70,17 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def test_documents_are_cut_without_losing_or_mixing_anything(tokenizer):
-    texts = [" ".join(WORDS * 3), "ba be bi", " ".join(WORDS[::-1])]
-    cut = packing.cut_documents({"text": texts}, [0, 1, 2], tokenizer, [32], [1.0], seed=0)
-    assert cut["length"] == [len(ids) for ids in cut["input_ids"]] and max(cut["length"]) == 32
-    assert {ids.dtype for ids in cut["input_ids"]} == {np.dtype("uint16")}
-    for ids in cut["input_ids"]:
-        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    joined = np.concatenate([ids[1:-1] for ids in cut["input_ids"]])
-    # The second document is shorter than the shortest sequence and left out.
-    assert tokenizer.decode(joined).split() == WORDS * 3 + WORDS[::-1]
-
-
-def test_lengths_are_mixed_by_their_share_of_wordpieces(tokenizer):
-    cut = packing.cut_documents({"text": [" ".join(WORDS * 1000)]}, [0], tokenizer, [16, 64], [0.3, 0.7], seed=0)
-    short = sum(length for length in cut["length"] if length <= 16) / sum(cut["length"])
-    # 40,000 wordpieces make about 1,200 draws: five standard deviations of the share are below 0.05.
-    assert abs(short - 0.3) < 0.05
-
-
-def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
-    first = np.array(
-        [tokenizer.cls_token_id, *np.random.default_rng(0).integers(5, 45, 50_000), tokenizer.sep_token_id]
-    )
-    row = packing.mask_row([first], tokenizer, 0.3, np.random.default_rng(1))
-    chosen = row["labels"] != -100
-    assert not chosen[[0, -1]].any()
-    assert (row["labels"][chosen] == first[chosen]).all() and (row["input_ids"][~chosen] == first[~chosen]).all()
-    assert abs(chosen.mean() - 0.3) < 0.012  # five standard deviations of 50,000 draws
-    masked = row["input_ids"][chosen] == tokenizer.mask_token_id
-    kept = row["input_ids"][chosen] == first[chosen]
-    assert abs(masked.mean() - (0.8 + 0.1 / 45)) < 0.02  # five standard deviations of 15,000 draws; 45 words to draw
-    assert abs(kept.mean() - (0.1 + 0.1 / 45)) < 0.015
-
-    row = packing.mask_row([first], tokenizer, 0.3, np.random.default_rng(1), mask_token_share=1.0)
-    assert (row["input_ids"][row["labels"] != -100] == tokenizer.mask_token_id).all()
-
-
-def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
-    sequences = sequences_of(corpus, tokenizer)
-    rows = packing.PackedRows(sequences, tokenizer, 100, 0.0, seed=0)
-    seen = []
-    for i in range(len(rows)):
-        row = rows[i]
-        assert len(row["input_ids"]) == row["lengths"].sum() <= 100 and sorted(row["lengths"]) == list(row["lengths"])
-        seen += [tuple(part) for part in np.split(row["input_ids"], row["lengths"].cumsum()[:-1])]
-    assert sorted(seen) == sorted(tuple(ids) for ids in sequences["input_ids"])
-
-
-def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(corpus, tokenizer):
-    def make():
-        return packing.PackedRows(sequences_of(corpus, tokenizer), tokenizer, 100, 0.3, seed=0)
-
-    one, other = make(), make()
-    size = one.rows_per_pass
-    before = [one[i] for i in range(2 * size)]
-    for i in (size + 3, 5, 0):
-        assert all((other[i][name] == before[i][name]).all() for name in before[i])
-
-    def originals(rows):
-        return sorted(np.where(row["labels"] == -100, row["input_ids"], row["labels"]).tolist() for row in rows)
-
-    assert originals(before[:size]) == originals(before[size:])
-    masks = [sorted((row["labels"] != -100).tolist() for row in part) for part in (before[:size], before[size:])]
-    assert masks[0] != masks[1]
-
-
-def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, tokenizer):
-    rows = packing.StreamedRows(sequences_of(corpus, tokenizer, streaming=True), tokenizer, 100, 0.0, seed=0)
-    total = sum(sequences_of(corpus, tokenizer)["length"])
-    passes, iterator = [], iter(rows)
-    for _ in range(2):
-        row, taken = [], 0
-        while taken < 0.9 * total:
-            row.append(next(iterator))
-            taken += len(row[-1]["input_ids"])
-            assert len(row[-1]["input_ids"]) <= 100
-        passes.append(np.concatenate([part["input_ids"] for part in row]))
-    assert (passes[0][:200] != passes[1][:200]).any()
-
-
-def test_text_files_and_shards_are_read(corpus, tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("ba be bi bo\nbu ba\n\nca ce ci")
-    assert packing.load_texts([str(tmp_path / "*.txt")])["text"][:] == ["ba be bi bo\nbu ba", "ca ce ci"]
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    (shards / "index.json").write_text("{}")
-    library = types.SimpleNamespace(StreamingDataset=lambda local, **_: [{"content": f"text in {local}"}])
-    monkeypatch.setitem(sys.modules, "streaming", library)  # MosaicML Streaming's one class that is used
-    read = packing.load_texts([str(shards)], text_field="content")
-    assert [example["text"] for example in read] == [f"text in {shards}"]
-
-
-def test_batches_carry_boundaries_in_the_names_of_transformers(tokenizer):
-    parts = [np.array([2, 7, 8, 3]), np.array([2, 9, 3]), np.array([2, 5, 6, 7, 8, 3])]
-    generator = np.random.default_rng(0)
-    rows = [packing.mask_row(group, tokenizer, 0.0, generator) for group in (parts[:2], parts[2:])]
-    batch = packing.flatten_rows(rows)
-    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
-        [{"input_ids": part.tolist()} for part in (parts[1], parts[0], parts[2])]
-    )
-    for name in ("input_ids", "cu_seq_lens_q", "cu_seq_lens_k"):
-        assert batch[name].dtype == flat[name].dtype and torch.equal(batch[name], flat[name])
-    assert (batch["max_length_q"], batch["max_length_k"]) == (flat["max_length_q"], flat["max_length_k"]) == (6, 6)
-
-
-def test_transformers_collator_gives_the_loss_of_a_padded_batch():
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randint(1, 101, (length,), generator=generator) for length in (5, 9, 2)]
-    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
-        [{"input_ids": part.tolist(), "labels": part.tolist()} for part in parts]
-    )
-    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    labels = padded.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100  # the collator's separator
-    expected = model(input_ids=padded, attention_mask=mask, labels=labels).loss
-    assert_same(model(**flat).loss, expected, SAME[torch.float32])
-
-
 def test_defaults_are_the_published_recipe(corpus, tokenizer, tmp_path):
-    parser = HfArgumentParser(
-        (pretrain_mlm.ModelArguments, pretrain_mlm.DataArguments, pretrain_mlm.PretrainingArguments)
-    )
     flags = ["--train_data", str(corpus), "--output_dir", str(tmp_path)]
-    _, data, arguments = parser.parse_args_into_dataclasses(flags)
-    assert (data.mask_probability, data.eval_mask_probability, data.global_batch_size) == (0.3, 0.15, 4096)
+    options, arguments = pretrain_mlm.parse(flags)
+    assert (options.mask_probability, options.eval_mask_probability, options.global_batch_size) == (0.3, 0.15, 4096)
     assert (arguments.learning_rate, arguments.adam_beta1, arguments.adam_beta2) == (5e-4, 0.9, 0.98)
-    assert (arguments.adam_epsilon, arguments.warmup_share, arguments.final_lr_share) == (1e-6, 0.06, 0.02)
-    assert arguments.bf16 and arguments.decoupled_weight_decay == 1e-5
+    assert (arguments.adam_epsilon, options.warmup_share, options.final_lr_share) == (1e-6, 0.06, 0.02)
+    assert arguments.bf16 and options.decoupled_weight_decay == 1e-5
     trainer = run(
         command_line(corpus, tokenizer, tmp_path, gradient_accumulation_steps=0, tokens_per_row=8192, max_steps=1)
     )
-    # 4,096 sequences of 32 wordpieces in rows of 8,192
+    # 4,096 sequences of 32 tokens in rows of 8,192
     assert trainer.args.gradient_accumulation_steps == 16
     assert trainer.optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.02)
     config = trainer.model.config
@@ -239,7 +98,8 @@ def test_flops_are_those_that_torch_counts(tokenizer):
 
     model = tiny_model(vocab_size=64, sparse_prediction=True, attn_implementation="eager")
     generator = np.random.default_rng(0)
-    batch = packing.flatten_rows([packing.mask_row([np.arange(5, 45)], tokenizer, 0.3, generator)])
+    row = packing.Masking(tokenizer, 0.3)(np.arange(5, 45), np.array([40]), generator)
+    batch = packing.flatten_rows([row])
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     predicted = int((batch["labels"] != packing.IGNORED).sum())
@@ -252,11 +112,16 @@ def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_
     assert {"loss", "tokens_per_second", "mfu", "seconds"} <= history[0].keys()
     assert history[0]["tokens_per_second"] > 0 and history[0]["mfu"] > 0
     assert any("eval_32_loss" in entry for entry in history)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype="auto")
-    assert model.dtype == torch.bfloat16 and not model.config.sparse_prediction
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert model.dtype == torch.float32 and not model.config.sparse_prediction
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     encoded = AutoTokenizer.from_pretrained(tmp_path)("ba [MASK] bi", return_tensors="pt")
     logits = model(**encoded).logits
+    assert list(tmp_path.glob("checkpoint-*")) == [] and {
+        path.stat().st_mode & 0o777 for path in tmp_path.glob("*.*")
+    } == {0o644}
     assert logits.shape == (1, 5, 64) and (logits.argmax(-1) < len(SPECIAL + WORDS)).all()
 
 
@@ -283,13 +148,13 @@ def test_loss_falls(corpus, tokenizer, tmp_path):
 def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path, streaming):
     run(command_line(corpus, tokenizer, tmp_path / "whole", streaming=streaming))
     killer = (
-        "import os, signal, pretrain_mlm\n"
-        "log = pretrain_mlm.PretrainingTrainer.log\n"
+        "import os, signal, pretrain_mlm, pretraining\n"
+        "log = pretraining.PretrainingTrainer.log\n"
         "def log_or_die(self, *args, **kwargs):\n"
         "    log(self, *args, **kwargs)\n"
         "    if self.state.global_step == 5:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pretrain_mlm.PretrainingTrainer.log = log_or_die\n"
+        "pretraining.PretrainingTrainer.log = log_or_die\n"
         "pretrain_mlm.main()\n"
     )
     flags = command_line(corpus, tokenizer, tmp_path / "killed", streaming=streaming)
@@ -329,11 +194,11 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
     """FSDP through Trainer. Files of a sharded model once held torch's code for ours and each tied weight twice."""
     plain = {"bf16": False, "max_steps": 4, "save_steps": 2}
     no_dropout = ["hidden_dropout_prob=0.0"]
-    run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
+    run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout, "--keep_checkpoints"])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += [str(ROOT / "tests/sharded_pretraining.py"), *flags, *no_dropout]
-    launch += ["--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
+    launch += ["--keep_checkpoints", "--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
 
     def run_sharded(*more):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "scripts")}
@@ -366,41 +231,283 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
     "flags, message",
     [
         ({"train_data": "nothing/*.jsonl"}, "no file matches 'nothing/\\*.jsonl'"),
-        ({"text_field": "body"}, "text_field must be one of .*'text'.*, got 'body'"),
+        ({"text_field": "body"}, "line 1: text_field must be one of .*'text'.*, got 'body'"),
         ({"max_length": 9}, "max_length must be at least 10, got 9"),
-        ({"length_shares": [0.5, 0.5]}, "length_shares must be one positive number a max_length"),
+        ({"length_shares": [0.5, 0.5]}, "length_shares must be one positive number for each max_length"),
         ({"tokens_per_row": 20}, "tokens_per_row must be at least the longest sequence, 32, got 20"),
-        ({"config": "here", "model": "there"}, "config must not be given with model"),
+        (
+            {
+                "config": "here",
+                "model": "there",
+            },
+            "config must not be given with model",
+        ),
         ({"streaming": True, "num_train_epochs": 1}, "num_train_epochs needs data of a known size"),
+        ({"max_seconds": 9, "lr_scheduler_type": "cosine"}, "max_seconds needs lr_scheduler_type linear"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: there is no such folder"),
+        ({"resume_from_checkpoint": "last", "overwrite": True}, "overwrite: starts a run again, so it must not be"),
     ],
 )
-def test_bad_arguments_are_named(corpus, tokenizer, tmp_path, flags, message):
+def test_arguments_that_cannot_work_together_are_named(corpus, tokenizer, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(command_line(corpus, tokenizer, tmp_path, **flags))
 
 
-def test_bad_files_fields_and_tokenizers_are_named(corpus, tokenizer, tmp_path):
-    (tmp_path / "data.parquet").write_text("")
-    with pytest.raises(ValueError, match="data must be .txt, .json or .jsonl files"):
-        packing.load_texts([str(tmp_path / "data.parquet")])
-    (tmp_path / "short.jsonl").write_text('{"text": "ba be"}')
-    with pytest.raises(ValueError, match="no document of at least 8 wordpieces"):
-        run(command_line(tmp_path / "short.jsonl", tokenizer, tmp_path))
-    with pytest.raises(ValueError, match="config_fields must be NAME=VALUE, got 'hidden_size'"):
-        pretrain_mlm.parse_fields(["hidden_size"])
-    with pytest.raises(ValueError, match="the config has no field 'size'"):
-        pretrain_mlm.build_model(pretrain_mlm.ModelArguments(config_fields=["size=1"]), 45)
-    with pytest.raises(ValueError, match="vocab_size must be at least the tokenizer's 45 entries, got 40"):
-        pretrain_mlm.build_model(pretrain_mlm.ModelArguments(config_fields=["vocab_size=40"]), 45)
-    bare = BertTokenizerFast(str(ROOT / "vocab.txt"), mask_token=None)
-    with pytest.raises(ValueError, match="tokenizer must have a mask_token"):
-        sequences_of(corpus, bare)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"learning_rate": 0}, "argument --learning_rate: expected a positive number, got '0'"),
+        ({"mask_probability": 30}, "argument --mask_probability: expected a number above 0 and up to 1, got '30'"),
+        ({"mask_token_share": -0.1}, "argument --mask_token_share: expected a number from 0 to 1, got '-0.1'"),
+        ({"max_seconds": "nan"}, "argument --max_seconds: expected a positive number, got 'nan'"),
+        ({"bf16": "maybe"}, "argument --bf16: expected true or false, got 'maybe'"),
+        ({"save_dtype": "bf16"}, "argument --save_dtype: invalid choice: 'bf16'"),
+        ({"adam_beta1": "x"}, "argument --adam_beta1.*: invalid float value: 'x'"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: label smoothing would give weight to"),
+        ({"mask_probabilty": 0.3}, "there is no option --mask_probabilty; did you mean --mask_probability?"),
+        ({"adam_beta3": 0.3}, "there is no option --adam_beta3; did you mean --adam_beta"),
+        ({"weight-decay": 0.3}, "there is no option --weight-decay; did you mean --weight_decay?"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(corpus, tokenizer, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        pretrain_mlm.parse(command_line(corpus, tokenizer, tmp_path, **flags))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and re.search(message.replace("?", "[?]"), line)
 
 
-def test_the_newest_complete_checkpoint_is_found(tmp_path):
-    assert pretrain_mlm.last_checkpoint(str(tmp_path)) is None
-    for name in ("checkpoint-900", "checkpoint-1000", "checkpoint-1100"):
-        (tmp_path / name).mkdir()
-    for name in ("checkpoint-900", "checkpoint-1000"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert pretrain_mlm.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1000")
+def test_help_answers_without_torch_and_help_all_shows_trainer_s_options(capsys):
+    program = (
+        "import sys, pretrain_mlm; pretrain_mlm.make_parser(); print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True)
+    assert shown.stdout == "set()\n"
+    texts = []
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            pretrain_mlm.parse([flag])
+        texts.append(capsys.readouterr().out)
+    own, everything = texts
+    assert "--mask_probability X" in own and "(default: 0.3)" in own and "--adam_beta2" not in own
+    assert everything.startswith(own) and "--adam_beta2" in everything
+    assert everything.count("--learning_rate X") == 1 and "--label_smoothing_factor" not in everything
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (["hidden_size"], "config_fields must be NAME=VALUE, got 'hidden_size'"),
+        (["size=1"], "the config has no field 'size'"),
+        (["vocab_size=40"], "vocab_size must be at least the tokenizer's 45 entries, got 40"),
+        (["hidden_size=100"], "hidden_size"),
+    ],
+)
+def test_config_fields_that_cannot_be_are_named(corpus, tokenizer, tmp_path, fields, message):
+    flags = command_line(corpus, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run([*flags[: flags.index("--config_fields") + 1], *fields])
+
+
+def write_checkpoint(folder, value=1.0):
+    """The files of a whole checkpoint, with one weight."""
+    folder.mkdir()
+    save_file({"weight": torch.full((4,), value)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda folder: (folder / "trainer_state.json").write_text(""), "trainer_state.json is cut off"),
+        (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is cut off"),
+        (
+            lambda folder: (folder / "trainer_state.json").write_text("[]"),
+            "trainer_state.json is not a trainer's state",
+        ),
+        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is cut off"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file \\*model\\*"),
+        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "no file optimizer\\*"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "no file scheduler\\*"),
+        (
+            lambda folder: (shutil.rmtree(folder), write_checkpoint(folder, float("nan"))),
+            "holds NaN or infinity in weight",
+        ),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_said(tmp_path, capsys, damage, reason):
+    assert runs.newest_checkpoint(tmp_path) is None
+    for number in (900, 1000):
+        write_checkpoint(tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert runs.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
+    assert capsys.readouterr().out == ""
+    damage(tmp_path / "checkpoint-1000")
+    assert runs.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-900")
+    assert re.search(rf"passing over .*checkpoint-1000: .*{reason}\n", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*checkpoint-1000: .*{reason}"):
+        runs.start_folder(tmp_path, overwrite=False, resume=str(tmp_path / "checkpoint-1000"))
+
+
+def test_results_of_another_run_are_kept_unless_overwrite_is_given(corpus, tokenizer, tmp_path):
+    flags = command_line(corpus, tokenizer, tmp_path, max_steps=2, save_steps=1)
+    run([*flags, "--keep_checkpoints"])
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run; go on with --resume_from_checkpoint"):
+        run(flags)
+    (tmp_path / "notes.txt").write_text("mine")
+    run([*flags, "--overwrite", "--seed", "1"])
+    assert list(tmp_path.glob("checkpoint-*")) == [] and (tmp_path / "notes.txt").exists()
+    assert len(losses(tmp_path)) == 2
+    with pytest.raises(ValueError, match="holds model.safetensors and no checkpoint, so the run is over"):
+        run([*flags, "--resume_from_checkpoint", "last"])
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_at_the_start(corpus, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(command_line(tmp_path / "unread", tokenizer, tmp_path / "file"))
+
+
+def test_a_run_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(corpus, tokenizer, tmp_path, monkeypatch):
+    step = pretraining.PretrainingTrainer.training_step
+
+    def poison(self, model, inputs, *rest):
+        if self.state.global_step == 4:  # the gradients of the fifth step
+            next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(pretraining.PretrainingTrainer, "training_step", poison)
+    flags = command_line(corpus, tokenizer, tmp_path, save_steps=2, logging_steps=10)
+    with pytest.raises(
+        FloatingPointError, match="the loss became NaN or infinite in step 6; .*checkpoint-4 is the last"
+    ):
+        run(flags)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(FloatingPointError, match="a weight became NaN or infinite in step 5; no checkpoint was saved"):
+        run(command_line(corpus, tokenizer, tmp_path / "early", save_steps=5, logging_steps=10))
+    weights = load_file(tmp_path / "checkpoint-4/model.safetensors")
+    first = next(iter(weights))
+    save_file(
+        {**weights, first: weights[first] * float("nan")}, tmp_path / "checkpoint-4/model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="model: the weights of .*checkpoint-4' hold NaN or infinity"):
+        run(command_line(corpus, tokenizer, tmp_path / "other", model=tmp_path / "checkpoint-4"))
+
+
+class Clock:
+    """Seconds that pass with each look."""
+
+    def __init__(self, *passing):
+        self.now, self.passing = 0.0, iter(passing)
+
+    def __call__(self):
+        self.now += next(self.passing)
+        return self.now
+
+
+def schedule_with(clock, total=1000, seconds=100.0):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return recipe.LinearSchedule(optimizer, 60, total, 0.02, seconds, clock=clock)
+
+
+def test_the_learning_rate_follows_the_clock_to_its_end():
+    schedule = schedule_with(Clock(7.0, 20.0, *[8.0] * 10))  # the first step compiles for 20 seconds, others take 8
+    schedule.start_clock()
+    rates = []
+    while not schedule.is_over:
+        schedule.optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    # 80 seconds are left after the first step: ten steps of 100 of the 1,000 places, warmup over at 60.
+    expected = [recipe.linear_schedule(place, 60, 1000, 0.02) for place in (1, *range(100, 1001, 100))]
+    assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(0.02)
+    steps_first = schedule_with(Clock(0.0, *[1.0] * 10), total=5)
+    steps_first.start_clock()
+    for _ in range(5):
+        steps_first.optimizer.step()
+        steps_first.step()
+    assert steps_first.is_over
+
+
+def test_a_resumed_schedule_goes_on_with_the_time_that_is_left():
+    whole, parted = schedule_with(Clock(0.0, *[10.0] * 9)), schedule_with(Clock(0.0, *[10.0] * 4))
+    rates = []
+    for schedule, steps in ((whole, 9), (parted, 4)):
+        schedule.start_clock()
+        for _ in range(steps):
+            schedule.optimizer.step()
+            schedule.step()
+            rates.append(schedule.get_last_lr()[0])
+    resumed = schedule_with(Clock(5000.0, *[10.0] * 5))
+    resumed.load_state_dict(torch.load(io.BytesIO(pickled(parted.state_dict())), weights_only=True))
+    resumed.start_clock()
+    for _ in range(5):
+        resumed.optimizer.step()
+        resumed.step()
+        rates.append(resumed.get_last_lr()[0])
+    assert rates[9:] == pytest.approx(rates[:9])
+
+
+def pickled(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_a_run_with_max_seconds_ends_in_time_and_its_checkpoints_keep_the_time(
+    corpus, tokenizer, tmp_path, monkeypatch
+):
+    clock = Clock(*[1.0] * 100)
+    monkeypatch.setattr(pretraining, "LinearSchedule", functools.partial(recipe.LinearSchedule, clock=clock))
+    flags = command_line(corpus, tokenizer, tmp_path, max_steps=1000, max_seconds=6.5, save_steps=4)
+    trainer = run([*flags, "--keep_checkpoints"])
+    assert trainer.state.global_step == 7 and max(losses(tmp_path)) == 7
+    state = torch.load(tmp_path / "checkpoint-4/scheduler.pt", weights_only=True)
+    assert (state["elapsed"], state["first_step"]) == (4.0, 1.0)
+    trainer = run([*flags, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4")])
+    assert trainer.state.global_step == 7
+
+
+def test_each_layer_is_compiled_by_itself(corpus, tokenizer, tmp_path):
+    trainer = run(command_line(corpus, tokenizer, tmp_path, max_steps=2, torch_compile="eager", bf16=False))
+    layers = trainer.model.bert.encoder.layer
+    assert all(layer._compiled_call_impl is not None for layer in layers) and trainer.model._compiled_call_impl is None
+    run(command_line(corpus, tokenizer, tmp_path / "plain", max_steps=2, bf16=False))
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(tmp_path / "plain").values()), rel=1e-5)
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(tmp_path / "plain/model.safetensors").keys()
+
+
+def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tmp_path, monkeypatch):
+    flags = ["--train_data", str(corpus), "--tokenizer", tokenizer.name_or_path, "--tokenize_only"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_mlm.py", *flags, "--output_dir", str(tmp_path / "tokens")])
+    pretrain_mlm.main()
+    with pytest.raises(ValueError, match="output_dir: .*tokens is not empty; --overwrite replaces tokenized data"):
+        pretrain_mlm.main()
+    run(command_line(corpus, tokenizer, tmp_path / "text", max_steps=2))
+    run(command_line(tmp_path / "tokens", tokenizer, tmp_path / "prepared", max_steps=2))
+    assert losses(tmp_path / "text") == losses(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    "logs, line",
+    [
+        (
+            {"loss": 3.4142, "learning_rate": 4.9e-4, "tokens_per_second": 142_345, "mfu": 0.314, "grad_norm": 1.0},
+            "step 120/3000  loss 3.414  lr 4.9e-04  142k tok/s  mfu 31%",
+        ),
+        ({"eval_128_loss": 3.25, "eval_128_runtime": 3.0, "epoch": 1.0}, "step 120/3000  eval_128_loss 3.25"),
+        ({"train_runtime": 3.0}, None),
+    ],
+)
+def test_the_log_is_readable_as_lines(logs, line):
+    assert runs.format_log(120, 3000, logs) == line
+    assert [runs.shorten(number) for number in (0, 7, 999, 1500, 2_500_000)] == ["0", "7", "999", "1.5k", "2.5M"]

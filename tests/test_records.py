@@ -40,7 +40,7 @@ def test_csv_records_are_read_with_their_line(tmp_path):
         ("a.txt", "one\ncafé".encode("latin-1"), "a.txt, line 2: expected UTF-8, got the byte 0xe9"),
         ("a.txt.gz", gzip.compress(b"one\n" * 9999)[:-20], "a.txt.gz: the gzip file is damaged after line"),
         ("a.txt.gz", b"one", "a.txt.gz: the gzip file is damaged after line 0"),
-        ("a.csv", b"text,label\nx,y", "data must be .jsonl, .json, .txt files, or these with .gz, got '.*a.csv'"),
+        ("a.csv", b"text,label\nx,y", "data: expected .jsonl, .json, .txt files, or these with .gz, got '.*a.csv'"),
     ],
 )
 def test_a_bad_text_file_is_named_with_its_line(tmp_path, name, content, message):
