@@ -1,36 +1,44 @@
-"""One object that says where packed tokens sit, and the two moves that use it: pack and unpack.
+"""From the arguments of a call to one object that says where packed tokens sit, and the moves that use it.
 
-Letters: B batch, S padded length, T real tokens, N sequences.
+Letters: B batch, S padded length, T real tokens, N sequences, M row length, E hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, export, a trace or torch.func is at work, so that nothing may depend on data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Where T packed tokens sit in the caller's [B, S] layout, and which of them form one sequence.
 
-    Built once a forward by `pack_padded` or `pack_flattened` and handed down whole.
+    Built once per forward by `pack_batch` and passed down whole. Usually padding is dropped, and tokens are [T, ...].
+    Where shapes must not depend on data, or padding is kept on request, tokens stay [B, S, ...] and T = B * S.
 
     Attributes:
-        shape: (B, S) of the caller's layout. Sequences are its rows, except for flattened input, where the layout is
-            (1, T) and holds all N sequences one after another.
+        shape: (B, S) of the caller's layout. Sequences are its rows, or parts of its rows for flattened input.
         indices: int64 [T], the place of each token in the flattened layout (row * S + column). None: every place
             holds a token, T = B * S.
         cu_seqlens: int32 [N + 1], where each sequence starts in the T tokens; the last entry is T.
-        positions: int64 [T], the column of each token in its own padded row. ALiBi distances are differences of these.
-        row_length: exclusive upper bound of `positions`.
-        max_seqlen: tokens of the longest sequence.
+        positions: int64 [T], increasing within a sequence. ALiBi distances are differences of these.
+        row_length: M, exclusive upper bound of `positions`.
+        max_seqlen: tokens of the longest sequence, or an upper bound where only the device knows.
         has_holes: whether some sequence skips columns between its first and its last token. When False, differences
             of `positions` inside a sequence equal differences of token indices.
-        key_mask: bool [B, S], True where a place holds a real token. Only set where padding stays in the T = B * S
-            tokens (shapes must not depend on data); None: all T tokens are real.
-        known_lengths: tokens of each sequence, where the host knows them already; `lengths` is what to read.
-        memory: what `shared` keeps.
+        keeps_padding: whether tokens stay [B, S, ...].
+        key_mask: bool [B, S], True at real tokens, where padding is kept. None: all T tokens are real.
+        documents: int64 [B, S], the number of the sequence that a place belongs to, where padding is kept and a row
+            holds several sequences. None: sequences are rows.
+        restarts: bool scalar, whether `position_ids` restart within a row, where only the device knows; `cu_seqlens`
+            then knows rows only. None: `cu_seqlens` knows every sequence.
+        known_lengths: tokens of each sequence, where the host knows them already; read `lengths`.
 
     Source: ours.
     """
@@ -42,9 +50,17 @@ class PackedBatch:
     row_length: int
     max_seqlen: int
     has_holes: bool = False
+    keeps_padding: bool = False
     key_mask: Optional[torch.Tensor] = None
+    documents: Optional[torch.Tensor] = None
+    restarts: Optional[torch.Tensor] = None
     known_lengths: Optional[tuple[int, ...]] = None
-    memory: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def to(self, device, non_blocking: bool = False) -> "PackedBatch":
+        """The batch on another device; accelerate's hooks call this between layers on different devices."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items() if torch.is_tensor(x)}
+        return replace(self, **moved)
 
     @property
     def num_sequences(self) -> int:
@@ -53,27 +69,16 @@ class PackedBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, N Python integers; copied from the device where they are not known."""
+        """Tokens of each sequence, N Python integers; copied from the device where the host does not know them."""
         return self.cu_seqlens.diff().tolist() if self.known_lengths is None else list(self.known_lengths)
-
-    @property
-    def keeps_padding(self) -> bool:
-        """Whether padding was left among the tokens, because shapes must not depend on data."""
-        return self.key_mask is not None
-
-    def shared(self, key, make: Callable):
-        """What `make` returns, made once and kept under `key`: what all layers of a forward need of this batch."""
-        if key not in self.memory:
-            self.memory[key] = make()
-        return self.memory[key]
 
     @cached_property
     def reversal(self) -> torch.Tensor:
-        """int64 [T]: the token that stands in a token's place when the tokens of each sequence are in reverse order."""
+        """int64 [T]: the index of each place's token once the tokens of each sequence are in reverse order."""
         starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
         total = self.positions.shape[0]
-        ends_meet = (starts + ends - 1).repeat_interleave(ends - starts, output_size=total)
-        return ends_meet - torch.arange(total, device=ends_meet.device)
+        first_plus_last = (starts + ends - 1).repeat_interleave(ends - starts, output_size=total)
+        return first_plus_last - torch.arange(total, device=first_plus_last.device)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Take the tokens out of the caller's layout.
@@ -82,8 +87,10 @@ class PackedBatch:
             padded: any dtype, [B, S, ...].
 
         Returns:
-            [T, ...] in the same dtype.
+            [T, ...] in the same dtype; `padded` itself where padding is kept.
         """
+        if self.keeps_padding:
+            return padded
         flat = padded.flatten(0, 1)
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
@@ -91,95 +98,240 @@ class PackedBatch:
         """Put the tokens back into the caller's layout; places without a token become zero.
 
         Args:
-            packed: any dtype, [T, ...].
+            packed: any dtype, [T, ...], or [B, S, ...] where padding is kept.
 
         Returns:
             [B, S, ...] in the same dtype.
         """
-        batch, length = self.shape
-        if self.key_mask is not None:
-            keep = self.key_mask.flatten().view(-1, *[1] * (packed.dim() - 1))
-            packed = packed.masked_fill(~keep, 0)
-        elif self.indices is not None:
-            places = packed.new_zeros(batch * length, *packed.shape[1:])
+        if self.keeps_padding:
+            if self.key_mask is None:
+                return packed
+            return packed.masked_fill(~self.key_mask.view(*self.shape, *[1] * (packed.dim() - 2)), 0)
+        if self.indices is not None:
+            places = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
             packed = places.index_copy(0, self.indices, packed)
-        return packed.unflatten(0, (batch, length))
+        return packed.unflatten(0, self.shape)
 
     def first_tokens(self, packed: torch.Tensor) -> torch.Tensor:
         """The first token of each sequence.
 
         Args:
-            packed: any dtype, [T, ...].
+            packed: floating [T, E], or [B, S, E] where padding is kept.
 
         Returns:
-            [N, ...] in the same dtype; zero where a sequence is empty.
+            [N, E] in the same dtype; zero where a sequence is empty.
         """
-        if self.keeps_padding:
+        if self.key_mask is not None:
             first = self.key_mask.long().argmax(dim=1)
-            taken = packed.unflatten(0, self.shape)[torch.arange(self.shape[0], device=first.device), first]
-            empty = ~self.key_mask.any(dim=1)
+            taken = packed[torch.arange(self.shape[0], device=first.device), first]
+            return taken.masked_fill(~self.key_mask.any(dim=1)[:, None], 0)
+        packed = self._with_known_sequences(packed)
+        padded = torch.cat((packed, packed.new_zeros(1, packed.shape[-1])))  # the last sequences may be empty
+        taken = padded.index_select(0, self.cu_seqlens[:-1].long())
+        return taken.masked_fill((self.cu_seqlens.diff() == 0)[:, None], 0)
+
+    def mean_tokens(self, packed: torch.Tensor) -> torch.Tensor:
+        """The mean over the tokens of each sequence.
+
+        Args:
+            packed: floating [T, E], or [B, S, E] where padding is kept.
+
+        Returns:
+            [N, E] in the same dtype, summed in float32 or better; zero where a sequence is empty.
+        """
+        precise = packed.to(torch.promote_types(packed.dtype, torch.float32))
+        if self.key_mask is not None:
+            sums, counts = self.unpack(precise).sum(dim=1), self.key_mask.sum(dim=1)
         else:
-            padded = torch.cat((packed, packed.new_zeros(1, *packed.shape[1:])))  # the last sequences may be empty
-            taken = padded.index_select(0, self.cu_seqlens[:-1].long())
-            empty = self.cu_seqlens.diff() == 0
-        return taken.masked_fill(empty.view(-1, *[1] * (packed.dim() - 1)), 0)
+            precise = self._with_known_sequences(precise)
+            counts = self.cu_seqlens.diff()
+            sequence = torch.arange(self.num_sequences, device=counts.device)
+            sequence = sequence.repeat_interleave(counts.long(), output_size=precise.shape[0])
+            sums = precise.new_zeros(self.num_sequences, precise.shape[-1]).index_add(0, sequence, precise)
+        return (sums / counts.clamp(min=1)[:, None]).to(packed.dtype)
+
+    def _with_known_sequences(self, packed: torch.Tensor) -> torch.Tensor:
+        """`packed` as [T, E]; fails, on the device if need be, when `cu_seqlens` does not know every sequence."""
+        if self.restarts is not None:
+            torch._assert_async(
+                ~self.restarts, "compiled code needs cu_seq_lens_q to pool texts that position_ids tell apart"
+            )
+        return packed.flatten(0, -2)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Number and length of the rows of `to_rows`: (N, M), or (B, S) where padding is kept."""
+        return self.shape if self.keeps_padding else (self.num_sequences, self.row_length)
 
     @property
     def row_indices(self) -> torch.Tensor:
-        """int64 [T]: sequence number * row_length + position, the place of each token in an [N, row_length] layout."""
+        """int64 [T]: sequence number * M + position, the place of each token in an [N, M] layout."""
         lengths = self.cu_seqlens.diff().long()
         sequence = torch.arange(self.num_sequences, device=lengths.device)
         sequence = sequence.repeat_interleave(lengths, output_size=self.positions.shape[0])
         return sequence * self.row_length + self.positions
 
+    @property
+    def has_full_rows(self) -> bool:
+        """Whether every place of `to_rows` holds a token of the flattened T, padding included where it is kept."""
+        return self.keeps_padding or self.num_sequences * self.row_length == self.positions.shape[0]
+
     def to_rows(self, packed: torch.Tensor) -> torch.Tensor:
-        """One zero-padded row a sequence, for a backend that needs rows.
+        """One zero-padded row per sequence, for a backend that needs rows.
 
         Args:
             packed: any dtype, [T, ...].
 
         Returns:
-            [N, row_length, ...] in the same dtype.
+            [*rows, ...] in the same dtype.
         """
-        if self.num_sequences * self.row_length == packed.shape[0]:
-            return packed.unflatten(0, (self.num_sequences, self.row_length))
+        if self.has_full_rows:
+            return packed.unflatten(0, self.rows)
         rows = packed.new_zeros(self.num_sequences * self.row_length, *packed.shape[1:])
-        return rows.index_copy(0, self.row_indices, packed).unflatten(0, (self.num_sequences, self.row_length))
+        return rows.index_copy(0, self.row_indices, packed).unflatten(0, self.rows)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_rows`: [N, row_length, ...] to [T, ...]."""
+        """The inverse of `to_rows`: [*rows, ...] to [T, ...]."""
         flat = rows.flatten(0, 1)
-        return flat if flat.shape[0] == self.positions.shape[0] else flat.index_select(0, self.row_indices)
+        return flat if self.has_full_rows else flat.index_select(0, self.row_indices)
 
-    def row_mask(self) -> torch.Tensor:
-        """bool [N, row_length]: which places of `to_rows` hold a token."""
-        if self.keeps_padding:
+    def token_mask(self) -> Optional[torch.Tensor]:
+        """bool [*rows], True where a place of `to_rows` holds a real token; None: all do."""
+        if self.has_full_rows:
             return self.key_mask
         return self.to_rows(torch.ones_like(self.positions, dtype=torch.bool))
 
+    def attended(self, start: int, end: int) -> Optional[torch.Tensor]:
+        """Which keys the queries from `start` to `end` of each row attend to.
 
-def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], device, traced: bool) -> PackedBatch:
-    """Describe a padded batch.
+        Returns:
+            bool [rows, 1 or end - start, row length]; None: every query of a row attends to the whole row.
+        """
+        mask = self.token_mask()
+        mask = None if mask is None else mask[:, None, :]
+        if self.documents is None:
+            return mask
+        together = self.documents[:, start:end, None] == self.documents[:, None, :]
+        return together if mask is None else together & mask
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple) -> None:
+    """Raise ValueError unless `tensor` has the `expected` shape; the message names it."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
+
+
+def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
+    """Raise ValueError when a value lies outside [0, size) and is not `ignored`.
+
+    Only on the CPU, where it costs nothing next to the model; a device would have to wait for the answer.
+
+    Args:
+        name: the argument to name.
+        ids: integers of any shape.
+        size: exclusive upper bound.
+        ignored: another value that is allowed.
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0 or is_traced():
+        return
+    low, high = ids.aminmax()
+    if low >= 0 and high < size:
+        return
+    outside = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        outside &= ids != ignored
+    if outside.any():
+        place = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name} must lie in [0, {size}), got {ids[tuple(place)].item()} at {place}")
+
+
+def pack_batch(
+    input_ids: Optional[torch.Tensor] = None,
+    attention_mask: Optional[torch.Tensor] = None,
+    token_type_ids: Optional[torch.Tensor] = None,
+    position_ids: Optional[torch.Tensor] = None,
+    inputs_embeds: Optional[torch.Tensor] = None,
+    cu_seq_lens_q: Optional[torch.Tensor] = None,
+    max_length_q: Optional[int] = None,
+    keep_padding: bool = False,
+) -> PackedBatch:
+    """Check the shapes of a call's arguments (see `BertModel.forward`) and describe the batch.
+
+    Args:
+        keep_padding: keep tokens [B, S, ...]. Always so while torch traces.
+
+    Returns:
+        The batch. Without `attention_mask` and `position_ids`, and with `max_length_q` where there is
+        `cu_seq_lens_q`, nothing is copied to the host.
+
+    Raises:
+        ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank or shape; boundaries that do not
+            fit the tokens.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
+    name, tokens, rank = ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+    if tokens.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions [B, S{', E' * (rank - 2)}], got {list(tokens.shape)}")
+    shape, device = tuple(tokens.shape[:2]), tokens.device
+    for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None:
+            check_shape(other, tensor, shape)
+    if position_ids is not None and tuple(position_ids.shape) != (1, shape[1]):  # one row serves all
+        check_shape("position_ids", position_ids, shape)
+    keep_padding = keep_padding or is_traced()
+    if cu_seq_lens_q is not None:
+        if attention_mask is not None or shape[0] != 1:
+            raise ValueError(
+                "cu_seq_lens_q describes one row [1, T] without attention_mask, got "
+                f"{'a mask' if attention_mask is not None else 'no mask'} and {name} of shape {list(tokens.shape)}"
+            )
+        check_boundaries(cu_seq_lens_q, max_length_q, shape[1])
+        return pack_flattened(cu_seq_lens_q.to(device), max_length_q, shape, keep_padding)
+    if attention_mask is None and position_ids is not None:
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B or 1, S - 1]
+        if keep_padding:
+            return pack_rows(None, shape, device, restarts)
+        if restarts.any():
+            starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(shape)
+            starts = starts.flatten().nonzero().flatten()
+            return pack_flattened(torch.cat((starts, starts.new_tensor([shape[0] * shape[1]]))), None, shape)
+    return pack_rows(attention_mask, shape, device) if keep_padding else pack_padded(attention_mask, shape, device)
+
+
+def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], total: int) -> None:
+    """Raise ValueError unless `cu_seq_lens_q` and `max_length_q` describe `total` tokens; values on the CPU only."""
+    if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point() or cu_seq_lens_q.shape[0] < 1:
+        raise ValueError(
+            f"cu_seq_lens_q must be integers of shape [N + 1], got {cu_seq_lens_q.dtype} {list(cu_seq_lens_q.shape)}"
+        )
+    if cu_seq_lens_q.device.type != "cpu" or is_traced():
+        return
+    bounds = cu_seq_lens_q.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
+        raise ValueError(f"cu_seq_lens_q must rise from 0 to the {total} tokens given, got {bounds}")
+    longest = max((end - start for start, end in zip(bounds, bounds[1:])), default=0)
+    if max_length_q is not None and max_length_q < longest:
+        raise ValueError(f"max_length_q must be at least the longest sequence, {longest} tokens, got {max_length_q}")
+
+
+def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], device) -> PackedBatch:
+    """Describe a padded batch whose padding is dropped.
 
     Args:
         attention_mask: bool or any integer or float dtype, [B, S], on `device`; nonzero marks a real token. None: all
             are real.
         shape: (B, S).
         device: device of the tokens.
-        traced: True while shapes must not depend on data (torch.compile, export): padding then stays among the
-            tokens and `key_mask` marks it.
 
     Returns:
-        The batch. Reads three numbers a row back to the host, once, unless there is no mask or `traced` is set.
+        The batch. With a mask, three numbers per row are copied to the host, once.
     """
     batch, length = shape
-    if attention_mask is not None and not traced and attention_mask.device.type == "cpu" and attention_mask.all():
+    if attention_mask is not None and attention_mask.device.type == "cpu" and attention_mask.all():
         attention_mask = None  # a device would have to wait for the answer
-    if attention_mask is None or traced:
-        key_mask = None
-        if traced:
-            every = torch.ones(shape, dtype=torch.bool, device=device)
-            key_mask = every if attention_mask is None else attention_mask != 0
+    if attention_mask is None:
         return PackedBatch(
             shape=shape,
             indices=None,
@@ -187,8 +339,7 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
             positions=torch.arange(length, device=device).repeat(batch),
             row_length=length,
             max_seqlen=length,
-            key_mask=key_mask,
-            known_lengths=None if traced else (length,) * batch,
+            known_lengths=(length,) * batch,
         )
     keep = attention_mask != 0
     columns = torch.arange(length, device=device)
@@ -196,10 +347,9 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     last = torch.where(keep, columns, -1).amax(dim=1) if length else columns.new_zeros(batch)
     lengths = keep.sum(dim=1)
     host_lengths, host_first, host_last = torch.stack((lengths, first, last)).tolist()
-    total = sum(host_lengths)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     cu_seqlens[1:] = lengths.cumsum(0)
-    indices = None if total == batch * length else keep.flatten().nonzero().flatten()
+    indices = None if sum(host_lengths) == batch * length else keep.flatten().nonzero().flatten()
     return PackedBatch(
         shape=shape,
         indices=indices,
@@ -212,30 +362,70 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     )
 
 
-def pack_flattened(cu_seqlens: torch.Tensor, max_seqlen: Optional[int], total: int) -> PackedBatch:
-    """Describe sequences that arrive concatenated as one row [1, T].
+def pack_flattened(
+    cu_seqlens: torch.Tensor, max_seqlen: Optional[int], shape: tuple[int, int], keep_padding: bool = False
+) -> PackedBatch:
+    """Describe sequences that arrive concatenated, without padding between them.
 
     Args:
         cu_seqlens: int32 or int64 [N + 1], on the tokens' device; where each sequence starts, ending with T.
         max_seqlen: tokens of the longest sequence, or None to read it from `cu_seqlens` (one copy to the host).
-        total: T.
+        shape: (B, S) of the tokens, B * S = T.
+        keep_padding: keep tokens [B, S, ...] and copy nothing to the host.
 
     Returns:
-        The batch; its layout is (1, T).
+        The batch.
     """
+    total = shape[0] * shape[1]
     cu_seqlens = cu_seqlens.to(torch.int32)
-    lengths = cu_seqlens.diff()
-    starts = cu_seqlens[:-1].long().repeat_interleave(lengths.long(), output_size=total)
+    place = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
     known_lengths = None
-    if cu_seqlens.device.type == "cpu" or max_seqlen is None:
-        known_lengths = tuple(lengths.tolist())
+    if keep_padding:
+        max_seqlen = total if max_seqlen is None else max_seqlen
+    elif cu_seqlens.device.type == "cpu" or max_seqlen is None:
+        known_lengths = tuple(cu_seqlens.diff().tolist())
         max_seqlen = max(known_lengths, default=0)
     return PackedBatch(
-        shape=(1, total),
+        shape=shape,
         indices=None,
         cu_seqlens=cu_seqlens,
-        positions=torch.arange(total, device=cu_seqlens.device) - starts,
+        positions=place - cu_seqlens.long().index_select(0, sequence),
         row_length=max_seqlen,
         max_seqlen=max_seqlen,
+        keeps_padding=keep_padding,
+        documents=sequence.view(shape) if keep_padding else None,
         known_lengths=known_lengths,
+    )
+
+
+def pack_rows(
+    attention_mask: Optional[torch.Tensor], shape: tuple[int, int], device, restarts: Optional[torch.Tensor] = None
+) -> PackedBatch:
+    """Describe a padded batch whose padding is kept; no shape depends on data.
+
+    Args:
+        attention_mask: as for `pack_padded`.
+        shape: (B, S).
+        device: device of the tokens.
+        restarts: bool [B or 1, S - 1], where a row without mask starts a new sequence.
+
+    Returns:
+        The batch.
+    """
+    batch, length = shape
+    documents = None
+    if restarts is not None:
+        documents = torch.nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0)).expand(shape)
+    return PackedBatch(
+        shape=shape,
+        indices=None,
+        cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device) * length,
+        positions=torch.arange(length, device=device).repeat(batch),
+        row_length=length,
+        max_seqlen=length,
+        keeps_padding=True,
+        key_mask=None if attention_mask is None else attention_mask != 0,
+        documents=documents,
+        restarts=None if restarts is None else restarts.any(),
     )

@@ -5,7 +5,24 @@ from typing import Optional
 from transformers import BertConfig as StockBertConfig
 
 # What a MosaicBERT reads beyond transformers' BertConfig, with the values that a config without them stands for.
-EXTRA_FIELDS = {"alibi_starting_size": 512, "sparse_prediction": False, "low_precision_layernorm": False}
+EXTRA_FIELDS = {
+    "alibi_starting_size": 512,
+    "sparse_prediction": False,
+    "low_precision_layernorm": False,
+    "classifier_pooling": "cls",
+    "unpad_inputs": True,
+}
+
+# What a saved config says about its code: the class for each of transformers' auto classes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_bert.BertConfig",
+    "AutoModel": "bert_layers.BertModel",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
+    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
+    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
+}
 
 
 class BertConfig(StockBertConfig):
@@ -33,6 +50,10 @@ class BertConfig(StockBertConfig):
         alibi_starting_size: tokens that the position bias is prepared for. Any length works whatever it says.
         sparse_prediction: with labels, return logits [M, V] of the M labelled tokens instead of [B, S, V].
         low_precision_layernorm: under autocast, run LayerNorm in the autocast dtype instead of float32.
+        classifier_pooling: what a sequence classifier reads: "cls", the pooled first token, as in published
+            checkpoints; "mean", the mean over the tokens, which needs no new pooler.
+        unpad_inputs: drop padding before the layers, which then see [T, E]. False keeps it, for tools that need the
+            batch dimension (per-sample gradients, attributions): layers see [B, S, E].
         **kwargs: any other field of a transformers config.
 
     Raises:
@@ -62,11 +83,15 @@ class BertConfig(StockBertConfig):
         alibi_starting_size: int = 512,
         sparse_prediction: bool = False,
         low_precision_layernorm: bool = False,
+        classifier_pooling: str = "cls",
+        unpad_inputs: bool = True,
         **kwargs,
     ):
         require_positive_integer("alibi_starting_size", alibi_starting_size)
         require_positive_integer("hidden_size", hidden_size)
         require_positive_integer("num_attention_heads", num_attention_heads)
+        if classifier_pooling not in ("cls", "mean"):
+            raise ValueError(f"classifier_pooling must be cls or mean, got {classifier_pooling!r}")
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_attention_heads}"
@@ -90,6 +115,8 @@ class BertConfig(StockBertConfig):
         self.alibi_starting_size = alibi_starting_size
         self.sparse_prediction = sparse_prediction
         self.low_precision_layernorm = low_precision_layernorm
+        self.classifier_pooling = classifier_pooling
+        self.unpad_inputs = unpad_inputs
 
 
 def require_positive_integer(name: str, value) -> None:

@@ -77,6 +77,8 @@ SIZES = {"base": BASE, "shipped": shipped_sizes()}
 numerics = load_file("tests/numerics.py")
 count_flops = load_file("scripts/recipe.py").count_flops
 layers = load_checkout(ROOT)
+attention = importlib.import_module(f"{layers.__package__}.bert_attention")
+padding = importlib.import_module(f"{layers.__package__}.bert_padding")
 
 
 def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
@@ -167,12 +169,12 @@ class Attention:
         )
         norms = qkv[:, :2].norm(dim=-1).flatten(2).amax(dim=(0, 2))  # the largest |q| and |k|
         qkv[:, :2] *= (LARGEST_SCORE / (self.scale * norms.prod())) ** 0.5
-        self.slopes = torch.tensor(layers.alibi_slopes(heads), device=device)
+        self.slopes = torch.tensor(attention.alibi_slopes(heads), device=device)
         dtype = getattr(torch, case.dtype)
         self.qkv = qkv.to(device, dtype).requires_grad_(case.mode != "forward")
         self.grad = self.grad.to(device, dtype)
         bounds = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
-        self.packed = layers.pack_flattened(bounds, max(self.lengths), self.tokens)
+        self.packed = padding.pack_flattened(bounds, max(self.lengths), (1, self.tokens))
 
     def contender(self, name: str):
         """The function that is timed, and the tokens that it serves."""
@@ -187,7 +189,7 @@ class Attention:
     def attend(self, name: str):
         """`name`'s attention: [T, 3, H, D] to [T, H, D]."""
         if name == "ours":
-            chosen = layers.choose_attention(layers.AUTOMATIC, self.qkv, False)
+            chosen = layers.choose_attention(layers.AUTOMATIC, self.qkv, self.packed, 0.0)
             return lambda qkv: chosen(qkv, self.packed, self.slopes, self.scale, 0.0)
         if name == "eager":
             return lambda qkv: layers.eager_attention(qkv, self.packed, self.slopes, self.scale, 0.0)
@@ -357,7 +359,7 @@ class Encoder:
         state = dict(self.model.named_parameters())
         if dtype is not None and dtype != self.dtype:
             state = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in state.items()}
-        return kind(state, layers.alibi_slopes(self.sizes.num_attention_heads))
+        return kind(state, attention.alibi_slopes(self.sizes.num_attention_heads))
 
     def contender(self, name: str):
         """The function that is timed, and the tokens that it serves."""

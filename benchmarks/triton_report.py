@@ -10,6 +10,7 @@ Tables go to benchmarks/results/.
 import argparse
 import csv
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -22,10 +23,10 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from loading import ROOT, load_checkout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -226,10 +227,8 @@ def tile_rows(source: str, peaks: torch.Tensor, slopes: torch.Tensor):
 
 
 def slopes_of(num_heads: int) -> torch.Tensor:
-    spec = importlib.util.spec_from_file_location("bert_attention", ROOT / "bert_attention.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return torch.tensor(module.alibi_slopes(num_heads), dtype=torch.float32)
+    attention = importlib.import_module(f"{load_checkout(ROOT).__package__}.bert_attention")
+    return torch.tensor(attention.alibi_slopes(num_heads), dtype=torch.float32)
 
 
 def all_tile_rows(checkpoint, text):

@@ -14,7 +14,7 @@ from models import ragged_batch, tiny_model
 from numerics import SAME, assert_same
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mosaicbert import bert_layers
+from mosaicbert import bert_attention
 from mosaicbert.bert_attention import alibi_slopes
 
 CORPUS = ROOT.parent / "shared/corpus/validation"
@@ -150,7 +150,7 @@ def test_slopes_are_scaled_while_asked_for():
     plain = model(ids, mask).logits
     assert (scaled - plain).abs().max() > 1e-4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bert_layers, "alibi_slopes", lambda heads: [slope / 2 for slope in alibi_slopes(heads)])
+        patch.setattr(bert_attention, "alibi_slopes", lambda heads: [slope / 2 for slope in alibi_slopes(heads)])
         assert_same(model(ids, mask).logits, scaled, 1e-6)
     with pytest.raises(ValueError, match="slope_scales must be 1"), evaluate_mlm.scaled_slopes(Guess(50), 0.5):
         pass

@@ -208,7 +208,9 @@ def test_attn_implementation_is_the_knob_everywhere(repository, name):
 def test_unknown_attention_implementations_are_refused(repository, name):
     with pytest.raises((ValueError, ImportError)):
         AutoModelForMaskedLM.from_pretrained(repository, attn_implementation=name, **REMOTE)
-    with pytest.raises(ValueError, match=f"attn_implementation must be one of auto, triton, sdpa, eager, got '{name}'"):
+    with pytest.raises(
+        ValueError, match=f"attn_implementation must be one of auto, triton, cpu, sdpa, eager, got '{name}'"
+    ):
         tiny_model().set_attn_implementation(name)
 
 

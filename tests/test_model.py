@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import VOCAB, holed_batch, ragged_batch, tiny_model
 
-from mosaicbert import bert_layers
+from mosaicbert import bert_cpu
 from mosaicbert.bert_layers import (
     ATTENTION_BACKENDS,
     BertForMaskedLM,
@@ -15,9 +15,10 @@ from mosaicbert.bert_layers import (
     BertModel,
     choose_attention,
 )
+from mosaicbert.bert_padding import pack_batch, pack_padded
 
 SAME = numerics.SAME[torch.float32]
-CPU_BACKENDS = ["eager", "sdpa"]
+CPU_BACKENDS = ["eager", "sdpa", "auto"]
 
 
 @pytest.fixture(params=CPU_BACKENDS)
@@ -103,8 +104,12 @@ def test_users_19_length_far_over_alibi_starting_size_and_max_position_embedding
 
 def test_backends_agree():
     ids, mask = holed_batch()
-    eager, sdpa = (tiny_model(attn_implementation=name)(ids, mask).logits for name in CPU_BACKENDS)
+    eager, sdpa, auto = (tiny_model(attn_implementation=name)(ids, mask).logits for name in CPU_BACKENDS)
     numerics.assert_same(sdpa, eager, SAME)
+    numerics.assert_same(auto, eager, SAME)
+    ids, mask = ragged_batch([9, 14])
+    eager, cpu = (tiny_model(attn_implementation=name)(ids, mask).logits for name in ("eager", "cpu"))
+    numerics.assert_same(cpu, eager, SAME)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -234,17 +239,16 @@ def test_eval_ignores_dropout_rates_and_train_obeys_them(backend):
         numerics.assert_same(model(ids, mask).logits, first, 0.0)
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("rows", [False, True], ids=["packed", "holes"])
 def test_attention_dropout_keeps_the_expectation(backend, rows):
     """Users 13: dropout works in every backend; the mean over many draws is the result without it."""
-    from mosaicbert.bert_padding import pack_padded
-
     torch.manual_seed(0)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 9:] = 0
     if rows:
         mask[1, 4] = 0
-    packed = pack_padded(mask, (2, 12), mask.device, traced=False)
+    packed = pack_padded(mask, (2, 12), mask.device)
     total = int(mask.sum())
     qkv = torch.randn(total, 3, 2, 8)
     slopes = torch.tensor([0.5, 0.1])
@@ -343,8 +347,9 @@ def test_users_6_the_tensor_and_not_an_import_chooses_the_backend(dtype):
     """Triton is importable here, and may find a GPU; tensors on the CPU are served without it all the same."""
     pytest.importorskip("triton", reason="without Triton the reason is another one: tests/test_loading.py")
     qkv = torch.randn(5, 3, 2, 16, dtype=dtype)
-    chosen = choose_attention("auto", qkv, needs_weights=False)
-    assert chosen is ATTENTION_BACKENDS["sdpa"].function
+    packed = pack_batch(torch.ones(1, 5, dtype=torch.long))
+    assert choose_attention("auto", qkv, packed, 0.0) is ATTENTION_BACKENDS["cpu"].function
+    assert choose_attention("auto", qkv, packed, 0.1) is ATTENTION_BACKENDS["sdpa"].function
     ids, mask = ragged_batch([9, 4])
     model = tiny_model().to(dtype)
     assert model.config._attn_implementation == "auto"
@@ -422,7 +427,7 @@ def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkey
     whole = layer(hidden)
     seen = []
     layer.gated_layers.register_forward_hook(lambda module, arguments, output: seen.append((output, output.clone())))
-    monkeypatch.setattr(bert_layers, "GATED_BYTES", 10 * 80 * 4)
+    monkeypatch.setattr(bert_cpu, "PART_BYTES", 10 * 80 * 4)
     with torch.no_grad():
         numerics.assert_same(layer(hidden), whole, numerics.SAME[torch.float32])
     assert [len(output) for output, _ in seen] == [10, 10, 10, 7]

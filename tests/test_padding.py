@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mosaicbert.bert_padding import pack_flattened, pack_padded
+from mosaicbert.bert_padding import pack_batch, pack_flattened, pack_padded, pack_rows
 
 CPU = torch.device("cpu")
 
 
 def test_a_batch_of_two_by_four_written_out_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    packed = pack_padded(mask, (2, 4), CPU, traced=False)
+    packed = pack_padded(mask, (2, 4), CPU)
     assert packed.indices.tolist() == [0, 1, 4, 5, 6]
     assert packed.cu_seqlens.tolist() == [0, 2, 5] and packed.cu_seqlens.dtype == torch.int32
     assert packed.positions.tolist() == [0, 1, 0, 1, 2]
@@ -19,76 +19,107 @@ def test_a_batch_of_two_by_four_written_out_by_hand():
     tokens = torch.tensor([[10, 11, 98, 99], [20, 21, 22, 99]])
     assert packed.pack(tokens).tolist() == [10, 11, 20, 21, 22]
     assert packed.unpack(packed.pack(tokens)).tolist() == [[10, 11, 0, 0], [20, 21, 22, 0]]
-    assert packed.row_mask().tolist() == mask.bool().tolist()
+    assert packed.token_mask().tolist() == mask.bool().tolist()
 
 
 def test_holes_left_padding_and_empty_rows_keep_their_columns():
     mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
-    packed = pack_padded(mask, (4, 4), CPU, traced=False)
+    packed = pack_padded(mask, (4, 4), CPU)
     assert packed.positions.tolist() == [2, 3, 0, 2, 3, 1]
     assert packed.lengths == [2, 3, 0, 1]
     assert packed.has_holes
-    assert packed.first_tokens(packed.pack(torch.arange(1, 17).view(4, 4))).tolist() == [3, 5, 0, 14]
-    assert packed.row_mask().tolist() == mask.bool().tolist()
+    assert packed.first_tokens(packed.pack(torch.arange(1, 17).view(4, 4, 1))).flatten().tolist() == [3, 5, 0, 14]
+    assert packed.token_mask().tolist() == mask.bool().tolist()
     assert packed.from_rows(packed.to_rows(packed.positions)).tolist() == packed.positions.tolist()
-    left_only = pack_padded(mask[:1], (1, 4), CPU, traced=False)
+    left_only = pack_padded(mask[:1], (1, 4), CPU)
     assert not left_only.has_holes
 
 
 def test_reversal_turns_each_sequence_around_and_undoes_itself():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
-    packed = pack_padded(mask, (3, 4), CPU, traced=False)
+    packed = pack_padded(mask, (3, 4), CPU)
     assert packed.reversal.tolist() == [2, 1, 0, 4, 3]
     assert packed.reversal[packed.reversal].tolist() == [0, 1, 2, 3, 4]
-    assert pack_padded(None, (2, 3), CPU, traced=False).reversal.tolist() == [2, 1, 0, 5, 4, 3]
-    assert pack_flattened(torch.tensor([0, 1, 3]), None, 3).reversal.tolist() == [0, 2, 1]
-
-
-def test_what_layers_share_is_made_once_a_batch():
-    packed, other = (pack_padded(None, (1, 2), CPU, traced=False) for _ in range(2))
-    made = []
-    assert packed.shared("plan", lambda: made.append(1) or "first") == "first"
-    assert packed.shared("plan", lambda: made.append(1) or "second") == "first"
-    assert other.shared("plan", lambda: made.append(1) or "third") == "third" and len(made) == 2
+    assert pack_padded(None, (2, 3), CPU).reversal.tolist() == [2, 1, 0, 5, 4, 3]
+    assert pack_flattened(torch.tensor([0, 1, 3]), None, (1, 3)).reversal.tolist() == [0, 2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_mask_dtypes_mean_the_same(dtype):
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert pack_padded(mask.to(dtype), (2, 3), CPU, traced=False).indices.tolist() == [0, 1, 3, 4, 5]
+    assert pack_padded(mask.to(dtype), (2, 3), CPU).indices.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_full_batch_needs_no_indices():
     for mask in (None, torch.ones(2, 3)):
-        packed = pack_padded(mask, (2, 3), CPU, traced=False)
+        packed = pack_padded(mask, (2, 3), CPU)
         assert packed.indices is None
         assert packed.cu_seqlens.tolist() == [0, 3, 6]
         assert packed.lengths == [3, 3]
         assert packed.positions.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_traced_batch_keeps_padding_and_marks_it():
+def test_a_batch_that_keeps_padding_marks_it():
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
-    packed = pack_padded(mask, (2, 3), CPU, traced=True)
+    packed = pack_rows(mask, (2, 3), CPU)
     assert packed.keeps_padding and packed.indices is None and packed.lengths == [3, 3]
     tokens = torch.arange(1, 7).view(2, 3)
-    assert packed.pack(tokens).tolist() == [1, 2, 3, 4, 5, 6]
-    assert packed.unpack(packed.pack(tokens)).tolist() == [[1, 2, 0], [0, 0, 0]]
-    assert packed.first_tokens(packed.pack(tokens)).tolist() == [1, 0]
+    assert packed.pack(tokens) is tokens
+    assert packed.unpack(tokens).tolist() == [[1, 2, 0], [0, 0, 0]]
+    assert packed.first_tokens(tokens[..., None]).tolist() == [[1], [0]]
+    assert packed.attended(0, 3).tolist() == [[[True, True, False]], [[False] * 3]]
+    assert pack_rows(None, (2, 3), CPU).attended(0, 3) is None
+
+
+def test_sequences_in_one_row_attend_to_themselves_where_padding_is_kept():
+    expected = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    bounds = pack_flattened(torch.tensor([0, 2, 3]), None, (1, 3), keep_padding=True)
+    restarts = pack_rows(None, (1, 3), CPU, restarts=torch.tensor([[False, True]]))
+    for packed in (bounds, restarts):
+        assert packed.attended(0, 3).long().tolist() == [expected]
+        assert packed.attended(1, 2).long().tolist() == [expected[1:2]]
+    tokens = torch.tensor([[[1.0], [2.0], [3.0]]])
+    assert bounds.first_tokens(tokens).tolist() == [[1.0], [3.0]]
+    with pytest.raises(RuntimeError, match="compiled code needs cu_seq_lens_q to pool texts"):
+        restarts.first_tokens(tokens)
+
+
+def test_position_ids_that_start_again_split_every_row():
+    ids = torch.ones(2, 4, dtype=torch.long)
+    packed = pack_batch(ids, position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]]))
+    assert packed.shape == (2, 4) and packed.lengths == [2, 2, 3, 1]
+    assert packed.positions.tolist() == [0, 1, 0, 1, 0, 1, 2, 0]
+    assert pack_batch(ids, position_ids=torch.arange(4)[None]).lengths == [4, 4]
+    assert pack_batch(ids, position_ids=torch.tensor([[0, 1, 0, 1]])).lengths == [2, 2, 2, 2]
+
+
+def test_the_mean_over_tokens_leaves_padding_out():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    tokens = torch.arange(9.0).view(3, 3, 1).bfloat16()
+    for packed in (pack_padded(mask, (3, 3), CPU), pack_rows(mask, (3, 3), CPU)):
+        mean = packed.mean_tokens(packed.pack(tokens))
+        assert mean.dtype == torch.bfloat16 and mean.flatten().tolist() == [0.5, 0.0, 7.5]
+
+
+def test_a_batch_moves_to_another_device_whole():
+    packed = pack_rows(torch.ones(2, 3), (2, 3), CPU, restarts=torch.zeros(1, 2, dtype=torch.bool)).to("meta")
+    for name in ("cu_seqlens", "positions", "key_mask", "documents", "restarts"):
+        assert getattr(packed, name).device.type == "meta", name
+    assert packed.shape == (2, 3)
 
 
 def test_flattened_sequences_count_positions_from_their_start():
-    packed = pack_flattened(torch.tensor([0, 2, 2, 5]), None, 5)
+    packed = pack_flattened(torch.tensor([0, 2, 2, 5]), None, (1, 5))
     assert packed.shape == (1, 5)
     assert packed.positions.tolist() == [0, 1, 0, 1, 2]
     assert packed.max_seqlen == 3 and packed.lengths == [2, 0, 3]
     assert packed.to_rows(torch.tensor([1, 2, 3, 4, 5])).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
-    assert packed.first_tokens(torch.tensor([1, 2, 3, 4, 5])).tolist() == [1, 0, 3]
+    assert packed.first_tokens(torch.tensor([1, 2, 3, 4, 5])[:, None]).flatten().tolist() == [1, 0, 3]
 
 
 def test_packing_is_differentiable():
     mask = torch.tensor([[1, 0, 1], [0, 1, 0]])
-    packed = pack_padded(mask, (2, 3), CPU, traced=False)
+    packed = pack_padded(mask, (2, 3), CPU)
     x = torch.randn(2, 3, 4, requires_grad=True)
     packed.unpack(packed.pack(x) * 2).sum().backward()
     assert torch.equal(x.grad, (mask * 2.0)[..., None].expand(2, 3, 4))
@@ -96,6 +127,6 @@ def test_packing_is_differentiable():
 
 def test_a_batch_without_columns_or_rows():
     for shape in ((2, 0), (0, 3)):
-        packed = pack_padded(torch.ones(shape), shape, CPU, traced=False)
+        packed = pack_padded(torch.ones(shape), shape, CPU)
         assert packed.lengths == [0] * shape[0]
         assert packed.unpack(packed.pack(torch.ones(shape))).shape == shape

@@ -30,7 +30,7 @@ def test_attention_table_is_the_backend_table():
             ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes),
             ", ".join(row.devices) or "any",
             f"up to {row.max_head_dim}" if row.max_head_dim else "any",
-            "yes",
+            "yes" if row.dropout else "no",
             "yes" if row.returns_weights else "no",
         )
         for name, row in ATTENTION_BACKENDS.items()

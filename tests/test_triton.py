@@ -20,7 +20,7 @@ import torch
 from numerics import FORWARD, GRADIENT, assert_no_worse, assert_same, relative_error
 
 from mosaicbert.bert_attention import alibi_slopes, eager_attention
-from mosaicbert.bert_padding import pack_flattened, pack_padded
+from mosaicbert.bert_padding import pack_flattened, pack_padded, pack_rows
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
@@ -152,7 +152,7 @@ SHAPES = [
 def test_context_and_gradients_match_float64(lengths, head_dim, dtype):
     qkv, cu_seqlens = packed_input(lengths, 2, head_dim, dtype)
     slopes = slopes_of(2)
-    packed = pack_flattened(cu_seqlens, max(lengths), sum(lengths))
+    packed = pack_flattened(cu_seqlens, max(lengths), (1, sum(lengths)))
 
     def kernel(x):
         return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, max(lengths), alibi_slopes=slopes)
@@ -167,7 +167,7 @@ def test_tile_sizes_do_not_change_what_is_computed(monkeypatch, own, other):
     lengths = [128, 0, 37]
     qkv, cu_seqlens = packed_input(lengths, 1, 16)
     slopes = slopes_of(1)
-    packed = pack_flattened(cu_seqlens, 128, 165)
+    packed = pack_flattened(cu_seqlens, 128, (1, 165))
 
     def kernel(x):
         return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 128, alibi_slopes=slopes)
@@ -206,7 +206,7 @@ def test_holes_and_left_padding_keep_their_distances():
     mask[1, 10:45] = 0  # a hole wider than a tile
     mask[2, ::2] = 1
     mask[3, 79] = 1  # one token; row 4 has none
-    packed = pack_padded(mask, mask.shape, mask.device, False)
+    packed = pack_padded(mask, mask.shape, mask.device)
     total = packed.positions.shape[0]
     assert packed.has_holes
     qkv, _ = packed_input([total], 2, 16)
@@ -223,8 +223,8 @@ def test_padding_kept_among_the_tokens_gets_no_weight():
     mask = torch.zeros(3, 48, dtype=torch.long, device=DEVICE)
     mask[0, 40:] = 1  # the first tile holds padding only
     mask[1, :45:3] = 1  # row 2 is all padding
-    kept = pack_padded(mask, mask.shape, mask.device, True)
-    packed = pack_padded(mask, mask.shape, mask.device, False)
+    kept = pack_rows(mask, mask.shape, mask.device)
+    packed = pack_padded(mask, mask.shape, mask.device)
     real = mask.flatten().bool()
     qkv, _ = packed_input([mask.numel()], 2, 16)
     slopes = slopes_of(2)
@@ -482,7 +482,7 @@ def dropped_weights(lengths, heads, dropout_p, seed):
     value = torch.cat([torch.eye(64, device=DEVICE)[:length] for length in lengths])[:, None].expand(-1, heads, -1)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
     torch.manual_seed(seed)
-    packed = pack_flattened(cu_seqlens, max(lengths), total)
+    packed = pack_flattened(cu_seqlens, max(lengths), (1, total))
     return leaf.triton_attention(
         torch.stack((query, query, value), dim=1), packed, slopes_of(heads) * 0.01, 1.0, dropout_p
     )
@@ -787,7 +787,7 @@ def test_every_head_size_and_dtype_on_the_device(head_dim, dtype):
     def kernel(x):
         return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 200, alibi_slopes=slopes)
 
-    assert_as_good_as_eager(kernel, qkv, pack_flattened(cu_seqlens, 200, sum(lengths)), slopes)
+    assert_as_good_as_eager(kernel, qkv, pack_flattened(cu_seqlens, 200, (1, sum(lengths))), slopes)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,17 @@
-"""Linear layers: each formula gives the product, and the faster one is taken where it may be."""
+"""Products on the CPU: each formula gives the product, and the faster one is taken where it may be."""
+
+import functools
 
 import numerics
 import pytest
 import torch
 import torch.nn.functional as F
 from models import ragged_batch, tiny_model
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from mosaicbert import bert_attention, bert_layers
-from mosaicbert.bert_attention import processor
-from mosaicbert.bert_layers import BertGatedLinear, BertLinear, float32_product, onednn_product, product_for
+from mosaicbert import bert_cpu
+from mosaicbert.bert_cpu import float32_product, linear, onednn_product, processor, product_for
 
 
 def products(dtype):
@@ -32,25 +35,85 @@ def test_every_product_is_as_good_as_torch(dtype, rows, bias):
         numerics.assert_no_worse(got, F.linear(x, weight, bias), truth, numerics.FORWARD)
 
 
-def test_the_faster_product_is_taken_where_it_may_be(monkeypatch):
-    taken = []
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes that `product_for`'s choice multiplied; it is asked for nothing else."""
+    shapes = []
 
     def product(x, weight, bias):
-        taken.append(x.shape)
+        shapes.append(tuple(x.shape))
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: product if rows >= 128 else F.linear)
-    layer, x = BertLinear(8, 4), torch.randn(128, 8)
-    expected = F.linear(x, layer.weight, layer.bias)
+    monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows: product)
+    return shapes
+
+
+def test_a_plain_layer_takes_the_faster_product_for_inference(taken):
+    layer, x = nn.Linear(8, 4), torch.randn(2, 64, 8)
     with torch.no_grad():
-        assert torch.equal(layer(x), expected) and len(taken) == 1
-        layer(x[:127])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            layer(x)
-        torch.jit.trace(layer, x, check_trace=False)
-        torch.compile(layer, backend="eager", fullgraph=True)(x)
-    layer(x).sum().backward()
-    assert len(taken) == 1
+        assert torch.equal(linear(layer, x), layer(x)) and taken == [(2, 64, 8)]
+    linear(layer, x).sum().backward()
+    assert len(taken) == 1 and layer.weight.grad is not None
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    return layer
+
+
+def replaced(layer):
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) + 1
+    return layer
+
+
+class Adapter(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Quantized(torch.Tensor):
+    pass
+
+
+def quantized(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        hooked(nn.Linear(8, 4)),
+        replaced(nn.Linear(8, 4)),
+        Adapter(8, 4),
+        quantized(nn.Linear(8, 4)),
+        prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5),
+        parametrizations.weight_norm(nn.Linear(8, 4)),
+        nn.Linear(8, 4).double(),
+    ],
+    ids=["hook", "forward replaced", "subclass", "quantized", "pruned", "parametrized", "another dtype"],
+)
+@torch.no_grad()
+def test_what_a_tool_put_in_its_place_is_called_as_it_is(taken, layer):
+    x = torch.randn(128, 8, dtype=torch.float64 if layer.weight.dtype == torch.float64 else torch.float32)
+    if layer.weight.dtype == torch.float64:
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(layer, x.float())
+    else:
+        assert torch.equal(linear(layer, x), layer(x))
+    assert taken == []
+
+
+@torch.no_grad()
+def test_few_rows_autocast_tracing_and_torch_func_keep_torchs_formula(taken):
+    layer, x = nn.Linear(8, 4).requires_grad_(False), torch.randn(128, 8)
+    linear(layer, x[:127])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear(layer, x)
+    torch.jit.trace(lambda x: linear(layer, x), x, check_trace=False)
+    torch.compile(lambda x: linear(layer, x), backend="eager", fullgraph=True)(x)
+    torch.vmap(lambda x: linear(layer, x))(x[None])
+    assert taken == []
 
 
 @pytest.mark.parametrize(
@@ -74,13 +137,11 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
             raise FileNotFoundError(path)
         return cpuinfo
 
-    monkeypatch.setattr(bert_attention.Path, "read_text", read_text)
+    monkeypatch.setattr(bert_cpu.Path, "read_text", read_text)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
-        assert product_for(dtype, 128) is expected and product_for(dtype, 15) is F.linear
-        fewest = {float32_product: 80, onednn_product: 128 if dtype == torch.float32 else 16, F.linear: 16}[expected]
-        assert product_for(dtype, fewest) is expected and product_for(dtype, fewest - 1) is F.linear
+        assert product_for(dtype, 128) is expected and product_for(dtype, 127) is F.linear
     finally:
         processor.cache_clear()
 
@@ -94,7 +155,7 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         model.to(dtype)
         results = []
         for product in (F.linear, *products(dtype)):
-            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows, product=product: product)
+            monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows, product=product: product)
             results.append(model(ids, mask).logits)
     for result in results[1:]:
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
@@ -103,50 +164,30 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "x", "weight"])
 def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
-    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: onednn_product)
+    monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows: onednn_product)
     generator = torch.Generator().manual_seed(0)
-    layer = BertLinear(48, 96, bias=bias).requires_grad_(trained != "x")
+    layer = nn.Linear(48, 96, bias=bias).requires_grad_(trained != "x")
     x = torch.randn(3, 70, 48, generator=generator, requires_grad=trained != "weight")
     grad = torch.randn(3, 70, 96, generator=generator, requires_grad=True)
     inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
     results = []
-    for formula in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+    for formula in (functools.partial(linear, layer), layer):
         output = formula(x)
         first = torch.autograd.grad(output, inputs, grad, create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first), [grad, *inputs[: trained == "all"]])
         single = torch.autograd.grad(formula(x), inputs, grad)
         results.append((output, *first, *second, *single))
-    assert "OneDNNLinear" in type(layer(x).grad_fn).__name__
+    assert "OneDNNLinear" in type(linear(layer, x).grad_fn).__name__
     for got, expected in zip(*results):
         numerics.assert_same(got, expected, numerics.SAME[torch.float32])
 
 
-def test_quantized_weights_keep_torchs_formula(monkeypatch):
-    monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows: onednn_product)
-
-    class Quantized(torch.Tensor):
-        pass
-
-    layer = BertLinear(48, 96)
-    assert layer.product(torch.randn(70, 48)) is not F.linear
-    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized))
-    assert layer.product(torch.randn(70, 48)) is F.linear
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gates_and_values_multiply_by_every_product(monkeypatch, dtype):
-    generator = torch.Generator().manual_seed(0)
-    layer = BertGatedLinear(48, 2 * 40, bias=False).to(dtype)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(80, 48, generator=generator))
-    x = torch.randn(2, 70, 48, generator=generator).to(dtype)
-    gate, value = F.linear(x.double(), layer.weight.double()).chunk(2, dim=-1)
-    truth = F.gelu(gate) * value
-    plain = layer(x, gated=True)
-    assert plain.requires_grad
-    with torch.no_grad():
-        for product in (F.linear, *products(dtype)):
-            monkeypatch.setattr(bert_layers, "product_for", lambda dtype, rows, product=product: product)
-            numerics.assert_no_worse(layer(x, gated=True), plain, truth, numerics.FORWARD)
-            gate, value = layer(x).chunk(2, dim=-1)
-            numerics.assert_no_worse(F.gelu(gate) * value, plain, truth, numerics.FORWARD)
+@torch.no_grad()
+def test_in_parts_gives_what_the_whole_gives(monkeypatch):
+    monkeypatch.setattr(bert_cpu, "PART_BYTES", 10 * 8 * 4)
+    rows = []
+    x = torch.randn(37, 8)
+    result = bert_cpu.in_parts(lambda part: rows.append(len(part)) or part * 2, x, width=8)
+    assert torch.equal(result, x * 2) and rows == [10, 10, 10, 7]
+    with torch.enable_grad():
+        assert bert_cpu.in_parts(len, x, width=8) == 37

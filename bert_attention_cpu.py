@@ -1,0 +1,427 @@
+"""ALiBi attention on the CPU without a tensor of n * n: a strided bias, and bands for heads that look nearby only.
+
+**Strided bias.** The bias depends on i - j only. With the queries of a sequence in reverse order, i' = last - i, it
+depends on i' + j, so the mask of torch's CPU kernel can be a view, both strides 1, of one vector of distances per head.
+
+**Bands.** Keys far from a query weigh less than one rounding of its row (see `head_reach`). In long sequences, chunks
+of queries attend to the keys in reach only, and heads that reach about equally far share a call.
+
+Letters: T tokens, H heads, D head size, n tokens of one sequence.
+"""
+
+import math
+from itertools import groupby
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .bert_cpu import is_amd_with_bfloat16
+
+# Queries per call where a head looks at its band only. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
+# fast and 512 costs 1.15 times as much: too many keys then lie outside a steep head's reach.
+BAND_CHUNK = 256
+
+# Heads share a call while the widest reaches at most this many times as far as the narrowest. 1.25, 1.5 and 2 differ
+# by less than 5%.
+BAND_GROWTH = 1.5
+
+# Shorter sequences attend in one call: at n = 512 the band takes 1.15 times as long as one call, at 1,024 0.94.
+BAND_FROM = 1024
+
+# The band is used where it keeps at most this share of the scores.
+BAND_PAYS = 0.75
+
+# The bias of keys that weigh nothing. With slope * distance they would weigh denormal numbers, with which processors
+# compute slowly: the backward pass then takes 2 times as long at n = 256, 3.4 at 512 and 4.3 at 1,000. Finite, as a
+# block of keys may hold nothing else.
+NOTHING = -1e30
+
+# Without a backward pass the cut costs 1.1 times as much at n = 256, nothing at 384, and 0.83 at 1,000.
+CUT_FROM = 384
+
+# Scores in one product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory is
+# bounded. 2^18 takes 1.0 to 1.4 times as long, backward 0.8 to 1.7; 2^20 0.8 to 1.0, backward 0.9 to 1.3.
+PRODUCT_SCORES = 2**19
+
+# Between these, products beat torch's kernel without a backward pass: they take 1.7 times as long for 16 tokens, and
+# 1.2 times for 4,096.
+FEWEST_SCORES = 2**14
+LONGEST_PRODUCT = 2048
+
+
+def cpu_declines(qkv, packed) -> Optional[str]:
+    """Why `cpu_attention` cannot serve a call on the CPU, or None when it can."""
+    if packed.has_holes:
+        return "the attention mask has holes, and their distances have no strided form"
+    if packed.keeps_padding:
+        return "padding is kept (torch.compile, export, torch.func, or unpad_inputs=False), and it packs by data"
+    return None
+
+
+def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
+    """ALiBi attention by torch's CPU kernel with a strided bias; memory is linear in n.
+
+    From 1,024 tokens up heads attend only to keys that can weigh anything: 1.07 times as fast at 1,024, 2.3 at 4,096
+    and 3.6 at 8,192 (scores up to 5). In shorter sequences their bias cuts the same keys off (see `NOTHING`).
+
+    Args:
+        qkv: floating [T, 3, H, D] on the CPU.
+        packed: the `PackedBatch` of the tokens, without holes.
+        alibi_slopes: float32 or float64 [H], positive.
+        scale: factor of the scores.
+        dropout_p: 0; torch has no fused attention with dropout on the CPU.
+
+    Returns:
+        [T, H, D] in the dtype of `qkv`.
+
+    Source: ours.
+    """
+    if not len(qkv):
+        return qkv[:, 0]
+    slopes = alibi_slopes.to(torch.promote_types(qkv.dtype, torch.float32))
+    lengths = packed.lengths
+    longest = max(lengths)
+    trained = torch.is_grad_enabled() and qkv.requires_grad
+    bias, reach = distance_bias(slopes, longest), [longest] * len(slopes)
+    smallest = math.log(torch.finfo(slopes.dtype).tiny)
+    if longest >= CUT_FROM or trained and slopes.amax() * (1 - longest) < smallest:
+        reach = [min(far, longest) for far in head_reach(qkv.detach(), slopes, scale)]
+        bias.masked_fill_(torch.arange(1 - longest, longest).abs() > torch.tensor(reach)[:, None], NOTHING)
+    arguments = (qkv, bias, scale, plan_calls(lengths, reach), packed.reversal)
+    return CPUAttention.apply(*arguments) if trained else attend_by_plan(*arguments, trained=False)[0]
+
+
+def distance_bias(slopes, span):
+    """-slope * |distance| for the distances 1 - span to span - 1: [H, 2 * span - 1] in the dtype of `slopes` [H]."""
+    return -slopes[:, None] * torch.arange(1 - span, span).abs()
+
+
+def head_reach(qkv, slopes, scale):
+    """Distance r beyond which keys weigh nothing, for each head.
+
+    No score of query i is larger than C_i = |scale| |q_i| max |k|, and each distance occurs at most twice, so all keys
+    beyond distance r together weigh less than exp(C_i - slope r) 2 / (1 - exp(-slope)). As a share of the query's row,
+    they weigh less than the smaller of two bounds, and so does what a key gathers from all queries beyond r:
+
+    - The row weighs at least what the own key does, at distance 0: exp(scale q_i k_i).
+    - No score is below -C_i, and the keys beyond r are the share exp(-slope r) of those on their side of the query, so
+      they weigh less than 2 exp(2 C_i - slope r) of the row. (The 2 is for a key, which gathers from two sides.)
+
+    Where it is 2^-24, half a rounding of float32, keys are left out. (2^-53 for float64.)
+
+    Args:
+        qkv: floating [T, 3, H, D].
+        slopes: float32 or float64 [H].
+        scale: factor of the scores.
+
+    Returns:
+        H numbers, whole or infinite; infinite where the scores are not finite.
+
+    Source: ours.
+    """
+    query, key = qkv[:, :2].to(slopes.dtype).unbind(1)
+    bound = abs(scale) * query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [T, H]
+    own = scale * (query * key).sum(dim=-1)
+    tail = torch.log(2 / -torch.expm1(-slopes))
+    spread = torch.minimum(bound - own + tail, 2 * bound + math.log(2)).amax(dim=0)
+    bits = 53 if slopes.dtype == torch.float64 else 24
+    reach = (spread + bits * math.log(2)) / slopes
+    return [math.ceil(far) if far < math.inf else math.inf for far in reach.tolist()]
+
+
+class HeadGroup(NamedTuple):
+    """Heads that look equally far in sequences of equal length.
+
+    Attributes:
+        start: first token of the first sequence.
+        count: sequences, one after another.
+        length: tokens of each, n.
+        heads: head numbers, ascending.
+        reach: farthest distance in tokens that they look at; n: everywhere.
+    """
+
+    start: int
+    count: int
+    length: int
+    heads: list[int]
+    reach: int
+
+    @property
+    def is_whole(self):
+        """Whether the heads look at the whole sequence."""
+        return self.reach >= self.length
+
+    @property
+    def selection(self):
+        """Index of the heads: a slice, which selects a view (1.08 to 1.20 times as fast), where they are neighbours at
+        equal steps; else the list."""
+        first, step = self.heads[0], self.heads[1] - self.heads[0] if len(self.heads) > 1 else 1
+        evenly = self.heads == list(range(first, first + step * len(self.heads), step))
+        return slice(first, self.heads[-1] + 1, step) if evenly else self.heads
+
+    def rows(self, tensor):
+        """The group's tokens in [T, H, D], all heads: a view [count, n, H, D]."""
+        tokens = tensor[self.start : self.start + self.count * self.length]
+        return tokens.unflatten(0, (self.count, self.length))
+
+    def select(self, tensor):
+        """The group's part of [T, H, D]: [count, heads, n, D]."""
+        return self.rows(tensor)[:, :, self.selection].transpose(1, 2)
+
+    def windows(self):
+        """Yield query chunks and the keys that they look at: first query, last + 1, first key, last + 1."""
+        chunk = self.length if self.is_whole else BAND_CHUNK
+        for start in range(0, self.length, chunk):
+            end = min(start + chunk, self.length)
+            yield start, end, max(0, start - self.reach), min(self.length, end + self.reach)
+
+
+def plan_calls(lengths, reach):
+    """Which heads of which sequences look how far: a list of `HeadGroup`.
+
+    Neighbours of equal length share a call. Gathering equal lengths from afar gains nothing (at most 1.05), and padding
+    short texts to one call loses (0.4 to 0.95).
+
+    Args:
+        lengths: tokens of each sequence.
+        reach: tokens that each head looks at to either side, H integers.
+    """
+    plan, start = [], 0
+    for length, equals in groupby(lengths):
+        group = HeadGroup(start, len(list(equals)), length, list(range(len(reach))), length)
+        start += group.count * length
+        if length:
+            plan += [group] if length < BAND_FROM else split_by_reach(group, [min(far, length) for far in reach])
+    return plan
+
+
+def split_by_reach(group, reach):
+    """The group cut into groups of heads that look about equally far, where that saves work.
+
+    Args:
+        group: sequences of equal length and all their heads.
+        reach: tokens that each head looks at to either side, H integers.
+
+    Returns:
+        A list of `HeadGroup`.
+    """
+    kept = sum(min(group.length, 2 * far + BAND_CHUNK) for far in reach) / (group.length * len(reach))
+    if kept > BAND_PAYS:
+        return [group]
+    groups = []
+    for head in sorted(group.heads, key=reach.__getitem__):
+        if groups and reach[head] <= BAND_GROWTH * reach[groups[-1].heads[0]]:
+            groups[-1] = groups[-1]._replace(heads=groups[-1].heads + [head], reach=reach[head])
+        else:
+            groups.append(group._replace(heads=[head], reach=reach[head]))
+    return [group._replace(heads=sorted(group.heads)) for group in groups]
+
+
+def mask_view(bias, start, end, low, high):
+    """The bias of the queries from `start` to `end`, in reverse order, and the keys from `low` to `high`.
+
+    Returns:
+        [1, H, end - start, high - low], a view of `bias` [H, 2 * span - 1].
+    """
+    heads, width = bias.shape
+    first = width // 2 + low - (end - 1)  # distance 0 stands at width // 2
+    strides = (0, bias.stride(0), 1, 1)
+    return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
+
+
+class Formula(NamedTuple):
+    """How one call is computed; the arguments are those of torch's CPU flash attention.
+
+    Attributes:
+        forward: to the context and the logarithms of the rows' sums (empty where `backward` needs none).
+        backward: to the gradients of query, key and value.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def formula_for(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Formula:
+    """The formula of a group's calls on this processor.
+
+    - bfloat16 on AMD with avx512_bf16: products by oneDNN, 2.0 to 2.2 times as fast as torch's kernel from 64 to 512
+      tokens, 1.8 at 2,048; backward 2.9 times at 8 × 128, 1.8 at 4 × 512, but 0.86 at 1,024, so with a backward pass
+      up to `PRODUCT_SCORES` a head only.
+    - Anything else: torch's kernel. It is called by its own name, as autograd of overlapping windows would fill a zero
+      tensor of full size for each; in `CPUAttention` all windows add into one gradient.
+
+    Args:
+        dtype: of query, key and value.
+        group: whose calls.
+        trained: whether there will be a backward pass.
+
+    Source: ours; measurements in benchmarks/README.md.
+    """
+    scores = group.length**2
+    fits = group.count * len(group.heads) * scores >= FEWEST_SCORES and group.length <= LONGEST_PRODUCT
+    if trained:
+        fits = scores <= PRODUCT_SCORES
+    if dtype == torch.bfloat16 and fits and is_amd_with_bfloat16():
+        return Formula(attend_by_products, products_backward)
+    return Formula(
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
+
+
+def weights_by_products(query, key, mask, scale):
+    """Attention weights, float32 [B, H, n, m].
+
+    Scores are rounded once to the dtype of `query` before they are scaled, in float32.
+
+    Args:
+        query: floating [B, H, n, D].
+        key: the same dtype, [B, H, m, D].
+        mask: float32 bias [1, H, n, m].
+        scale: factor of the scores.
+    """
+    scores = query @ key.transpose(-1, -2)
+    # Written to dense memory: torch would lay the result out like the overlapping mask, 5 times as slow at 1,024 keys.
+    biased = torch.add(mask, scores, alpha=scale, out=scores.new_empty(scores.shape, dtype=mask.dtype))
+    return biased.softmax(dim=-1)
+
+
+def product_parts(query, key):
+    """Slices of sequences, heads and queries that hold at most `PRODUCT_SCORES` together, or one query of one head."""
+    count, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    some_queries = min(queries, max(1, PRODUCT_SCORES // keys))
+    some_heads = min(heads, max(1, PRODUCT_SCORES // (keys * queries)))
+    some = max(1, PRODUCT_SCORES // (keys * queries * heads))
+    for n in range(0, count, some):
+        for h in range(0, heads, some_heads):
+            for i in range(0, queries, some_queries):
+                yield slice(n, n + some), slice(h, h + some_heads), slice(i, i + some_queries)
+
+
+def attend_by_products(query, key, value, attn_mask, scale):
+    """`Formula.forward` by matrix products and softmax, in parts of bounded size; see `weights_by_products`.
+
+    Args:
+        value: like `key`.
+        attn_mask: `mask` there.
+
+    Returns:
+        [B, H, n, D] in the dtype of `query`, and an empty tensor.
+
+    Source: ours.
+    """
+    context = torch.empty_like(query)
+    for part in product_parts(query, key):
+        both = part[:2]
+        weights = weights_by_products(query[part], key[both], attn_mask[:, part[1], part[2]], scale)
+        context[part] = weights.to(value.dtype) @ value[both]
+    return context, query.new_empty(0)
+
+
+def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is_causal, attn_mask, scale):
+    """`Formula.backward` to `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
+
+    Args:
+        grad: of the context, [B, H, n, D]. The others are those of torch's kernel; its switches must be off.
+
+    Returns:
+        Gradients of `query`, `key` and `value` in their dtype.
+
+    Source: ours.
+    """
+    grads = tuple(torch.empty_like(x) for x in (query, key, value))
+    for part in product_parts(query, key):
+        both = part[:2]
+        weights = weights_by_products(query[part], key[both], attn_mask[:, part[1], part[2]], scale)
+        grad_weights = (grad[part] @ value[both].transpose(-1, -2)).float()
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
+        grad_scores = grad_scores.mul_(scale).to(query.dtype)
+        grads[0][part] = grad_scores @ key[both]
+        grads[1][both] = grad_scores.transpose(-1, -2) @ query[part]
+        grads[2][both] = weights.to(grad.dtype).transpose(-1, -2) @ grad[part]
+    return grads
+
+
+def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
+    """The planned calls of attention, forward.
+
+    Args:
+        qkv: floating [T, 3, H, D].
+        bias: `distance_bias` of the longest sequence.
+        scale: factor of the scores.
+        plan: list of `HeadGroup`.
+        reversal: int64 [T], `PackedBatch.reversal`.
+        trained: whether there will be a backward pass.
+
+    Returns:
+        [T, H, D], and for each call the logarithms of the rows' sums.
+    """
+    query, key, value = qkv.unbind(1)
+    query = query.index_select(0, reversal)
+    context, sums = torch.empty_like(query), []
+    for group in plan:
+        q, k, v = (group.select(x) for x in (query, key, value))
+        attend, penalty, rows = (
+            formula_for(qkv.dtype, group, trained).forward,
+            bias[group.selection],
+            group.rows(context),
+        )
+        for start, end, low, high in group.windows():
+            queries = slice(group.length - end, group.length - start)
+            mask = mask_view(penalty, start, end, low, high)
+            part, lse = attend(q[:, :, queries], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale)
+            rows[:, queries, group.selection] = part.transpose(1, 2)
+            sums.append(lse)
+    return context.index_select(0, reversal), sums
+
+
+class CPUAttention(torch.autograd.Function):
+    """`attend_by_plan` with its gradient.
+
+    Source: ours.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, bias, scale, plan, reversal):
+        """The arguments of `attend_by_plan`; returns [T, H, D]."""
+        context, sums = attend_by_plan(qkv, bias, scale, plan, reversal, trained=True)
+        ctx.save_for_backward(qkv, bias, reversal, context, *sums)
+        ctx.scale, ctx.plan = scale, plan
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Gradient [T, H, D] of the context to that of `qkv`."""
+        qkv, bias, reversal, context, *sums = ctx.saved_tensors
+        key, value = qkv[:, 1], qkv[:, 2]
+        query, context, grad = (x.index_select(0, reversal) for x in (qkv[:, 0], context, grad))
+        grad_qkv, grad_query = torch.empty_like(qkv), torch.empty_like(query)
+        sums = iter(sums)
+        for group in ctx.plan:
+            grad_out, q, k, v, out = (group.select(x) for x in (grad, query, key, value, context))
+            attend_back, penalty = formula_for(qkv.dtype, group, trained=True).backward, bias[group.selection]
+            # Windows overlap, so their sum is kept in the dtype of the bias.
+            grad_k, grad_v = (None, None) if group.is_whole else (torch.zeros_like(x, dtype=bias.dtype) for x in (k, v))
+            for start, end, low, high in group.windows():
+                queries, keys = slice(group.length - end, group.length - start), slice(low, high)
+                part_q, part_k, part_v = attend_back(
+                    *(grad_out[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries]),
+                    next(sums),
+                    dropout_p=0.0,
+                    is_causal=False,
+                    attn_mask=mask_view(penalty, start, end, low, high),
+                    scale=ctx.scale,
+                )
+                group.rows(grad_query)[:, queries, group.selection] = part_q.transpose(1, 2)
+                if group.is_whole:
+                    grad_k, grad_v = part_k, part_v
+                else:
+                    grad_k[:, :, keys] += part_k
+                    grad_v[:, :, keys] += part_v
+            for place, part in ((1, grad_k), (2, grad_v)):
+                group.rows(grad_qkv[:, place])[:, :, group.selection] = part.transpose(1, 2)
+        grad_qkv[:, 0] = grad_query.index_select(0, reversal)
+        return grad_qkv, None, None, None, None

@@ -1,0 +1,84 @@
+"""Loading, tying and saving across releases of transformers; each seam names the release that needs it."""
+
+import inspect
+import re
+
+import torch
+from transformers import PreTrainedModel
+
+
+class CompatiblePreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` that loads, ties and saves alike on every supported release.
+
+    Attributes:
+        auto_map: what a saved config says about its code, whatever the model was loaded from.
+    """
+
+    auto_map: dict
+
+    def tie_weights(self, *args, **kwargs):
+        """Give decoder and word embedding one tensor, whichever of the two a file holds, or both if they are equal."""
+        decoder, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        tied = decoder is not None and self.config.tie_word_embeddings
+        # Before 5.0 an embedding whose weight is only in the file as the decoder's stays on the meta device.
+        if tied and embedding.weight.is_meta and not decoder.weight.is_meta:
+            embedding.weight = decoder.weight
+        super().tie_weights(*args, **kwargs)
+        # 5.0 leaves them apart when a file holds both keys, as every published file does. Where the two differ, the
+        # decoder was trained apart (the published code lost the tie on loading), and its numbers are kept.
+        if tied and not embedding.weight.is_meta and torch.equal(decoder.weight, embedding.weight):
+            decoder.weight = embedding.weight
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, config and code: a complete repository. Arguments are those of transformers' method."""
+        self.config.auto_map = dict(self.auto_map)
+        # 5.0 saves the LayerNorms of a loaded model as gamma and beta, which its Trainer skips when it resumes.
+        if "save_original_format" in inspect.signature(PreTrainedModel.save_pretrained).parameters:
+            kwargs.setdefault("save_original_format", False)
+        # Sharded weights are gathered one by one, so a tied pair arrives as two equal tensors.
+        weights = dict(kwargs.get("state_dict") or {})
+        tied = self._tied_weights_keys if self.config.tie_word_embeddings else None
+        for copy, kept in (tied or {}).items():
+            if copy in weights and kept in weights and torch.equal(weights[copy], weights[kept]):
+                del weights[copy]
+                kwargs["state_dict"] = weights
+        # FSDP gives a sharded model a class of torch's own, whose code would be saved instead of ours.
+        kinds = type(self).__mro__
+        if kinds[1].__name__ != "FSDPModule":
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        self.__class__ = kinds[2]
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = kinds[0]
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load a checkpoint; arguments are those of transformers' method.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the embeddings or of the encoder (a head may be new).
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_incomplete(info["missing_keys"], info["unexpected_keys"])
+        return (model, info) if output_loading_info else model
+
+
+def refuse_incomplete(missing, unexpected) -> None:
+    """Raise ValueError when `missing` keys of a checkpoint belong to the embeddings or the encoder."""
+    missing = sorted(key for key in missing if key.removeprefix("bert.").startswith(("embeddings.", "encoder.")))
+    if not missing:
+        return
+    layers = sorted({int(number) for key in missing for number in re.findall(r"encoder\.layer\.(\d+)\.", key)})
+    where = f", of the layers {', '.join(map(str, layers))} among them" if layers else ""
+    message = (
+        f"the checkpoint is no MosaicBERT, is incomplete, or has fewer layers than num_hidden_layers says: it lacks "
+        f"{len(missing)} weights of the encoder{where} ({shortened(missing)})"
+    )
+    unexpected = sorted(unexpected)
+    raise ValueError(message + (f" and holds unknown ones ({shortened(unexpected)})" if unexpected else ""))
+
+
+def shortened(names: list[str]) -> str:
+    """The first eight of some names, separated by commas."""
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
