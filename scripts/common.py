@@ -95,7 +95,7 @@ def say_float32(folder: Path) -> None:
 
 
 def find_checkpoint(
-    source: str, revision: Optional[str] = None, argument: str = "source"
+    source: str, revision: Optional[str] = None, argument: str = "source", patterns: tuple[str, ...] = SOURCE_PATTERNS
 ) -> tuple[Path, Optional[str]]:
     """Bring a model repository to this machine.
 
@@ -103,6 +103,7 @@ def find_checkpoint(
         source: a folder, or a Hub id (`owner/name`, or the `name` of an old repository without owner).
         revision: branch, tag or commit of a Hub id.
         argument: what the user calls `source`, for messages.
+        patterns: names of the files that are fetched from the Hub.
 
     Returns:
         The folder, and the commit that it holds (None for a folder that is no Hub snapshot).
@@ -117,7 +118,7 @@ def find_checkpoint(
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=SOURCE_PATTERNS))
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # its HTTP library's errors change from release to release
             raise ValueError(
                 f"{argument}: {source!r} is no folder here, and the Hub does not give it: {one_line(error)}"
@@ -287,7 +288,7 @@ def check_layers(weights, num_layers: int, prefix: str) -> None:
     gap = first == num_layers - 1 or any(first < layer < num_layers for layer in there)
     missing = f"layer {first} is" if gap else f"layers {first} to {num_layers - 1} are"
     raise ValueError(
-        f"source: config.json says num_hidden_layers {num_layers}, but {missing} missing from the weights, which hold "
+        f"config.json says num_hidden_layers {num_layers}, but {missing} missing from the weights, which hold "
         f"{len(there)} layers"
     )
 

@@ -279,9 +279,11 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
     Returns:
         The loaded tokenizer, or None when there are no files.
     """
-    argument = "tokenizer" if tokenizer else "source"
+    argument, folder = "source", checkpoint.folder
+    if tokenizer:
+        argument, folder = "tokenizer", find_checkpoint(tokenizer, argument="tokenizer", patterns=TOKENIZER_FILES)[0]
     if tokenizer or not checkpoint.tokenizer_files:
-        copy_tokenizer(find_checkpoint(tokenizer, argument=argument)[0] if tokenizer else checkpoint.folder, target)
+        copy_tokenizer(folder, target)
     else:
         for name, content in checkpoint.tokenizer_files.items():
             write_tokenizer_file(target / name, content.encode("utf-8"))

@@ -49,7 +49,7 @@ def main() -> None:
     files = find_files(args.data)
     from warm_start import convert
 
-    with staged_folder(args.target, args.overwrite) as stage:
+    with staged_folder(args.target, args.overwrite, args.source) as stage:
         folder, commit = find_checkpoint(args.source, args.revision)
         reports = convert(folder, stage, files, args.layers, args.pad_vocab, args.max_length, args.tokens, args.ridge)
         report = "\n".join(map(str, reports))

@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     from conversion import convert
 
-    with staged_folder(args.target, args.overwrite) as stage:
+    with staged_folder(args.target, args.overwrite, args.source) as stage:
         lines = convert(
             args.source,
             stage,

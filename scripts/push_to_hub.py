@@ -18,7 +18,7 @@ from typing import Optional
 from urllib.parse import unquote
 
 from cli import Parser, one_line, run
-from common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, file_inside, read_json, weight_files
+from common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, check_layers, file_inside, read_json, weight_files
 from references import foreign_references
 
 OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
@@ -68,7 +68,8 @@ def checked_weights(folder: Path) -> list[str]:
     """Names of the weight files of a folder, and of their index where there is one.
 
     Raises:
-        ValueError: there are no safetensors, a file is cut off, or the index does not say what they hold.
+        ValueError: there are no safetensors, a file is cut off, the index does not say what they hold, or a layer that
+            the config speaks of is missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,6 +88,8 @@ def checked_weights(folder: Path) -> list[str]:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(f"folder: {names[0]} and the shards disagree about {', '.join(wrong[:3])}{more}")
+    prefix = "bert.encoder.layer." if any(name.startswith("bert.") for name in held) else "encoder.layer."
+    check_layers(held, read_json(folder / "config.json").get("num_hidden_layers"), prefix)
     return names
 
 
@@ -94,10 +97,14 @@ def card_images(folder: Path) -> set[str]:
     """Paths of the images that the card shows from its own repository.
 
     Raises:
-        ValueError: one is not there, is no image, or lies outside of the folder.
+        ValueError: one is not there, is no image, or lies outside of the folder, or the card is not UTF-8.
     """
     images = set()
-    for match in IMAGE.finditer((folder / "README.md").read_text(encoding="utf-8")):
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"folder: README.md: expected UTF-8, {one_line(error)}") from error
+    for match in IMAGE.finditer(card):
         link = next(filter(None, match.groups())).partition("#")[0].partition("?")[0]
         if re.match(r"[a-z]+:|//", link, re.IGNORECASE) or not link:
             continue  # an address on the web, or the image itself (`data:`)

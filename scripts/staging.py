@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional
 
 try:
     import fcntl
@@ -18,7 +19,7 @@ AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] = None) -> Iterator[Path]:
     """Offer an empty folder beside the target, which takes the target's place when the block ends well.
 
     The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
@@ -27,17 +28,20 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: the folder to make; of a symbolic link, the folder that it points to.
         overwrite: replace a target that exists and is not empty.
+        source: a file or folder that must not be lost with the old target, where there is one of that name.
 
     Yields:
         The folder to write to. It is removed when the block raises; the target is then as it was.
 
     Raises:
-        ValueError: the target is there already and `overwrite` is not set, it is no folder, or another run is writing
-            it.
+        ValueError: the target is there already and `overwrite` is not set, it is no folder, it holds the source, or
+            another run is writing it.
     """
     target = Path(target).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: {target} is a file, expected a folder")
+    if source is not None and Path(source).exists() and target in Path(source).resolve().parents:
+        raise ValueError(f"target: {target} holds the source {source}, expected another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.parent / f".{target.name}.stage"
     with _locked(stage, target):

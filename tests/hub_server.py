@@ -337,7 +337,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(content[start:stop], 206, headers, cut)
 
 
-REPO, REVISION = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+# Old repositories have no owner.
+REPO, REVISION = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
 ROUTES = [
     (methods.split(), re.compile(pattern), answer)
     for methods, pattern, answer in (
@@ -351,10 +352,10 @@ ROUTES = [
         ("POST", r"/lfs/(?P<sha256>\w+)/verify", Handler.lfs_verify),
         ("GET HEAD", r"/lfs/(?P<sha256>\w+)", Handler.lfs_download),
         ("POST", rf"/api/models/{REPO}/commit/{REVISION}", Handler.create_commit),
-        ("GET", rf"/api/models/{REPO}", Handler.repository_info),
         ("GET", rf"/api/models/{REPO}/revision/{REVISION}", Handler.repository_info),
         ("GET", rf"/api/models/{REPO}/refs", Handler.refs),
         ("GET", rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<folder>.+))?", Handler.tree),
+        ("GET", rf"/api/models/{REPO}", Handler.repository_info),
         ("GET HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
     )
 ]

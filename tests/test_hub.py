@@ -14,8 +14,8 @@ import pytest
 import repositories
 import torch
 from conftest import ROOT
-from folders import write_complete_repository
-from hub_server import HubServer
+from folders import write_complete_repository, write_tokenizer
+from hub_server import Commit, File, HubServer, Repository
 from huggingface_hub import HfApi
 from models import ragged_batch
 from transformers import AutoTokenizer
@@ -144,6 +144,35 @@ def test_revisions_branches_and_code_revisions_load_elsewhere(pushed, tmp_path):
     assert len(results["answers"]) == 5
     card = (tmp_path / "converted" / "README.md").read_text(encoding="utf-8")
     assert "[tester/bert](https://huggingface.co/tester/bert)" in card and f"`{first}`" in card
+
+
+def test_a_tokenizer_of_a_repository_without_owner_is_taken_and_nothing_else_is_fetched(tmp_path):
+    write_complete_repository(tmp_path / "model")
+    write_tokenizer(tmp_path)
+    names = ("vocab.txt", "tokenizer_config.json")
+    files = {name: (tmp_path / name).read_bytes() for name in names}
+    files |= {"model.safetensors": b"large", "onnx/model.onnx": b"large", "tokenization.py": b"raise SystemExit"}
+    with HubServer() as hub:
+        hub.repositories["bert-base-uncased"] = Repository(private=False)
+        contents = {name: File(content, None, len(content)) for name, content in files.items()}
+        hub.repositories["bert-base-uncased"].add("main", Commit(contents, None, "old"))
+        output = client(
+            hub,
+            tmp_path / "home",
+            f"""
+            import pathlib
+            import conversion
+            from huggingface_hub import scan_cache_dir
+
+            conversion.convert("{tmp_path}/model", pathlib.Path("{tmp_path}/new"), tokenizer="bert-base-uncased")
+            (repository,) = scan_cache_dir().repos
+            (revision,) = repository.revisions
+            print(sorted(file.file_name for file in revision.files))
+            """,
+            token=None,
+        )
+    assert output.splitlines()[-1] == str(sorted(names))
+    assert (tmp_path / "new" / "vocab.txt").read_bytes() == files["vocab.txt"]
 
 
 def test_a_private_repository_needs_a_token(pushed, tmp_path):
@@ -467,6 +496,12 @@ BIAS, ELSEWHERE = "cls.predictions.decoder.bias", "leads to code or files outsid
         ),
         (lambda folder, config: tokenizer_field(folder, vocab_file="/etc/passwd"), "vocab_file: '/etc/passwd'"),
         (lambda folder, config: cut(folder / "model.safetensors"), "model.safetensors is damaged"),
+        (lambda folder, config: config.update(num_hidden_layers=3), "but layer 2 is missing from the weights"),
+        (lambda folder, config: (folder / "README.md").write_bytes(b"\xff"), "README.md: expected UTF-8"),
+        (
+            lambda folder, config: (folder / "tokenizer_config.json").write_text("[]"),
+            "expected a JSON object, got '[]'",
+        ),
         (lambda folder, config: link(folder, "vocab.txt", "key"), "leads out of the folder"),
         (lambda folder, config: link(folder, "model.safetensors", "weights"), "leads out of the folder"),
         (lambda folder, config: shards(folder, lambda shard_of: shard_of.pop(BIAS)), f"disagree about {BIAS}"),

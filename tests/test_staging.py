@@ -142,6 +142,19 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+def test_a_target_that_holds_the_source_is_refused(tmp_path):
+    source = tmp_path / "runs" / "last.pt"
+    source.parent.mkdir()
+    source.write_text("weights")
+    with pytest.raises(ValueError, match="runs holds the source .*last.pt, expected another folder"):
+        with staging.staged_folder(tmp_path / "runs", overwrite=True, source=str(source)):
+            pass
+    assert source.read_text() == "weights"
+    with staging.staged_folder(tmp_path / "runs", overwrite=True, source=str(source.parent)) as stage:
+        (stage / "config.json").write_text("replaced in its own place")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config.json"]
+
+
 def test_a_second_run_of_the_same_target_is_refused_while_the_first_writes(tmp_path):
     target = tmp_path / "target"
     with staging.staged_folder(target) as stage:
