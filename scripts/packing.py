@@ -18,7 +18,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
-from records import TEXT_FILES, find_files, read_texts
+from records import TEXT_FILES, find_files, is_file_name, read_texts
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -160,7 +160,7 @@ def open_sources(sources: Sequence[str], text_field: str) -> list[_Source]:
     opened = {}
     found = []
     for source in sources:
-        names = find_files([source], TEXT_FILES) if is_file_name(source) else [source]
+        names = find_files([source], TEXT_FILES) if _is_text_file(source) else [source]
         for name in names:
             if name not in opened:
                 opened[name] = _open_source(name, text_field)
@@ -168,18 +168,12 @@ def open_sources(sources: Sequence[str], text_field: str) -> list[_Source]:
     return found
 
 
-def is_file_name(source: str) -> bool:
-    """Whether a source is meant as a file or a pattern rather than as a `datasets` id or a folder of data.
-
-    Raises:
-        ValueError: it is a folder without shards.
-    """
+def _is_text_file(source: str) -> bool:
+    if os.path.isfile(os.path.join(source, "index.json")):
+        return False
     if os.path.isdir(source):
-        if os.path.isfile(os.path.join(source, "index.json")):
-            return False
         raise ValueError(f"data: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'")
-    known = any(source.removesuffix(".gz").endswith(suffix) for suffix in (*TEXT_FILES, ".csv", ".parquet"))
-    return known or os.path.exists(source) or source.startswith(("/", ".", "~")) or "*" in source
+    return is_file_name(source)
 
 
 def _open_source(name: str, text_field: str) -> _Source:
@@ -388,7 +382,7 @@ def stream_sequences(
     for source in sources:
         if Documents.is_in(source):
             raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
-        if is_file_name(source):
+        if _is_text_file(source):
             settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
             parts.append(datasets.IterableDataset.from_generator(_examples_of_files, gen_kwargs=settings))
         elif os.path.isdir(source):

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import broadcast_object_list
-from common import REPOSITORY, repository_class, say_float32
+from common import REPOSITORY, repository_class, say_float32, write_card
 from packing import (
     IGNORED,
     SHORTEST,
@@ -25,7 +25,7 @@ from packing import (
     tokenize,
 )
 from recipe import LinearSchedule, count_flops, measure_matmul_flops
-from runs import CarefulTrainer, clear_results, is_finite, publish, start_folder
+from runs import STAGE, CarefulTrainer, clear_results, is_finite, publish, start_folder
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
 
@@ -252,7 +252,7 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     folder = Path(arguments.output_dir)
     checkpoint = None
     if arguments.process_index == 0:
-        checkpoint = start_folder(folder, options.overwrite, options.resume_from_checkpoint)
+        checkpoint = start_folder(folder, options.overwrite, options.resume_from_checkpoint, resumable=True)
     (checkpoint,) = broadcast_object_list([checkpoint])
     tokenizer = load_tokenizer(options)
     set_seed(arguments.seed)
@@ -335,12 +335,26 @@ def save(trainer: PretrainingTrainer, folder: Path, options: argparse.Namespace)
     trainer.model.to(getattr(torch, options.save_dtype))
     if trainer.is_fsdp_enabled:  # else Trainer 5.0 writes no model at all, since each process holds a part
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    stage = folder / ".final"
+    stage = folder / STAGE
     trainer.save_model(str(stage))
     trainer.save_state()
     if trainer.is_world_process_zero():
         say_float32(stage)
+        write_model_card(stage, folder.resolve().name, options.model, trainer.state)
         publish(stage, folder)
         if not options.keep_checkpoints:
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+
+
+def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:
+    """Write the README.md of a pretrained model, with the tokens and the last loss of the run."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    write_card(
+        folder,
+        f"Trained by `scripts/pretrain_mlm.py`: {state.global_step:,} steps, {state.num_input_tokens_seen:,} tokens"
+        + (f", training loss {losses[-1]:.3f} at the end" if losses else ""),
+        source=source,
+        folder=Path(source) if source and Path(source).is_dir() else None,
+        title=title,
+    )

@@ -43,6 +43,13 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     return found
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source is meant as a file or a pattern rather than as a `datasets` id."""
+    suffixes = (*TEXT_FILES, ".csv", ".tsv", ".parquet")
+    known = kind_of(source) in suffixes or "*" in source or source.startswith(("/", ".", "~"))
+    return known or os.path.exists(source)
+
+
 def kind_of(path: str) -> str:
     """The suffix of a file name without `.gz`, such as `.jsonl`."""
     return Path(str(path).removesuffix(".gz")).suffix

@@ -27,14 +27,18 @@ RESULTS = (
     "confusion.png",
 )
 
+# Where a finished model is written before its files are moved.
+STAGE = ".final"
 
-def start_folder(folder: Path, overwrite: bool, resume: Optional[str]) -> Optional[str]:
+
+def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False) -> Optional[str]:
     """Check an output folder before a run, and make it.
 
     Args:
         folder: of the run.
         overwrite: whether results of an earlier run may be replaced, see `clear_results`.
         resume: None, `last`, or a checkpoint's folder.
+        resumable: whether the script can go on from a checkpoint.
 
     Returns:
         The checkpoint to go on from; None: start at step 0.
@@ -48,14 +52,15 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str]) -> Option
         raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
     results = [path.name for pattern in RESULTS for path in sorted(folder.glob(pattern))]
     if results and not overwrite and not resume:
+        choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
         raise ValueError(
-            f"output_dir: {folder} holds {results[0]} of an earlier run; go on with --resume_from_checkpoint last, or "
-            "replace it with --overwrite"
+            f"output_dir: {folder} holds {results[0]} of an earlier run; {choice}replace it with --overwrite"
         )
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{os.getpid()}.probe"
     probe.touch()
     probe.unlink()
+    shutil.rmtree(folder / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
     if resume != "last":
         fault = resume and find_fault(Path(resume))
         if fault:
@@ -191,6 +196,7 @@ class Divergence(FloatingPointError):
 
     def __init__(self, step: int, what: str, kept: Optional[str]):
         kept = f"{kept} is the last good checkpoint" if kept else "no checkpoint was saved before"
+        self.step = step
         super().__init__(
             f"{what} became NaN or infinite in step {step:,}; {kept}; a lower --learning_rate or --max_grad_norm 1 "
             "may help"
