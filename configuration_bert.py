@@ -54,6 +54,8 @@ class BertConfig(StockBertConfig):
             checkpoints; "mean", the mean over the tokens, which needs no new pooler.
         unpad_inputs: drop padding before the layers, which then see [T, E]. False keeps it, for tools that need the
             batch dimension (per-sample gradients, attributions): layers see [B, S, E].
+        max_position_embeddings: tokens after which other libraries cut a text, sentence-transformers among them. The
+            model has no limit and does not read it.
         **kwargs: any other field of a transformers config.
 
     Raises:
@@ -85,6 +87,7 @@ class BertConfig(StockBertConfig):
         low_precision_layernorm: bool = False,
         classifier_pooling: str = "cls",
         unpad_inputs: bool = True,
+        max_position_embeddings: int = 8192,
         **kwargs,
     ):
         require_positive_integer("alibi_starting_size", alibi_starting_size)
@@ -110,6 +113,7 @@ class BertConfig(StockBertConfig):
             layer_norm_eps=layer_norm_eps,
             pad_token_id=pad_token_id,
             classifier_dropout=classifier_dropout,
+            max_position_embeddings=max_position_embeddings,
             **kwargs,
         )
         self.alibi_starting_size = alibi_starting_size

@@ -17,7 +17,7 @@ from models import ragged_batch, tiny_config, tiny_model
 from references import foreign_references
 from repositories import published_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mosaicbert.bert_layers import (
     BertForMaskedLM,
@@ -146,6 +146,32 @@ def test_no_reference_to_foreign_code_survives_in_any_file(tmp_path):
     ids, mask = ragged_batch([9, 4], vocab=27)
     numerics.assert_same(loaded(ids, mask).logits[..., :27], model(ids, mask).logits, SAME)
     assert AutoTokenizer.from_pretrained(target, trust_remote_code=True).mask_token == "[MASK]"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_keep_their_dtype_and_load_in_float32(tmp_path, dtype):
+    """transformers 5 loads in the dtype that a config names, older releases in float32 whatever it names."""
+    source, target = tmp_path / "old", tmp_path / "new"
+    repositories.write_repository(source, model=tiny_model().to(dtype), code=False)
+    (line,) = [line for line in conversion.convert(str(source), target, check=True) if "differ" in line]
+    assert line == "outputs before and after differ by 0.0e+00 of the largest"
+    stored = load_file(target / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    model = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True)
+    assert model.dtype == torch.float32
+    original = torch.load(source / "pytorch_model.bin")
+    assert all(torch.equal(tensor, original[name]) for name, tensor in stored.items())
+
+
+def test_loaders_of_a_converted_repository_read_more_than_the_published_512_tokens(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    published_folder(source, published_config(max_position_embeddings=512))
+    write_tokenizer(source, [f"w{n}" for n in range(96)])
+    conversion.convert(str(source), target)
+    assert AutoConfig.from_pretrained(target, trust_remote_code=True).max_position_embeddings >= 8192
+    assert AutoTokenizer.from_pretrained(target).model_max_length > 8192
+    # A published config stays as it is.
+    assert BertModel.config_class.from_pretrained(source).max_position_embeddings == 512
 
 
 def test_a_sharded_source_and_a_sharded_target(tmp_path):
