@@ -165,10 +165,6 @@ class HeadGroup(NamedTuple):
         tokens = tensor[self.start : self.start + self.count * self.length]
         return tokens.unflatten(0, (self.count, self.length))
 
-    def select(self, tensor):
-        """The group's part of [T, H, D]: [count, heads, n, D]."""
-        return self.rows(tensor)[:, :, self.selection].transpose(1, 2)
-
     def windows(self):
         """Yield query chunks and the keys that they look at: first query, last + 1, first key, last + 1."""
         chunk = self.length if self.is_whole else BAND_CHUNK
@@ -362,17 +358,19 @@ def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
     query = query.index_select(0, reversal)
     context, sums = torch.empty_like(query), []
     for group in plan:
-        q, k, v = (group.select(x) for x in (query, key, value))
-        attend, penalty, rows = (
-            formula_for(qkv.dtype, group, trained).forward,
-            bias[group.selection],
-            group.rows(context),
-        )
+        heads = group.selection
+        q, k, v, out = (group.rows(x) for x in (query, key, value, context))
+        attend, penalty = formula_for(qkv.dtype, group, trained).forward, bias[heads]
         for start, end, low, high in group.windows():
-            queries = slice(group.length - end, group.length - start)
-            mask = mask_view(penalty, start, end, low, high)
-            part, lse = attend(q[:, :, queries], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale)
-            rows[:, queries, group.selection] = part.transpose(1, 2)
+            queries, keys = slice(group.length - end, group.length - start), slice(low, high)
+            part, lse = attend(
+                q[:, queries, heads].transpose(1, 2),
+                k[:, keys, heads].transpose(1, 2),
+                v[:, keys, heads].transpose(1, 2),
+                attn_mask=mask_view(penalty, start, end, low, high),
+                scale=scale,
+            )
+            out[:, queries, heads] = part.transpose(1, 2)
             sums.append(lse)
     return context.index_select(0, reversal), sums
 
@@ -401,27 +399,33 @@ class CPUAttention(torch.autograd.Function):
         grad_qkv, grad_query = torch.empty_like(qkv), torch.empty_like(query)
         sums = iter(sums)
         for group in ctx.plan:
-            grad_out, q, k, v, out = (group.select(x) for x in (grad, query, key, value, context))
-            attend_back, penalty = formula_for(qkv.dtype, group, trained=True).backward, bias[group.selection]
+            heads = group.selection
+            grad_out, q, k, v, out = (group.rows(x) for x in (grad, query, key, value, context))
+            attend_back, penalty = formula_for(qkv.dtype, group, trained=True).backward, bias[heads]
             # Windows overlap, so their sum is kept in the dtype of the bias.
-            grad_k, grad_v = (None, None) if group.is_whole else (torch.zeros_like(x, dtype=bias.dtype) for x in (k, v))
+            shape = (group.count, group.length, len(group.heads), qkv.shape[-1])
+            grad_k, grad_v = (None, None) if group.is_whole else (k.new_zeros(shape, dtype=bias.dtype) for _ in "kv")
             for start, end, low, high in group.windows():
                 queries, keys = slice(group.length - end, group.length - start), slice(low, high)
                 part_q, part_k, part_v = attend_back(
-                    *(grad_out[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries]),
+                    grad_out[:, queries, heads].transpose(1, 2),
+                    q[:, queries, heads].transpose(1, 2),
+                    k[:, keys, heads].transpose(1, 2),
+                    v[:, keys, heads].transpose(1, 2),
+                    out[:, queries, heads].transpose(1, 2),
                     next(sums),
                     dropout_p=0.0,
                     is_causal=False,
                     attn_mask=mask_view(penalty, start, end, low, high),
                     scale=ctx.scale,
                 )
-                group.rows(grad_query)[:, queries, group.selection] = part_q.transpose(1, 2)
+                group.rows(grad_query)[:, queries, heads] = part_q.transpose(1, 2)
                 if group.is_whole:
-                    grad_k, grad_v = part_k, part_v
+                    grad_k, grad_v = part_k.transpose(1, 2), part_v.transpose(1, 2)
                 else:
-                    grad_k[:, :, keys] += part_k
-                    grad_v[:, :, keys] += part_v
+                    grad_k[:, keys] += part_k.transpose(1, 2)
+                    grad_v[:, keys] += part_v.transpose(1, 2)
             for place, part in ((1, grad_k), (2, grad_v)):
-                group.rows(grad_qkv[:, place])[:, :, group.selection] = part.transpose(1, 2)
+                group.rows(grad_qkv[:, place])[:, :, heads] = part
         grad_qkv[:, 0] = grad_query.index_select(0, reversal)
         return grad_qkv, None, None, None, None

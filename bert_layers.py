@@ -271,7 +271,7 @@ class BertGatedMLP(nn.Module):
     def project(self, hidden):
         """[T, E] to wo(dropout(gelu(gate) * value)), [T, E]."""
         gate, value = linear(self.gated_layers, hidden).chunk(2, dim=-1)  # [T, F] each
-        return linear(self.wo, self.dropout(F.gelu(gate) * value))
+        return linear(self.wo, self.dropout(F.gelu(gate).mul_(value)))
 
     def forward(self, hidden):
         return self.layernorm(in_parts(self.project, hidden, self.gated_width) + hidden)
