@@ -1,284 +1,72 @@
 """Measure masked language models by sequence length: loss, accuracy, time and memory, as a table and a picture.
 
-    python scripts/evaluate_mlm.py --data corpus/*.jsonl.gz
-    python scripts/evaluate_mlm.py --model . runs/learned-positions --data long/*.jsonl.gz \\
-        --lengths 128 512 2048 8192 --csv lengths.csv --png lengths.png
+    python scripts/evaluate_mlm.py --data 'corpus/*.jsonl.gz'
+    python scripts/evaluate_mlm.py --model . runs/learned-positions --data 'long/*.jsonl.gz' \\
+        --max_length 128 512 2048 8192 --csv lengths.csv --png lengths.png
 
-Each document is cut into windows of a length, [CLS] and [SEP] included; a seeded 15% of the wordpieces become [MASK],
-and those alone are scored. With several lengths only documents that fill the longest are used, so all rows stand on
-the same text. A model with learned positions is not asked for more than it has.
+Each document is cut into windows of a length, [CLS] and [SEP] included. A seeded 15% of the tokens become [MASK], and
+only those are scored. With several lengths only documents that fill the longest are used, so that all rows are about
+the same text. A model with learned positions is only measured up to the length that it has positions for.
 """
 
-import argparse
-import contextlib
-import csv
-import itertools
-import math
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from common import REPOSITORY
-from records import read_texts
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+import cli
 
-MASKED_SHARE = 0.15
-SHORTEST_DOCUMENT, SHORTEST_WINDOW = 16, 8  # wordpieces
-COLUMNS = ("model", "length", "windows", "masked", "loss", "perplexity", "top1", "tokens_per_second", "peak_mib")
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, tokens: int) -> list[list[int]]:
-    """Choose what is read: documents in a seeded order until there are enough wordpieces.
-
-    Args:
-        texts: the documents.
-        tokenizer: of the model.
-        longest: the longest length that is measured, in wordpieces.
-        several: whether other lengths are measured too; documents shorter than `longest` are then left out, and of
-            each only four times `longest` is read (otherwise sixteen times), so that no book fills the sample.
-        tokens: wordpieces wanted.
-
-    Returns:
-        The wordpieces of each document, without special tokens.
-
-    Raises:
-        ValueError: no document is long enough.
-    """
-    chosen, total = [], 0
-    for index in torch.randperm(len(texts), generator=torch.Generator().manual_seed(7)).tolist():
-        ids = tokenizer(texts[index], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        if len(ids) < max(longest if several else 0, SHORTEST_DOCUMENT):
-            continue
-        chosen.append(ids[: longest * (4 if several else 16)])
-        total += len(chosen[-1])
-        if total >= tokens:
-            break
-    if not chosen:
-        raise ValueError(f"data holds no document of {longest if several else SHORTEST_DOCUMENT} wordpieces")
-    return chosen
-
-
-def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tokens: int) -> Iterator[dict]:
-    """Cut documents into windows and mask them, the same wordpieces at every length.
-
-    Args:
-        documents: what `sample_documents` returns.
-        tokenizer: of the model.
-        length: wordpieces of a window with [CLS] and [SEP].
-        batch_tokens: wordpieces of a batch, about.
-
-    Yields:
-        `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 where nothing is masked.
-    """
-    body = length - 2
-    generator = torch.Generator().manual_seed(13)
-    windows = []
-    for ids in documents:
-        chosen = torch.rand(len(ids), generator=generator) < MASKED_SHARE
-        windows += zip(torch.tensor(ids).split(body), chosen.split(body))
-    windows = [(ids, chosen) for ids, chosen in windows if len(ids) >= SHORTEST_WINDOW]
-    size = max(1, batch_tokens // length)
-    for start in range(0, len(windows), size):
-        chunk = windows[start : start + size]
-        rows = [torch.tensor([tokenizer.cls_token_id, *ids.tolist(), tokenizer.sep_token_id]) for ids, _ in chunk]
-        choices = [torch.tensor([False, *chosen.tolist(), False]) for _, chosen in chunk]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        chosen = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        yield {
-            "input_ids": input_ids.masked_fill(chosen, tokenizer.mask_token_id),
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": input_ids.masked_fill(~chosen, -100),
-        }
-
-
-@contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict]:
-    """Measure the most memory in use while the block runs.
-
-    Args:
-        device: a CUDA device (tensors), or the CPU (the process, on Linux; elsewhere nothing is measured).
-
-    Yields:
-        A dict that holds `mib` after the block, in MiB; NaN where nothing could be measured.
-    """
-    result = {"mib": math.nan}
-    status = Path("/proc/self/status")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif status.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
-    yield result
-    if device.type == "cuda":
-        result["mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    elif status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        result["mib"] = int(line.split()[1]) / 2**10
-
-
-def longest_input(config) -> float:
-    """Wordpieces that a model can read: infinity for a MosaicBERT, the size of the position table otherwise."""
-    return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
-
-
-@contextlib.contextmanager
-def scaled_slopes(model, scale: float) -> Iterator[None]:
-    """Multiply the ALiBi slopes of a MosaicBERT while the block runs; other models must not be scaled.
-
-    Below 1 every head looks farther, as has been proposed for reading beyond the trained length.
-
-    Args:
-        model: a model with a head; its layers are handed their slopes as the third argument.
-        scale: positive.
-
-    Raises:
-        ValueError: the model has no ALiBi.
-    """
-    if scale == 1:
-        yield
-        return
-    if not hasattr(model.config, "alibi_starting_size"):
-        raise ValueError("slope_scales must be 1 for a model without ALiBi")
-
-    def hand_over(layer, arguments):
-        hidden, packed, slopes, *others = arguments
-        return (hidden, packed, slopes * scale, *others)
-
-    hooks = [layer.register_forward_pre_hook(hand_over) for layer in model.bert.encoder.layer]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.inference_mode()
-def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tokens: int) -> dict:
-    """Score a model on windows of one length.
-
-    Args:
-        model: a masked language model in `eval()`.
-        tokenizer: its tokenizer.
-        documents: what `sample_documents` returns.
-        length: wordpieces of a window.
-        batch_tokens: wordpieces of a batch, about.
-
-    Returns:
-        windows, masked (wordpieces scored), loss (nats), perplexity, top1 (share), tokens_per_second (the model's
-        time alone), peak_mib (see `peak_memory`).
-    """
-    loss, hits, masked, windows, tokens, seconds = 0.0, 0, 0, 0, 0, 0.0
-    sparse = hasattr(model.config, "sparse_prediction")
-    if sparse:
-        model.config.sparse_prediction = True  # scores of the masked wordpieces alone
-    with peak_memory(model.device) as memory:
-        for batch in masked_batches(documents, tokenizer, length, batch_tokens):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            began = time.perf_counter()
-            if sparse:
-                logits = model(**batch, labels=labels).logits.float().cpu()
-            else:
-                logits = model(**batch).logits[labels != -100].float().cpu()
-            seconds += time.perf_counter() - began
-            truth = labels[labels != -100].cpu()
-            loss += torch.nn.functional.cross_entropy(logits, truth, reduction="sum").item()
-            hits += (logits.argmax(-1) == truth).sum().item()
-            masked += len(truth)
-            windows += len(labels)
-            tokens += batch["attention_mask"].sum().item()
-    loss /= masked
-    return {
-        "windows": windows,
-        "masked": masked,
-        "loss": round(loss, 4),
-        "perplexity": round(math.exp(loss), 2),
-        "top1": round(hits / masked, 4),
-        "tokens_per_second": round(tokens / seconds),
-        "peak_mib": round(memory["mib"]) if math.isfinite(memory["mib"]) else "",
-    }
-
-
-def draw(rows: list[dict], path: str) -> None:
-    """Save a picture of loss, accuracy, speed and memory by length, one line a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = {
-        "loss": "loss (nats)",
-        "top1": "top-1 accuracy",
-        "tokens_per_second": "tokens per second",
-        "peak_mib": "peak memory (MiB)",
-    }
-    # Memory is not measured on every system.
-    titles = {column: title for column, title in titles.items() if any(row[column] != "" for row in rows)}
-    figure, panels = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), layout="constrained")
-    for (column, title), axes in zip(titles.items(), panels):
-        for name in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == name and row[column] != ""]
-            axes.plot([row["length"] for row in own], [row[column] for row in own], marker="o", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("sequence length (tokens)")
-        axes.set_title(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
-def write_table(rows: list[dict], path: str) -> None:
-    """Write measurements as CSV, beside and then in place."""
-    with open(path + ".new", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path + ".new", path)
+def make_parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--model", nargs="+", default=[str(REPOSITORY)], metavar="MODEL", help="folders or Hub ids")
+    parser.add_argument(
+        "--name", nargs="+", metavar="NAME", help="name of each model in the table (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .json or .txt files (also .gz), or quoted patterns",
+    )
+    parser.add_argument("--text_field", default="text", metavar="NAME", help="field that holds the text")
+    parser.add_argument(
+        "--max_length",
+        nargs="+",
+        type=cli.positive_integer,
+        default=[128],
+        metavar="N",
+        help="tokens per window, [CLS] and [SEP] included; each length is a row of the table",
+    )
+    parser.add_argument(
+        "--tokens", type=cli.positive_integer, default=65_536, metavar="N", help="approximate number of tokens to read"
+    )
+    parser.add_argument(
+        "--batch_tokens", type=cli.positive_integer, default=8192, metavar="N", help="approximate tokens per batch"
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument(
+        "--slope_scales",
+        nargs="+",
+        type=cli.positive_number,
+        default=[1.0],
+        metavar="X",
+        help="also measure with the ALiBi slopes multiplied by each of these",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write the table to this file")
+    parser.add_argument("--png", metavar="FILE", help="draw the table to this file")
+    return parser
 
 
 def main() -> None:
     """Parse the command line, measure, print the table, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=[str(REPOSITORY)], help="folders or Hub ids")
-    parser.add_argument("--name", nargs="+", help="what each model is called in the table; default: the folder's name")
-    parser.add_argument("--data", nargs="+", required=True, help=".jsonl or .txt files, also .gz")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128], help="wordpieces with [CLS] and [SEP]")
-    parser.add_argument("--tokens", type=int, default=65536, help="wordpieces to read at each length, about")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="wordpieces of a batch, about")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--slope_scales", nargs="+", type=float, default=[1.0], help="measure with the ALiBi slopes times each of these"
-    )
-    parser.add_argument("--csv", help="write the table here")
-    parser.add_argument("--png", help="draw the table here")
-    arguments = parser.parse_args()
-    names = arguments.name or [Path(model).resolve().name for model in arguments.model]
-    if len(names) != len(arguments.model):
-        parser.error(f"--name: expected {len(arguments.model)} names, got {len(names)}")
+    options = make_parser().parse_args()
+    import evaluation  # after the parser, so that --help need not wait for torch
 
-    texts, rows = list(read_texts(arguments.data)), []
-    print(",".join(COLUMNS))
-    for name, source in zip(names, arguments.model):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True)
-        model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
-        documents = sample_documents(
-            texts, tokenizer, max(arguments.lengths), len(arguments.lengths) > 1, arguments.tokens
-        )
-        for scale, length in itertools.product(arguments.slope_scales, arguments.lengths):
-            if length <= longest_input(model.config):
-                with scaled_slopes(model, scale):
-                    row = measure(model, tokenizer, documents, length, arguments.batch_tokens)
-                rows.append({"model": name if scale == 1 else f"{name}; slopes x {scale:g}", "length": length, **row})
-                print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
-    if arguments.csv:
-        write_table(rows, arguments.csv)
-    if arguments.png:
-        draw(rows, arguments.png)
+    evaluation.evaluate(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "a smaller --batch_tokens needs less")

@@ -7,6 +7,7 @@ import json
 import math
 
 import evaluate_mlm
+import evaluation
 import pytest
 import torch
 from conftest import ROOT
@@ -33,7 +34,7 @@ def long_documents(tokenizer, longest, tokens):
     for name in ("sotu", "eltec_eng", "gensim_wiki"):
         with gzip.open(CORPUS / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
             texts += [json.loads(line)["text"] for line in lines]
-    return evaluate_mlm.sample_documents(texts, tokenizer, longest, True, tokens)
+    return evaluation.sample_documents(texts, tokenizer, longest, True, tokens)
 
 
 @SHIPPED
@@ -41,7 +42,7 @@ def long_documents(tokenizer, longest, tokens):
 def test_loss_does_not_rise_with_length(shipped):
     model, tokenizer = shipped
     documents = long_documents(tokenizer, 1024, 8_000)
-    losses = [evaluate_mlm.measure(model, tokenizer, documents, n, 8192)["loss"] for n in (128, 1024)]
+    losses = [evaluation.measure(model, tokenizer, documents, n, 8192)["loss"] for n in (128, 1024)]
     # The same wordpieces are masked at each length. Measured: 3.237 nats at 128, 3.168 at 1,024.
     assert losses[1] <= losses[0]
 
@@ -56,7 +57,7 @@ def test_loss_does_not_rise_up_to_8192_on_a_gpu(shipped):
     documents = long_documents(tokenizer, 8192, 65_536)
     lengths = (128, 512, 2048, 8192)
     try:
-        losses = [evaluate_mlm.measure(model.cuda(), tokenizer, documents, n, 16_384)["loss"] for n in lengths]
+        losses = [evaluation.measure(model.cuda(), tokenizer, documents, n, 16_384)["loss"] for n in lengths]
     finally:
         model.cpu()
     assert max(losses[1:]) <= losses[0]
@@ -117,16 +118,16 @@ def plain_tokenizer():
 
 def test_the_ruler_scores_what_is_known(plain_tokenizer):
     documents = [[7] * 300, [7] * 41]
-    guess = evaluate_mlm.measure(Guess(50), plain_tokenizer, documents, 32, 64)
+    guess = evaluation.measure(Guess(50), plain_tokenizer, documents, 32, 64)
     assert guess["loss"] == pytest.approx(math.log(50), abs=1e-4) and guess["top1"] == 0.0
-    knows = evaluate_mlm.measure(Guess(50, answer=7), plain_tokenizer, documents, 32, 64)
+    knows = evaluation.measure(Guess(50, answer=7), plain_tokenizer, documents, 32, 64)
     assert knows["top1"] == 1.0 and knows["loss"] == pytest.approx(0.0, abs=1e-4)
     # 341 wordpieces of which 15% are masked, seeded; 10 + 2 windows, the last one of 11 wordpieces
     assert knows["windows"] == 12 and knows["masked"] == guess["masked"] and 30 < knows["masked"] < 75
 
 
 def test_windows_hold_the_whole_text_between_cls_and_sep(plain_tokenizer):
-    (batch,) = evaluate_mlm.masked_batches([list(range(10, 50))], plain_tokenizer, 32, 1000)
+    (batch,) = evaluation.masked_batches([list(range(10, 50))], plain_tokenizer, 32, 1000)
     whole = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
     assert whole[0].tolist() == [1, *range(10, 40), 2] and whole[1].tolist() == [1, *range(40, 50), 2] + [0] * 20
     assert batch["attention_mask"].sum(1).tolist() == [32, 12]
@@ -136,7 +137,7 @@ def test_the_same_wordpieces_are_masked_at_every_length(plain_tokenizer):
     documents = [list(range(10, 410)), list(range(500, 572))]
     masked = []
     for length in (10, 32, 65):
-        batches = evaluate_mlm.masked_batches(documents, plain_tokenizer, length, 64)
+        batches = evaluation.masked_batches(documents, plain_tokenizer, length, 64)
         labels = torch.cat([batch["labels"].flatten() for batch in batches])
         masked.append({label for label in labels.tolist() if label != -100})
     assert masked[0] == masked[1] == masked[2] and len(masked[0]) > 30
@@ -145,14 +146,14 @@ def test_the_same_wordpieces_are_masked_at_every_length(plain_tokenizer):
 def test_slopes_are_scaled_while_asked_for():
     model = tiny_model(num_attention_heads=2)
     ids, mask = ragged_batch([40])
-    with evaluate_mlm.scaled_slopes(model, 0.5):
+    with evaluation.scaled_slopes(model, 0.5):
         scaled = model(ids, mask).logits
     plain = model(ids, mask).logits
     assert (scaled - plain).abs().max() > 1e-4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bert_attention, "alibi_slopes", lambda heads: [slope / 2 for slope in alibi_slopes(heads)])
         assert_same(model(ids, mask).logits, scaled, 1e-6)
-    with pytest.raises(ValueError, match="slope_scales must be 1"), evaluate_mlm.scaled_slopes(Guess(50), 0.5):
+    with pytest.raises(ValueError, match="slope_scales must be 1"), evaluation.scaled_slopes(Guess(50), 0.5):
         pass
 
 
@@ -160,7 +161,7 @@ def test_slopes_are_scaled_while_asked_for():
 @LONG_TEXT
 def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     flags = [
-        "--lengths",
+        "--max_length",
         "32",
         "64",
         "--tokens",
@@ -185,7 +186,7 @@ def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
     whole = {"model": "a", "length": 32, "loss": 3.0, "top1": 0.4, "tokens_per_second": 900, "peak_mib": 700}
     widths = []
     for row in (whole, {**whole, "peak_mib": ""}):
-        evaluate_mlm.draw([row], tmp_path / "t.png")
+        evaluation.draw([row], tmp_path / "t.png")
         widths.append(int.from_bytes((tmp_path / "t.png").read_bytes()[16:20], "big"))
     assert widths == [1600, 1200]
 
@@ -195,5 +196,22 @@ def test_too_short_documents_are_named():
         def __call__(self, text, **_):
             return {"input_ids": text.split()}
 
-    with pytest.raises(ValueError, match="data holds no document of 1024 wordpieces"):
-        evaluate_mlm.sample_documents(["a b c"] * 3, Words(), 1024, True, 100)
+    with pytest.raises(ValueError, match="data holds no document of at least 1024 tokens"):
+        evaluation.sample_documents(["a b c"] * 3, Words(), 1024, True, 100)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--csv", "missing/table.csv"], "missing/table.csv cannot be written: its folder is missing"),
+        (["--png", "missing/table.png"], "missing/table.png cannot be written: its folder is missing"),
+        (["--name", "a", "b"], "name: expected 1 names, got 2"),
+        (["--max_length", "9"], "max_length must be at least 10, got 9"),
+        ([], "data: no file matches 'missing.jsonl'"),
+    ],
+)
+def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    options = evaluate_mlm.make_parser().parse_args(["--data", "missing.jsonl", *flags])
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluation.evaluate(options)
