@@ -388,6 +388,8 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["BertLayer"]
+    # Parts of a checkpoint that another class of ours has, and buffers of older code: no news in a loading report.
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"^qa_outputs\.", r"pooler\.", r"position_ids$"]
     _supports_sdpa = True
 
     def __init__(self, config, *inputs, **kwargs):
@@ -602,6 +604,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         inputs_embeds: Optional[torch.Tensor] = None,
         labels: Optional[torch.Tensor] = None,
         num_items_in_batch=None,
+        masked_lm_positions: Optional[torch.Tensor] = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Vocabulary scores of every token, or of the labelled tokens and their loss.
@@ -610,6 +613,8 @@ class BertForMaskedLM(BertPreTrainedModel):
             labels: int64 [B, S]; -100 and any label at padding do not count.
             num_items_in_batch: int or integer tensor; divide the summed loss by this instead of by the labels here,
                 as `Trainer` asks under gradient accumulation.
+            masked_lm_positions: int64 [M], the places row * S + column of all labels in a batch without padding, where
+                the caller knows them; else a device is waited for.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs: see `BertModel.forward`.
 
         Returns:
@@ -618,8 +623,11 @@ class BertForMaskedLM(BertPreTrainedModel):
             `config.sparse_prediction` and labels: logits [M, V] of the M labelled tokens.
 
         Raises:
-            ValueError: see `BertModel.forward`; labels of another shape or outside the vocabulary.
+            ValueError: see `BertModel.forward`; labels of another shape or outside the vocabulary; masked_lm_positions
+                beside an attention_mask.
         """
+        if masked_lm_positions is not None and attention_mask is not None:
+            raise ValueError("masked_lm_positions needs a batch without padding, got an attention_mask beside it")
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden, packed = encoded.hidden, encoded.packed
         if labels is None:
@@ -630,7 +638,7 @@ class BertForMaskedLM(BertPreTrainedModel):
             loss = class_loss(logits, labels, num_items_in_batch)
             logits = logits.masked_fill((labels == -100)[..., None], 0)
         else:
-            places = (labels != -100).nonzero().flatten()
+            places = (labels != -100).nonzero().flatten() if masked_lm_positions is None else masked_lm_positions
             logits = self.cls(hidden[places])  # [M, V]
             loss = class_loss(logits, labels[places], num_items_in_batch)
             if not self.config.sparse_prediction:

@@ -476,7 +476,8 @@ def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     Returns:
         `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], where each sequence
         starts; `max_length_q` and `max_length_k`, tokens of the longest. The names are those of transformers'
-        DataCollatorWithFlattening.
+        DataCollatorWithFlattening. `masked_lm_positions`, int64 [M], the places with a label, so that no device is
+        waited for.
     """
     batch = {
         name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None] for name in ("input_ids", "labels")
@@ -484,7 +485,8 @@ def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     lengths = np.concatenate([row["lengths"] for row in rows])
     starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     longest = int(lengths.max())
-    return {**batch, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    boundaries = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {**batch, **boundaries, "masked_lm_positions": (batch["labels"][0] != -100).nonzero().flatten()}
 
 
 class PackedRows(torch.utils.data.Dataset):

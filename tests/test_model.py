@@ -330,6 +330,19 @@ def test_sparse_prediction_returns_the_labelled_rows():
     numerics.assert_same(sparse.logits, dense.logits[counted], 0.0)
 
 
+def test_known_places_of_labels_give_the_same_loss_and_logits():
+    model = tiny_model()
+    ids, _ = ragged_batch([9, 9])
+    labels = random_labels(ids)
+    expected = model(ids, labels=labels)
+    places = (labels != -100).flatten().nonzero().flatten()
+    output = model(ids, labels=labels, masked_lm_positions=places)
+    assert output.loss.item() == expected.loss.item()
+    numerics.assert_same(output.logits, expected.logits, 0.0)
+    with pytest.raises(ValueError, match="masked_lm_positions needs a batch without padding, got an attention_mask"):
+        model(ids, torch.ones_like(ids), labels=labels, masked_lm_positions=places)
+
+
 def test_users_20_silenced_slots_are_never_predicted():
     model = tiny_model()
     model.silence_dead_slots(90)
