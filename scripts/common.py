@@ -87,11 +87,11 @@ def write_json(path: Path, content: dict) -> None:
 def say_float32(folder: Path) -> None:
     """Let a folder's config ask for float32, whatever dtype its weights are stored in.
 
-    transformers 5 loads in the dtype that the config names, and older releases in float32.
+    transformers 5 loads in the dtype that the config names; earlier releases do so in a pipeline and with "auto". They
+    read it from `torch_dtype` before 4.56.
     """
     config = read_json(folder / "config.json")
-    config.pop("torch_dtype", None)  # the field's name before transformers 4.56
-    write_json(folder / "config.json", {**config, "dtype": "float32"})
+    write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
 
 
 def find_checkpoint(

@@ -9,6 +9,7 @@ import textwrap
 
 import numerics
 import pytest
+import safetensors
 import torch
 import transformers
 from common import CODE_FILES
@@ -251,6 +252,14 @@ def test_dtype_is_obeyed_in_loading(repository):
         model = AutoModelForMaskedLM.from_pretrained(repository, torch_dtype=dtype, **REMOTE).eval()
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert model(IDS, MASK).logits.dtype == dtype
+
+
+@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="no checkpoint is shipped yet")
+def test_the_shipped_checkpoint_stores_bfloat16_and_loads_in_float32():
+    with safetensors.safe_open(ROOT / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    model = AutoModelForMaskedLM.from_pretrained(ROOT, torch_dtype="auto", **REMOTE)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_a_config_survives_a_round_trip(tmp_path):

@@ -109,7 +109,8 @@ def test_flops_are_those_that_torch_counts(tokenizer):
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
     run(command_line(corpus, tokenizer, tmp_path, validation_data=corpus, save_dtype="bfloat16"))
     assert "8 steps, " in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
     history = json.loads((tmp_path / "log_history.json").read_text())
     assert {"loss", "tokens_per_second", "mfu", "seconds"} <= history[0].keys()
     assert history[0]["tokens_per_second"] > 0 and history[0]["mfu"] > 0
