@@ -7,8 +7,9 @@ MATRIX_TESTS = tests/test_loading.py tests/test_save_formats.py tests/test_refer
 	tests/test_heads.py tests/test_errors.py tests/test_model.py tests/test_trainer.py \
 	tests/test_convert.py tests/test_hub.py
 TEXT ?= I [MASK] to the store yesterday.
+OUT ?= runs/gpu-report
 
-.PHONY: demo test matrix gpu lint clean
+.PHONY: demo test matrix gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/ready
 
@@ -20,6 +21,10 @@ test: .venv/test  ## the default suite
 
 gpu: .venv/test  ## the tests that need a CUDA or ROCm device
 	.venv/bin/python -m pytest -m gpu
+
+# With the packages that $(PYTHON) has: a machine with a GPU may have no network, and has its own torch.
+gpu-report:  ## tests and benchmarks on one GPU in at most 8 minutes, written to the folder OUT
+	$(PYTHON) benchmarks/gpu_report.py --out $(OUT)
 
 lint: .venv/lint
 	.venv/bin/ruff check .

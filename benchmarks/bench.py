@@ -290,7 +290,7 @@ def append_rows(path: Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
@@ -505,7 +505,8 @@ def run(parser, arguments) -> None:
     device = arguments.device or ("cuda" if arguments.rehearse or torch.cuda.is_available() else "cpu")
     out = arguments.out if comparing else arguments.out or RESULTS / f"{arguments.command}.csv"
     command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
-    function = {"startup": measure_startup, "compare": measure_checkouts}.get(arguments.command, measure)
+    special = {"startup": measure_startup, "compare": measure_checkouts}
+    function = special.get(arguments.command, measure)
     failures = []
     for case in choose_cases(parser, arguments, device):
         if arguments.quick:

@@ -309,24 +309,24 @@ def build(kind: str, sizes: Sizes, dtype: torch.dtype, device: str, dropout: flo
     """
     torch.manual_seed(0)
     fields = {**vars(sizes), "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
-    if kind == "ours, SDPA":
-        config = layers.BertConfig(**fields, sparse_prediction=True)
-        return layers.BertForMaskedLM._from_config(config, attn_implementation="sdpa").to(device, dtype)
-    if kind == "ours" or kind.startswith(CHECKOUT):
-        package = layers if kind == "ours" else load_checkout(Path(kind.removeprefix(CHECKOUT)))
-        model = package.BertForMaskedLM(package.BertConfig(**fields, sparse_prediction=True)).to(device, dtype)
-        if package is not layers:
-            model.load_state_dict(build("ours", sizes, dtype, device).state_dict())
-        return model
+    package = layers
+    if kind.startswith(CHECKOUT):
+        package = load_checkout(Path(kind.removeprefix(CHECKOUT)))
     if kind == "BERT":
-        config = transformers.BertConfig(**fields)
-        model_class = transformers.BertForMaskedLM
-    else:
+        config, model_class = transformers.BertConfig(**fields), transformers.BertForMaskedLM
+    elif kind == "ModernBERT":
         tiny = {**vars(sizes), **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}}
         positions = {"max_position_embeddings": sizes.max_position_embeddings}
         config = transformers.ModernBertConfig(**(tiny if sizes == TINY else positions))
         model_class = transformers.ModernBertForMaskedLM
-    return model_class._from_config(config, attn_implementation="sdpa").to(device, dtype)
+    else:
+        config, model_class = package.BertConfig(**fields, sparse_prediction=True), package.BertForMaskedLM
+    implementation = {"attn_implementation": "sdpa"} if kind in ("BERT", "ModernBERT", "ours, SDPA") else {}
+    with torch.device(device):  # drawing the weights of a model on a CPU takes longer than measuring it on a GPU
+        model = model_class._from_config(config, **implementation).to(dtype)
+    if package is not layers:
+        model.load_state_dict(build("ours", sizes, dtype, device).state_dict())
+    return model
 
 
 class Encoder:
