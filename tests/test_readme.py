@@ -1,25 +1,53 @@
-"""The README is true: its code runs, its table is the backend table, its commands exist."""
+"""The documentation is true: its code prints what it shows, its links and commands exist, its numbers are measured."""
 
+import csv
+import importlib
+import os
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
-import torch
+import pytest
 from conftest import ROOT
 
 from mosaicbert.bert_layers import ATTENTION_BACKENDS
 
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, flags=re.S | re.M)
 
 
-def test_code_blocks_run_in_order(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"^(?:> )?```python\n(.*?)^(?:> )?```", README, flags=re.S | re.M)
-    assert len(blocks) >= 5
-    names = {}
-    for block in blocks:
-        code = re.sub(r"^> ?", "", block, flags=re.M)
-        exec(compile(code, "README.md", "exec"), names)
-    assert names["embeddings"].shape[0] == 2 and torch.isfinite(names["loss"])
-    assert capsys.readouterr().out
+def commands(page):
+    """The shell commands of a page, one a line."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def test_every_python_block_shows_its_output():
+    assert len(BLOCKS) == README.count("```python") >= 5
+
+
+@pytest.fixture(scope="module")
+def runs():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def run(block):
+        command = [sys.executable, "-c", block[0]]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, BLOCKS))
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_prints_what_it_shows_in_a_fresh_process(number, runs):
+    assert runs[number].returncode == 0, runs[number].stderr
+    assert runs[number].stdout == BLOCKS[number][1]
+
+
+def test_the_readme_fits_in_10_kb():
+    assert len(README.encode()) <= 10_000
 
 
 def test_attention_table_is_the_backend_table():
@@ -38,8 +66,53 @@ def test_attention_table_is_the_backend_table():
     assert rows == expected
 
 
-def test_commands_and_files_that_the_readme_names_exist():
-    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.M)) | {"matrix"}
-    assert set(re.findall(r"\bmake (\w+)", README)) <= targets
-    files = set(re.findall(r"`((?:scripts|tests|benchmarks|examples|docs)/[\w./-]+)`", README))
-    assert files and all((ROOT / name).exists() for name in files), [n for n in files if not (ROOT / n).exists()]
+def test_speed_table_repeats_the_tables_of_performance():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    measured = re.findall(r"^\| ([CG][\w-]+) \|[^|]*\| BERT-base, SDPA \|(.*)\|$", page, flags=re.M)
+    medians = {case: re.findall(r"([\d.]+) \(", cells) for case, cells in measured}
+    rows = re.findall(r"^\| .*\(([CG][\w, -]+)\) \| (.*) \|$", README, flags=re.M)
+    assert len(rows) >= 4
+    for cases, cells in rows:
+        expected = [median for case in cases.split(", ") for median in medians[case]]
+        assert [cell for cell in cells.split(" | ") if cell != "–"] == expected, cases
+
+
+def test_loss_by_length_is_the_measured_one():
+    lengths, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\| (?:length|loss|top-1).*\|$", README, flags=re.M)
+    ]
+    with open(ROOT / "benchmarks" / "results" / "lengths.csv", encoding="utf-8") as file:
+        measured = {row["length"]: row for row in csv.DictReader(file)}
+    for name, row in zip(("loss", "top1"), rows):
+        expected = [float(measured[length.replace(",", "")][name]) for length in lengths[1:]]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(expected, abs=5.1e-4)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_images_and_commands_exist(page):
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (page.parent / link.split("#")[0]).exists(), link
+    for name in re.findall(r"`((?:scripts|tests|benchmarks|examples|docs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"(?:`|^)make (\w+)", text, flags=re.M)) <= targets
+
+
+def test_options_in_commands_exist():
+    found = 0
+    for page in PAGES:
+        for command in commands(page):
+            script, words = (re.findall(r"scripts/(\w+)\.py(.*)", command) or [(None, "")])[0]
+            if script and hasattr(importlib.import_module(script), "make_parser"):
+                known = importlib.import_module(script).make_parser()._option_string_actions
+                flags = re.findall(r"--\w+", words)
+                assert set(flags) <= {*known, "--fsdp"}, f"{page.name}: {command}"
+                found += len(flags)
+    assert found
