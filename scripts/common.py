@@ -60,6 +60,40 @@ def repository_class(name: str):
     return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
 
 
+def foreign_config(fields: dict):
+    """Make a `BertConfig` of fields that come from elsewhere.
+
+    Raises:
+        ValueError: a value is none that its field can have.
+    """
+    try:
+        return repository_class("BertConfig")(**fields)
+    except Exception as error:  # any type of value may stand there
+        raise ValueError(f"config.json: {one_line(error)}") from error
+
+
+def empty_model(name: str, config):
+    """Build a model whose weights have shapes but take no memory: a config may ask for more than there is.
+
+    Args:
+        name: of the model class.
+        config: as `foreign_config` returns it.
+
+    Returns:
+        The model in eval mode, on the meta device.
+
+    Raises:
+        ValueError: the config describes no such model.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return repository_class(name)(config).eval()
+    except Exception as error:  # any type of value may stand in the config
+        raise ValueError(f"config.json describes no {name}, {one_line(error)}") from error
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object.
 
@@ -112,8 +146,8 @@ def find_checkpoint(
         ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
     """
     folder = Path(source)
-    if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
+    if not source or not folder.is_dir():
+        if not source or source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
             raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
         from huggingface_hub import snapshot_download
 

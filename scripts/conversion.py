@@ -10,14 +10,15 @@ from typing import Optional
 import numpy
 import torch
 import transformers
-from cli import one_line
 from common import (
     TOKENIZER_FILES,
     check_layers,
     check_weights,
     copy_tokenizer,
+    empty_model,
     file_inside,
     find_checkpoint,
+    foreign_config,
     load_tokenizer,
     load_weights,
     read_json,
@@ -197,8 +198,7 @@ def model_config(config: dict, weights: Weights):
     Raises:
         ValueError: a value is none that the field can have, or there are fewer layers than the config says.
     """
-    config_class = repository_class("BertConfig")
-    known = {*inspect.signature(config_class.__init__).parameters, *LABEL_FIELDS}
+    known = {*inspect.signature(repository_class("BertConfig").__init__).parameters, *LABEL_FIELDS}
     known -= {"self", "kwargs", "max_position_embeddings"}
     fields = {name: value for name, value in config.items() if name in known}
     if "classifier.weight" in weights and not fields.get("id2label"):
@@ -206,10 +206,7 @@ def model_config(config: dict, weights: Weights):
     # Older code lost the tie on loading, and trained the two apart.
     apart = DECODER in weights and not torch.equal(weights[DECODER], weights.get(EMBEDDING, weights[DECODER]))
     fields["tie_word_embeddings"] = not apart
-    try:
-        made = config_class(**fields)
-    except Exception as error:  # any type of value may stand in a foreign config
-        raise ValueError(f"config.json: {one_line(error)}") from error
+    made = foreign_config(fields)
     check_layers(weights, made.num_hidden_layers, "bert.encoder.layer.")
     return made
 
@@ -232,12 +229,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
     if DECODER in weights:
         weights.setdefault(EMBEDDING, weights[DECODER])
     config = model_config(checkpoint.config, weights)
-    try:
-        with torch.device("meta"):  # sizes alone: a config may ask for more memory than there is
-            model = repository_class(architecture)(config).eval()
-    except Exception as error:  # the config's values fit no model
-        raise ValueError(f"config.json describes no {architecture}, {one_line(error)}") from error
-
+    model = empty_model(architecture, config)
     expected = model.state_dict()
     if architecture == "BertModel":
         expected = {f"bert.{name}": tensor for name, tensor in expected.items()}
@@ -288,6 +280,8 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
         for name, content in checkpoint.tokenizer_files.items():
             write_tokenizer_file(target / name, content.encode("utf-8"))
     if not any((target / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        if tokenizer:
+            raise ValueError(f"tokenizer: expected tokenizer.json, vocab.txt or vocab.json in {folder}")
         return None
     write_json(target / "config.json", {"model_type": "bert"})  # for tokenizers that do not name their class
     return load_tokenizer(target, argument)
@@ -313,7 +307,7 @@ def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tupl
         int64 [B, S] ids and int64 [B, S] mask.
 
     Raises:
-        ValueError: there are texts, but no tokenizer to read them with.
+        ValueError: the files hold no text, or there is no tokenizer to read them with.
     """
     if not texts:
         lengths = torch.tensor([64, 23, 1])
@@ -322,6 +316,8 @@ def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tupl
     if tokenizer is None:
         raise ValueError("data: needs a tokenizer; pass --tokenizer")
     rows = [text[:2000] for text, _ in zip(read_texts(texts), range(16))]
+    if not rows:
+        raise ValueError(f"data: there is no text in {', '.join(texts)}")
     batch = tokenizer(rows, truncation=True, max_length=128, padding=True, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 

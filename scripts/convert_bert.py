@@ -21,7 +21,7 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 
 from pathlib import Path
 
-from cli import Parser, positive_integer, run
+from cli import Parser, not_negative, positive_integer, run
 from common import find_checkpoint, write_card
 from records import find_files
 from staging import staged_folder
@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--max_length", type=positive_integer, default=128, help="tokens in a window of text")
     parser.add_argument("--tokens", type=positive_integer, default=25_000, help="tokens to fit and report on")
-    parser.add_argument("--ridge", type=float, default=1e-6, help="shortens v; 0 is exact, but v may be long")
+    parser.add_argument("--ridge", type=not_negative, default=1e-6, help="shortens v; 0 is exact, but v may be long")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")

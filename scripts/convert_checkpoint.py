@@ -12,10 +12,19 @@ No code of the source runs, and nothing in TARGET refers to code outside of it.
     convert_checkpoint.py ./my-bert my-padded-bert --pad_vocab 64
 """
 
+import argparse
+import re
 from pathlib import Path
 
 from cli import Parser, positive_integer, run
 from staging import staged_folder
+
+
+def size(text: str) -> str:
+    """Type of an option that takes a size of files, such as `5GB`."""
+    if not re.fullmatch(r"[0-9]+[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB, got {text!r}")
+    return text
 
 
 def main() -> None:
@@ -29,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--pad_vocab", type=positive_integer, metavar="N", help="pad the vocabulary to a multiple of N, such as 64"
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weight file")
+    parser.add_argument("--max_shard_size", type=size, default="5GB", metavar="SIZE", help="largest weight file")
     parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
     parser.add_argument("--verify", action="store_true", help="compare outputs before and after")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="verify on this text instead of random tokens")

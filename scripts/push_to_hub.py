@@ -116,16 +116,16 @@ def card_images(folder: Path) -> set[str]:
     return images
 
 
-def connect(token: Optional[str]):
-    """A client of the Hub that is logged in.
+def connect(token: Optional[str], anonymous: bool = False):
+    """A client of the Hub, logged in where a token is given or stored.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: there is no token, and the client may not be anonymous.
     """
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
-    if not token:
+    if not token and not anonymous:
         raise ValueError("not logged in to the Hub; run `hf auth login` or set HF_TOKEN")
     return HfApi(token=token)
 
@@ -203,7 +203,7 @@ def push(
     files = files_to_push(folder)
     for name in files:
         print(f"add     {(folder / name).stat().st_size:>14,} bytes  {name}")
-    api = connect(token)
+    api = connect(token, anonymous=dry_run)
     try:
         if not dry_run:
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -10,11 +10,12 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from cli import one_line
 from common import (
     check_layers,
     copy_tokenizer,
+    empty_model,
     file_inside,
+    foreign_config,
     load_tokenizer,
     load_weights,
     read_json,
@@ -28,6 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 Weights = dict[str, torch.Tensor]
+
+SHORTEST = 8  # tokens of a window: with fewer, [CLS] and [SEP] are most of what the blocks are fitted on
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,18 @@ def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
     Returns:
         float32 [E]. Solved in float64.
 
+    Raises:
+        ValueError: without a ridge there is no single solution.
+
     Source: ours.
     """
     inputs = inputs.double()
     gram = inputs.T @ inputs
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, inputs.sum(dim=0)).float()
+    try:
+        return torch.linalg.solve(gram, inputs.sum(dim=0)).float()
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"ridge: {ridge} leaves no single solution on {len(inputs)} tokens of text") from error
 
 
 def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
@@ -327,8 +336,10 @@ def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> l
         Token ids of each window, special tokens included.
 
     Raises:
-        ValueError: the files hold too little text.
+        ValueError: the files hold too little text, or `length` leaves no room for any.
     """
+    if length < SHORTEST:
+        raise ValueError(f"max_length: expected at least {SHORTEST} tokens, got {length}")
     windows = []
     for path in tqdm(paths, desc="text", unit="file"):
         quota = num_tokens / len(paths)
@@ -432,11 +443,9 @@ def convert(
         )
     vocab_size = -(-config["vocab_size"] // multiple) * multiple
     num_types = len(weights["embeddings.token_type_embeddings.weight"])
-    fields = convert_config(config, len(layers), vocab_size, num_types)
-    try:
-        model = repository_class("BertForMaskedLM")(repository_class("BertConfig")(**fields)).eval()
-    except Exception as error:  # any type of value may stand in a foreign config
-        raise ValueError(f"config.json describes no BERT, {one_line(error)}") from error
+    new_config = foreign_config(convert_config(config, len(layers), vocab_size, num_types))
+    empty_model("BertForMaskedLM", new_config)
+    model = repository_class("BertForMaskedLM")(new_config).eval()
 
     if "cls.predictions.transform.dense.weight" in weights:
         head = convert_head(weights)

@@ -124,9 +124,23 @@ def test_the_oldest_transformers_is_the_one_of_setup_cfg():
     assert f"transformers>={cli.OLDEST_TRANSFORMERS}," in settings["options"]["install_requires"]
 
 
-def test_the_command_line_imports_nothing_heavy():
-    program = "import sys, cli; print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules))"
+SCRIPTS = [
+    path.name for path in (ROOT / "scripts").glob("*.py") if re.search(r"run\(main[,)]", path.read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_waits_for_no_heavy_import(script):
+    program = f"""
+import runpy, sys
+sys.argv = [{script!r}, "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+finally:
+    print("heavy:", sorted({{"torch", "transformers", "datasets", "numpy"}} & set(sys.modules)))
+"""
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
     )
-    assert result.stdout == "set()\n"
+    assert "--traceback" in result.stdout
+    assert result.stdout.endswith("heavy: []\n")

@@ -306,6 +306,34 @@ def test_users_20_resizing_pads_with_dead_slots_and_revives_them(dtype):
     assert model.resize_token_embeddings() is model.get_input_embeddings()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_shard_size", "abc"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got 'abc'"),
+        (("--pad_vocab", 0), "argument --pad_vocab: expected a positive integer, got '0'"),
+        (("--tokenizer", "EMPTY"), "tokenizer: expected tokenizer.json, vocab.txt or vocab.json in "),
+        (("--data", "EMPTY/no.txt"), "data: no file matches"),
+        (("--config", "EMPTY/no.json"), "No such file or directory"),
+        (("--revision", "main"), "revision: only a Hub id has revisions"),
+    ],
+)
+def test_a_mistake_on_the_command_line_of_convert_checkpoint_is_named(tmp_path, run_script, capsys, options, message):
+    write_complete_repository(tmp_path / "old")
+    (tmp_path / "empty").mkdir()
+    options = [str(option).replace("EMPTY", str(tmp_path / "empty")) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        run_script(convert_checkpoint, tmp_path / "old", tmp_path / "new", *options)
+    assert message in (capsys.readouterr().err if stop.value.code == 2 else stop.value.code)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_text_is_named(tmp_path):
+    write_complete_repository(tmp_path / "old")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="data: there is no text in .*empty.txt"):
+        conversion.convert(str(tmp_path / "old"), tmp_path / "new", check=True, texts=[str(tmp_path / "empty.txt")])
+
+
 # Composer
 
 

@@ -368,7 +368,7 @@ def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
     write_complete_repository(folder)
     program = push_program(folder, "tester/new", "--dry_run")
     with HubServer() as hub:
-        output = client(hub, tmp_path / "home", program)
+        output = client(hub, tmp_path / "nobody", program, token=None)
         assert hub.repositories == {}
         client(hub, tmp_path / "home", push_program(folder, "tester/new"))
         (folder / "vocab.txt").unlink()

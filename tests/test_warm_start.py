@@ -145,6 +145,29 @@ def test_convert_bert_refuses_what_it_cannot_convert(tmp_path, text, change, mes
         warm_start.convert(tmp_path / "bert", tmp_path / "new", [text])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ridge", "nan"), "argument --ridge: expected a number of at least 0, got 'nan'"),
+        (("--max_length", 7), "max_length: expected at least 8 tokens, got 7"),
+        (("--tokens", 30), "data: expected at least 5 windows of text to fit on, got 2"),
+        (("--license", "a|b"), "license: expected an identifier such as apache-2.0, got 'a|b'"),
+        (("--pad-vocab", 8), "there is no option --pad-vocab; did you mean --pad_vocab?"),
+    ],
+)
+def test_a_mistake_on_the_command_line_of_convert_bert_is_named(tmp_path, text, run_script, capsys, options, message):
+    stock_bert(tmp_path / "bert")
+    with pytest.raises(SystemExit) as stop:
+        run_script(convert_bert, tmp_path / "bert", tmp_path / "new", "--data", text, *options)
+    assert message in (capsys.readouterr().err if stop.value.code == 2 else stop.value.code)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_fit_without_a_single_solution_says_that_the_ridge_is_too_small():
+    with pytest.raises(ValueError, match="ridge: 0 leaves no single solution on 3 tokens of text"):
+        warm_start.fit_constant(torch.zeros(3, 4), ridge=0)
+
+
 def test_convert_bert_names_a_layer_that_is_not_there(tmp_path, text):
     stock_bert(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"layers: expected numbers from 0 to 2, got \[3\]"):
