@@ -1,7 +1,7 @@
 # Every command builds what it needs; on a fresh machine start with `make demo` or `make test`.
 PYTHON ?= python3
-PIP = pip install --quiet --disable-pip-version-check --constraint constraints.txt
-RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0
+PIP = pip install --disable-pip-version-check --constraint constraints.txt
+RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
 MATRIX_TESTS = tests/test_loading.py tests/test_save_formats.py tests/test_reference.py tests/test_padding.py \
 	tests/test_heads.py tests/test_errors.py tests/test_model.py tests/test_trainer.py \
@@ -56,7 +56,7 @@ matrix-%: .venv-%/ready
 .venv-%/ready: constraints.txt
 	$(PYTHON) -m venv .venv-$*
 	grep -vE "^(transformers|peft|sentence-transformers|datasets)==" constraints.txt > .venv-$*/constraints.txt
-	.venv-$*/bin/pip install --quiet --disable-pip-version-check --constraint .venv-$*/constraints.txt \
+	.venv-$*/bin/pip install --disable-pip-version-check --constraint .venv-$*/constraints.txt \
 		setuptools torch transformers==$* accelerate einops pytest
 	touch $@
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 from repositories import write_repository
 
 import mosaicbert
-from mosaicbert.bert_layers import AUTO_CLASSES
+from mosaicbert.configuration_bert import AUTO_MAP
 
 SCRIPT = """
 import json, sys
@@ -38,4 +38,4 @@ def test_pip_installs_the_classes_and_the_version(tmp_path):
 
 
 def test_every_model_class_is_exported():
-    assert {model.__name__ for model in AUTO_CLASSES.values()} <= set(mosaicbert.__all__)
+    assert {reference.split(".")[-1] for reference in AUTO_MAP.values()} <= set(mosaicbert.__all__)
