@@ -16,6 +16,7 @@ import numpy as np
 import packing
 import pretrain_mlm
 import pretraining
+import push_to_hub
 import pytest
 import recipe
 import runs
@@ -111,6 +112,7 @@ def test_flops_are_those_that_torch_counts(tokenizer):
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
     run(command_line(corpus, tokenizer, tmp_path, validation_data=corpus, save_dtype="bfloat16"))
     assert "8 steps, " in (tmp_path / "README.md").read_text()
+    assert "model.safetensors" in push_to_hub.files_to_push(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     history = json.loads((tmp_path / "log_history.json").read_text())
