@@ -535,6 +535,13 @@ def test_a_folder_that_is_incomplete_or_leads_elsewhere_is_not_pushed(tmp_path, 
         push_to_hub.files_to_push(broken_folder(tmp_path, change))
 
 
+def test_this_repository_can_be_pushed():
+    """Its card's images go along, its tests and scripts do not."""
+    files = push_to_hub.files_to_push(ROOT)
+    assert {"model.safetensors", "README.md", *CODE} <= set(files)
+    assert not [name for name in files if name.startswith(("tests/", "scripts/")) or name.endswith(".csv")]
+
+
 def test_a_snapshot_of_the_hub_can_be_pushed(tmp_path):
     """Its files are symbolic links to the cache's blobs."""
     write_complete_repository(tmp_path / "model")
