@@ -12,6 +12,7 @@ The hub: backend table, modules in execution order, models and heads. It imports
     bert_loss.py            losses of the heads
     bert_compat.py          loading, tying and saving across releases of transformers
     flash_attn_triton.py    attention kernels in Triton
+    launch_triton.py        how Triton kernels start, and where they can
 
 Letters: B batch, S padded length, T real tokens, N sequences, H heads, D head size, E = H * D hidden size,
 F intermediate size, V vocabulary, M labelled tokens, C choices. Where padding is kept (see `PackedBatch`), packed
@@ -45,7 +46,8 @@ from .bert_padding import PackedBatch, check_ids, check_shape, pack_batch
 from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, BertConfig
 
 try:
-    from .flash_attn_triton import triton_attention, triton_declines
+    from .flash_attn_triton import triton_attention
+    from .launch_triton import triton_declines
 except ImportError:
     triton_attention = triton_declines = None
 

@@ -1,11 +1,11 @@
 """Packed, bidirectional ALiBi attention in Triton: forward, backward, dropout, and no work on what weighs nothing.
 
-Sequences lie one after another in T tokens; `cu_seqlens` says where each starts. Nothing of size S x S is stored, and
+Sequences lie one after another in T tokens; `cu_seqlens` says where each starts. No tensor of size S x S is stored and
 no padding is computed. Three kernels walk over tiles: the forward pass and the query gradient own a tile of queries
-and walk over keys, the key and value gradient owns a tile of keys and walks over queries. Each output tile is written
-by one program, in a fixed order of additions, so that every run gives the same bits. That is the reason for two
-backward kernels: they multiply seven matrices a tile where one kernel with atomic additions would multiply five, but
-they need neither atomics nor a float32 buffer for the query gradient.
+and walk over keys, the key and value gradient owns a tile of keys and walks over queries. One program writes each
+output tile, with a fixed order of additions, so every run gives the same bits. This is why backward has two kernels:
+they multiply seven matrices a tile where one kernel with atomic additions would multiply five, but they need neither
+atomics nor a float32 buffer for the query gradient.
 
 **The bias** slope * |i - j| costs one addition a score. In a tile on one side of the diagonal it splits into a part of
 the row and a part of the column; only tiles on the diagonal need the absolute value.
@@ -17,7 +17,7 @@ beyond distance r, as a share of the row:
 
 - 2 * exp(C + low - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
   occurs at most twice, and the row weighs at least exp(-low).
-- 2 * exp(2 * C - slope * r). No product is below -C, and as a key r tokens nearer is at least r places nearer, the
+- 2 * exp(2 * C - slope * r). No product is below -C, and as a key r tokens nearer is at least r positions nearer, the
   keys beyond r are at most the share exp(-slope * r) of those on their side of the query, which are all in the row.
   (Not where keys are masked: the nearer key may be one.)
 
@@ -25,21 +25,21 @@ The smaller counts. It is 2^-24, half a unit in the last place of a float32 sum,
 r = min(C + low + 24 ln 2 + ln(2 / (1 - exp(-slope))), 2 * C + 25 ln 2) / slope.
 Distances are symmetric and each key meets each distance at most twice as well, so the same r bounds what a key
 gathers in backward. Where a mask has holes, distances in positions are at least distances in token numbers, and r stays
-valid when it is counted in tokens. C and low come from one pass over the queries and keys.
+valid when it is counted in tokens. C and low come from one pass over the queries and keys, which short sequences do
+without (see `LONGEST_UNSKIPPED`).
 
-**Tile sizes** are tuned at first use: up to six a kernel are compiled and timed for a head size and a dtype, and timed
-again in each of four ranges of lengths.
-
-Letters: B batch, S padded length, T tokens, N sequences, H heads, D head size.
+Letters: B batch, S padded length, T tokens, N sequences, H heads, D head size. In the kernels, OWN and OTHER are the
+rows of the tile that a program owns and of those that it walks over, and BLOCK_DIM is D rounded up to a power of two.
 """
 
 import bisect
-import functools
-import logging
 import re
 from typing import Optional
 
 import torch
+from torch.autograd.function import once_differentiable
+
+from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, triton_declines
 
 try:
     import triton
@@ -47,13 +47,15 @@ try:
 except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
     raise
 
-logger = logging.getLogger(__name__)
-
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Rows of the tiles in which `_measure_kernel` reads queries and keys.
-MEASURE_ROWS = 64
+# Where no sequence is longer, nothing is measured or skipped. On an H100 (D = 64, 12 heads) measuring takes 1.7 ns a
+# token and the forward pass 6.1 at length 512, of which skipping saves a sixth; at 1,024 it saves a third of 11.
+LONGEST_UNSKIPPED = 512
+# Tokens that one program of `_measure_kernel` reads.
+MEASURED_TOKENS = 256
+_MEASURING = Tile(MEASURED_TOKENS, 64, 4, 1)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # ln(2^24): shares under 2^-24 vanish in a float32 sum.
@@ -89,18 +91,60 @@ def _locate(cu_seqlens, num_sequences, program, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _radius(peaks, slope, scale, SKIP: tl.constexpr, MASKED: tl.constexpr):
-    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; the proof stands at the top."""
-    if SKIP:
-        bound = tl.abs(scale) * tl.sqrt(tl.load(peaks)) * tl.sqrt(tl.load(peaks + 1))
-        spread = bound + tl.minimum(tl.load(peaks + 2), bound) + tl.log(2.0 / (1.0 - tl.exp(-slope)))
-        if not MASKED:
-            spread = tl.minimum(spread, 2.0 * bound + LN2)
-        radius = (spread + VANISHING) / slope
-        # Infinity and NaN (slope 0, values that are not finite) fail the comparison and skip nothing.
-        return tl.where(radius < EVERYTHING, radius, EVERYTHING).to(tl.int32)
-    else:
-        return EVERYTHING
+def _flattest_head(place, num_heads, POWER: tl.constexpr):
+    """The head that comes at a place when the heads of `alibi_slopes` are sorted by slope, the flattest first.
+
+    The flattest head's programs work longest and must not start last. Other slopes than those of `alibi_slopes` are
+    served in this order as well, which costs time at most.
+
+    Args:
+        place: int32, from 0.
+        num_heads: H.
+        POWER: the largest power of two up to H; head POWER + n lies between heads n - 1 and n.
+    """
+    between = place - (2 * POWER - num_heads)
+    pair = num_heads - POWER - 1 - between // 2
+    head = tl.where(between % 2 == 0, pair, POWER + pair)
+    return tl.where(between < 0, POWER - 1 - place, head)
+
+
+@triton.jit
+def _peaks(peaks, sequence, start, length, head, ROWS: tl.constexpr):
+    """The largest of each of the three numbers that `_measure_kernel` found in the tiles of a sequence."""
+    num_heads = tl.num_programs(1)
+    count = (length + ROWS - 1) // ROWS
+    peaks += ((start // ROWS + sequence) * num_heads + head) * 3
+    query_peak = 0.0
+    key_peak = 0.0
+    low = 0.0
+    for first in range(0, count, 64):
+        tiles = first + tl.arange(0, 64)
+        at = peaks + tiles * num_heads * 3
+        query_peak = tl.maximum(query_peak, tl.max(tl.load(at, mask=tiles < count, other=0.0), axis=0))
+        key_peak = tl.maximum(key_peak, tl.max(tl.load(at + 1, mask=tiles < count, other=0.0), axis=0))
+        low = tl.maximum(low, tl.max(tl.load(at + 2, mask=tiles < count, other=0.0), axis=0))
+    return query_peak, key_peak, low
+
+
+@triton.jit
+def _radius(query_peak, key_peak, low, slope, scale, MASKED: tl.constexpr):
+    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; the proof stands at the top.
+
+    Args:
+        query_peak: largest |q|^2 of the sequence and head.
+        key_peak: largest |k|^2.
+        low: largest -scale * q_i.k_i, at least 0.
+        slope: of the head.
+        scale: factor of the scores.
+        MASKED: whether some keys are padding.
+    """
+    bound = tl.abs(scale) * tl.sqrt(query_peak) * tl.sqrt(key_peak)
+    spread = bound + tl.minimum(low, bound) + tl.log(2.0 / (1.0 - tl.exp(-slope)))
+    if not MASKED:
+        spread = tl.minimum(spread, 2.0 * bound + LN2)
+    radius = (spread + VANISHING) / slope
+    # Infinity and NaN (slope 0, values that are not finite) fail the comparison and skip nothing.
+    return tl.where(radius < EVERYTHING, radius, EVERYTHING).to(tl.int32)
 
 
 @triton.jit
@@ -121,10 +165,56 @@ def _window(first, length, radius, OWN: tl.constexpr, OTHER: tl.constexpr):
 
 
 @triton.jit
-def _far_tile(step, begin, diagonal, leave, OTHER: tl.constexpr):
-    """First row of the step-th tile that does not meet the diagonal: those before it, then those after it."""
-    before = (diagonal - begin) // OTHER
-    return tl.where(step < before, begin + step * OTHER, leave + (step - before) * OTHER)
+def _start(
+    cu_seqlens,
+    slopes,
+    peaks,
+    key_mask,
+    scale,
+    num_sequences,
+    POWER: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    MEASURED: tl.constexpr,
+):
+    """What a program of an attention kernel owns, and how far it walks.
+
+    Returns:
+        The head (int64) and its slope in base 2; the number that tells sequences and heads apart; first token and
+        length of the sequence; first row of the tile (see `_locate`); then what `_window` returns.
+    """
+    num_heads = tl.num_programs(1)
+    head = _flattest_head(tl.program_id(1), num_heads, POWER)
+    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), OWN)
+    slope = tl.load(slopes + head)
+    if peaks is None:
+        radius = EVERYTHING
+    else:
+        query_peak, key_peak, low = _peaks(peaks, sequence, start, length, head, MEASURED)
+        radius = _radius(query_peak, key_peak, low, slope, scale, key_mask is not None)
+    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
+    stream = sequence * num_heads + head
+    return head.to(tl.int64), slope * LOG2E, stream, start, length, first, begin, diagonal, leave, stop
+
+
+@triton.jit
+def _steps(begin, diagonal, leave, stop, OTHER: tl.constexpr, IS_FAR: tl.constexpr):
+    """How many tiles of the other side a walk visits, off the diagonal (IS_FAR) or on it."""
+    if IS_FAR:
+        return (diagonal - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
+    else:
+        return (leave - diagonal) // OTHER
+
+
+@triton.jit
+def _visit(step, first, begin, diagonal, leave, OTHER: tl.constexpr, IS_FAR: tl.constexpr):
+    """First row of the tile that a walk visits at a step, and its row next to the diagonal (on it, any row nearby)."""
+    if IS_FAR:
+        before = (diagonal - begin) // OTHER
+        other = tl.where(step < before, begin + step * OTHER, leave + (step - before) * OTHER)
+        return other, tl.where(other < first, other + OTHER - 1, other)
+    else:
+        return diagonal + step * OTHER, first
 
 
 @triton.jit
@@ -134,9 +224,9 @@ def _read(base, stride, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.c
     Rows beyond the sequence repeat its last one and must get no weight; a mask would cost registers. Offsets have 64
     bits: T * 3 * H * D may pass 2^31.
     """
-    rows = tl.minimum(first + tl.arange(0, ROWS), length - 1).to(tl.int64) * stride
+    rows = tl.minimum(first + tl.arange(0, ROWS), length - 1).to(tl.int64) * stride  # [ROWS]
     channels = tl.arange(0, BLOCK_DIM)
-    pointers = base + start.to(tl.int64) * stride + rows[:, None] + channels[None, :]
+    pointers = base + start.to(tl.int64) * stride + rows[:, None] + channels[None, :]  # [ROWS, BLOCK_DIM]
     if HEAD_DIM == BLOCK_DIM:
         return tl.load(pointers)
     else:
@@ -151,53 +241,76 @@ def _write(
     rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_DIM)
     pointers = base + start.to(tl.int64) * stride + rows.to(tl.int64)[:, None] * stride + channels[None, :]
-    exists = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]
+    exists = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _places(positions, start, rows, valid, HOLES: tl.constexpr):
+def _positions(positions, start, rows, exists):
     """Column of each token in its padded row: read where the mask has holes, else the token's number."""
-    if HOLES:
-        return tl.load(positions + start + rows, mask=valid, other=0).to(tl.int32)
-    else:
+    if positions is None:
         return rows
+    else:
+        return tl.load(positions + start + rows, mask=exists, other=0).to(tl.int32)
 
 
 @triton.jit
-def _keys_valid(key_mask, start, rows, length, MASKED: tl.constexpr):
+def _keys_valid(key_mask, start, rows, length):
     """Which keys exist and are no padding."""
     valid = rows < length
-    if MASKED:
+    if key_mask is not None:
         valid = valid & (tl.load(key_mask + start + rows, mask=valid, other=0) != 0)
     return valid
 
 
 @triton.jit
-def _add_bias(scores, factor, slope, own, other, nearest, is_before, extra, IS_FAR: tl.constexpr):
-    """Scores with their bias, which splits into a part of the row and a part of the column off the diagonal.
+def _scores(
+    own_tile,
+    other_tile,
+    own_positions,
+    positions,
+    start,
+    length,
+    first,
+    other,
+    near,
+    factor,
+    slope,
+    extra,
+    OTHER: tl.constexpr,
+    IS_FAR: tl.constexpr,
+):
+    """Scaled products of two tiles with their bias, in base 2.
 
-    Distances are counted from `nearest`, the place of the other tile next to the diagonal, so that both parts have one
-    sign and nothing cancels.
+    Off the diagonal the bias splits into a part of the row and a part of the column. Distances are counted from `near`,
+    the other tile's row next to the diagonal, so that both parts have one sign and nothing cancels.
 
     Args:
-        scores: float32 [OWN, OTHER], products of queries and keys.
-        factor: multiplies them.
-        slope: float32 scalar.
-        own: int32 [OWN], places.
-        other: int32 [OTHER], places.
-        nearest: int32 scalar, a place; on the diagonal any place nearby.
-        is_before: whether the other tile comes first; without meaning on the diagonal.
+        own_tile: [OWN, BLOCK_DIM], queries or keys.
+        other_tile: [OTHER, BLOCK_DIM], keys or queries.
+        own_positions: int32 [OWN].
+        positions: see `_positions`.
+        start: first token of the sequence.
+        length: tokens of the sequence.
+        first: first row of the own tile.
+        other: first row of the other tile.
+        near: see `_visit`.
+        factor: multiplies the products.
+        slope: of the head, in base 2.
         extra: float32 [OTHER], added to each row.
-        IS_FAR: whether the tile lies off the diagonal.
+        OTHER: rows of the other tile.
+        IS_FAR: whether the other tile lies off the diagonal.
 
     Returns:
-        float32 [OWN, OTHER] without the row's part, and that part, float32 [OWN].
+        float32 [OWN, OTHER] without the row's part of the bias, and that part, float32 [OWN].
     """
-    row = (own - nearest).to(tl.float32)
-    column = (other - nearest).to(tl.float32)
+    scores = tl.dot(own_tile, tl.trans(other_tile), input_precision="ieee")  # [OWN, OTHER]
+    others = other + tl.arange(0, OTHER)
+    nearest = _positions(positions, start, near, True)
+    row = (own_positions - nearest).to(tl.float32)  # [OWN]
+    column = (_positions(positions, start, others, others < length) - nearest).to(tl.float32)  # [OTHER]
     if IS_FAR:
-        side = tl.where(is_before, slope, -slope)
+        side = tl.where(other < first, slope, -slope)
         return scores * factor + (extra + column * side)[None, :], row * -side
     else:
         return scores * factor + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
@@ -212,568 +325,398 @@ def _keep(seed, stream, queries, keys, dropout_p):
     weight costs about as much as moving four neighbouring draws to the threads that need them.
     """
     zero = (queries + keys) * 0
-    draws, _, _, _ = tl.philox(seed, zero + keys, zero + queries, zero + stream, zero, 7)
+    draws, _, _, _ = tl.philox(tl.load(seed), zero + keys, zero + queries, zero + stream, zero, 7)
     return tl.uint_to_uniform_float(draws) >= dropout_p
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def _measure_kernel(
-    query,
-    key,
-    cu_seqlens,
-    slopes,
+    qkv,
     peaks,
-    order,
+    cu_seqlens,
+    stride,
+    part_stride,
+    head_stride,
     scale,
     num_sequences,
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Largest |q|^2, |k|^2 and -scale * q_i.k_i of each sequence and head, and the heads by their slopes.
+    """Largest |q|^2, |k|^2 and -scale * q_i.k_i (at least 0) of a tile of ROWS tokens, read STEP at a time.
 
-    `peaks` is float32 [N, H, 3], zero on entry. `order` is int32 [H]: the flattest head, whose programs work longest,
-    comes first, so that no long program starts last.
+    Writes `peaks` float32 [T // ROWS + N, H, 3], except for tiles without tokens.
     """
     head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    if tl.program_id(0) == 0:
-        heads = tl.arange(0, HEADS)
-        own = tl.load(slopes + head)
-        others = tl.load(slopes + heads, mask=heads < num_heads, other=float("inf"))
-        is_earlier = (others < own) | ((others == own) & (heads < head))
-        tl.store(order + tl.sum(is_earlier.to(tl.int32), axis=0), head)
-    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), ROWS)
-    if first < length:
-        at_query = query + head.to(tl.int64) * query_head_stride
-        at_key = key + head.to(tl.int64) * key_head_stride
-        q = _read(at_query, query_stride, start, first, length, ROWS, HEAD_DIM, BLOCK_DIM)
-        k = _read(at_key, key_stride, start, first, length, ROWS, HEAD_DIM, BLOCK_DIM)
-        q = q.to(tl.float32)
-        k = k.to(tl.float32)
-        peak = peaks + (sequence * num_heads + head) * 3
-        for which in tl.static_range(3):
-            if which == 0:
-                value = tl.sum(q * q, axis=1)
-            elif which == 1:
-                value = tl.sum(k * k, axis=1)
-            else:
-                value = tl.maximum(tl.sum(q * k, axis=1) * -scale, 0.0)
-            # A maximum would drop NaN, and with it the news that nothing is bounded.
-            value = tl.where(value == value, value, float("inf"))
-            tl.atomic_max(peak + which, tl.max(value, axis=0))
+    _, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), ROWS)
+    if first >= length:
+        return
+    query = qkv + head.to(tl.int64) * head_stride
+    key = query + part_stride
+    query_peak = tl.zeros((STEP,), tl.float32)
+    key_peak = tl.zeros((STEP,), tl.float32)
+    low = tl.zeros((STEP,), tl.float32)
+    for step in range(0, ROWS, STEP):
+        q = _read(query, stride, start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
+        k = _read(key, stride, start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
+        query_peak = tl.maximum(query_peak, _or_infinity(tl.sum(q * q, axis=1)))
+        key_peak = tl.maximum(key_peak, _or_infinity(tl.sum(k * k, axis=1)))
+        low = tl.maximum(low, _or_infinity(tl.sum(q * k, axis=1) * -scale))
+    peaks += (tl.program_id(0) * tl.num_programs(1) + head) * 3
+    tl.store(peaks, tl.max(query_peak, axis=0))
+    tl.store(peaks + 1, tl.max(key_peak, axis=0))
+    tl.store(peaks + 2, tl.max(low, axis=0))
 
 
-def is_worth_trying(config, dtype: torch.dtype, has_dropout: bool) -> bool:
-    """Whether a tile size may be the fastest for a dtype, with or without dropout."""
-    own, other = config.kwargs["OWN"], config.kwargs["OTHER"]
-    scores = own * other // (32 * config.num_warps)  # a thread
-    if dtype == torch.float32:
-        # Multiplied in registers: beyond four scores a thread it spills, and compiles for minutes.
-        return scores <= 4
-    if has_dropout:
-        # Its draws take registers too; these are the sizes that do not spill on sm_90 at D = 64.
-        return 16 <= scores <= 32 and own <= 16 * config.num_warps
-    return min(own, other) >= 32 and scores >= 8
+@triton.jit
+def _or_infinity(values):
+    """Infinity in place of NaN: a maximum would drop NaN, and with it the news that nothing is bounded."""
+    return tl.where(values == values, values, float("inf"))
 
 
-def _fitting(configs, named_args, **constants):
-    """The tile sizes to try: those worth it whose tiles fit into the card's shared memory."""
-    query = named_args["query"]
-    properties = triton.runtime.driver.active.utils.get_device_properties(query.device.index)
-
-    def fits(config):
-        # Two owned tiles, and two of the other side for each stage of the pipeline.
-        rows = 2 * (config.kwargs["OWN"] + config.kwargs["OTHER"] * config.num_stages)
-        needed = rows * constants["BLOCK_DIM"] * query.element_size()
-        worth_trying = is_worth_trying(config, query.dtype, constants["DROPOUT"])
-        return needed <= properties["max_shared_mem"] and worth_trying
-
-    return [config for config in configs if fits(config)] or configs[:1]
-
-
-def _tuned(sizes):
-    """Autotune a kernel over (OWN, OTHER, warps, stages); the first is also what runs untuned."""
-    configs = [
-        triton.Config({"OWN": own, "OTHER": other}, num_warps=warps, num_stages=stages)
-        for own, other, warps, stages in sizes
-    ]
-
-    def decorate(kernel):
-        # What `triton.autotune` makes, but for `do_bench`: left out, Triton 3.2 and 3.3 ask for a GPU while this file
-        # is imported, and their `autotune` does not pass it on.
-        return triton.runtime.Autotuner(
-            kernel,
-            kernel.arg_names,
-            configs,
-            key=["HEAD_DIM", "length_bucket", "DROPOUT", "SKIP"],
-            reset_to_zero=None,
-            restore_value=None,
-            prune_configs_by={"early_config_prune": _fitting},
-            do_bench=lambda launch, quantiles: triton.testing.do_bench(launch, quantiles=quantiles),
-        )
-
-    return decorate
-
-
-# Small enough for every card, then those for float32.
-_SMALL_TILES = [(32, 32, 4, 2), (16, 16, 4, 1), (32, 16, 4, 1), (32, 32, 8, 2)]
-
-
-@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)])
-@triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
+@triton.jit(do_not_specialize=["num_sequences", "total"])
 def _forward_kernel(
-    query,
-    key,
-    value,
+    qkv,
     out,
-    normalizer,
+    lse,
     cu_seqlens,
-    positions,
-    key_mask,
     slopes,
     peaks,
-    order,
+    positions,
+    key_mask,
     seed,
+    stride,
+    part_stride,
+    head_stride,
     scale,
     dropout_p,
     num_sequences,
     total,
-    length_bucket,
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    HOLES: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SKIP: tl.constexpr,
+    POWER: tl.constexpr,
+    MEASURED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
     """A tile of queries walks over the keys.
 
-    Writes `out` [T, H, D] and `normalizer` float32 [H, T], the base-2 logarithm of each softmax's sum.
+    Writes `out` [T, H, D] and `lse` float32 [H, T], the base-2 logarithm of each softmax's sum of exponentials.
     """
-    num_heads = tl.num_programs(1)
-    head = tl.load(order + tl.program_id(1)).to(tl.int64)
-    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), OWN)
+    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    )
     if first >= length:
         return
-    slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
-    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
-    slope = slope * LOG2E
+    query = qkv + head * head_stride
+    key = query + part_stride
+    value = key + part_stride
     factor = scale * LOG2E
-
     rows = first + tl.arange(0, OWN)
-    valid = rows < length
-    own_places = _places(positions, start, rows, valid, HOLES)
-    q = _read(query + head * query_head_stride, query_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    key += head * key_head_stride
-    value += head * value_head_stride
+    own_positions = _positions(positions, start, rows, rows < length)
+    q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
-    top = tl.full((OWN,), LOWEST, tl.float32)
-    mass = tl.zeros((OWN,), tl.float32)
-    sums = tl.zeros((OWN, BLOCK_DIM), tl.float32)
+    row_max = tl.full((OWN,), LOWEST, tl.float32)
+    row_sum = tl.zeros((OWN,), tl.float32)
+    context = tl.zeros((OWN, BLOCK_DIM), tl.float32)
     for is_far in tl.static_range(2):
-        if is_far:
-            steps = (diagonal - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
-        else:
-            steps = (leave - diagonal) // OTHER
-        for step in range(steps):
-            if is_far:
-                other = _far_tile(step, begin, diagonal, leave, OTHER)
-                near = tl.where(other < first, other + OTHER - 1, other)
-            else:
-                other = diagonal + step * OTHER
-                near = first
+        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
+            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
             others = other + tl.arange(0, OTHER)
-            exists = others < length
-            k = _read(key, key_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            attended = _keys_valid(key_mask, start, others, length, MASKED)
-            places = _places(positions, start, others, exists, HOLES)
-            nearest = _places(positions, start, near, True, HOLES)
-            extra = tl.where(attended, 0.0, float("-inf"))
-            scores, row_bias = _add_bias(
-                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            k = _read(key, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+            extra = tl.where(_keys_valid(key_mask, start, others, length), 0.0, float("-inf"))
+            scores, row_bias = _scores(
+                q, k, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
             )
-            new_top = tl.maximum(top, tl.max(scores, axis=1) + row_bias)
-            weights = tl.exp2(scores + (row_bias - new_top)[:, None])
-            shrink = tl.exp2(top - new_top)
-            top = new_top
-            mass = mass * shrink + tl.sum(weights, axis=1)
-            if DROPOUT:
-                stream = (sequence * num_heads + head).to(tl.int32)
-                keep = _keep(tl.load(seed), stream, rows[:, None], others[None, :], dropout_p)
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1) + row_bias)
+            weights = tl.exp2(scores + (row_bias - new_max)[:, None])  # [OWN, OTHER]
+            shrink = tl.exp2(row_max - new_max)
+            row_max = new_max
+            row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+            if seed is not None:
+                keep = _keep(seed, stream, rows[:, None], others[None, :], dropout_p)
                 weights = tl.where(keep, weights, 0.0)
-            v = _read(value, value_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+            v = _read(value, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+            context = tl.dot(weights.to(v.dtype), v, context * shrink[:, None], input_precision="ieee")
 
-    # Only a row whose keys are all masked has no mass; its output is zero, and an infinite sum silences it in backward.
-    has_mass = mass > 0
-    share = 1.0 / tl.where(has_mass, mass, 1.0)
-    if DROPOUT:
+    # Only a row whose keys are all masked has no sum; its output is zero, and an infinite sum silences it in backward.
+    has_keys = row_sum > 0
+    share = 1.0 / tl.where(has_keys, row_sum, 1.0)
+    if seed is not None:
         share = share / (1.0 - dropout_p)
-    log_mass = tl.where(has_mass, top + tl.log2(mass), float("inf"))
-    tl.store(normalizer + head * total + start + rows, log_mass, mask=valid)
-    _write(
-        sums * share[:, None],
-        out + head * HEAD_DIM,
-        num_heads * HEAD_DIM,
-        start,
-        first,
-        length,
-        OWN,
-        HEAD_DIM,
-        BLOCK_DIM,
-    )
+    row_lse = tl.where(has_keys, row_max + tl.log2(row_sum), float("inf"))
+    tl.store(lse + head * total + start + rows, row_lse, mask=rows < length)
+    out_stride = tl.num_programs(1) * HEAD_DIM
+    out += head * HEAD_DIM
+    _write(context * share[:, None], out, out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-@_tuned([*_SMALL_TILES, (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3)])
-@triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
+@triton.jit(do_not_specialize=["num_sequences", "total"])
 def _query_gradient_kernel(
-    query,
-    key,
-    value,
+    qkv,
     out,
     out_gradient,
-    query_gradient,
-    normalizer,
+    gradient,
+    lse,
     delta,
     cu_seqlens,
-    positions,
-    key_mask,
     slopes,
     peaks,
-    order,
+    positions,
+    key_mask,
     seed,
+    stride,
+    part_stride,
+    head_stride,
+    out_gradient_stride,
+    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
     total,
-    length_bucket,
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    out_gradient_stride,
-    out_gradient_head_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    HOLES: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SKIP: tl.constexpr,
+    POWER: tl.constexpr,
+    MEASURED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
     """A tile of queries walks over the keys.
 
-    Writes `query_gradient` [T, H, D] and `delta` float32 [H, T], the products out . out_gradient.
+    Writes the query's part of `gradient` [T, 3, H, D], and `delta` float32 [H, T], the products out . out_gradient.
     """
-    num_heads = tl.num_programs(1)
-    head = tl.load(order + tl.program_id(1)).to(tl.int64)
-    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), OWN)
+    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    )
     if first >= length:
         return
-    slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
-    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
-    slope = slope * LOG2E
+    query = qkv + head * head_stride
+    key = query + part_stride
+    value = key + part_stride
+    out += head * HEAD_DIM
+    out_gradient += head * out_gradient_head_stride
+    out_stride = tl.num_programs(1) * HEAD_DIM
     factor = scale * LOG2E
-
     rows = first + tl.arange(0, OWN)
     valid = rows < length
-    own_places = _places(positions, start, rows, valid, HOLES)
-    dense_stride = num_heads * HEAD_DIM
-    q = _read(query + head * query_head_stride, query_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    do = _read(
-        out_gradient + head * out_gradient_head_stride,
-        out_gradient_stride,
-        start,
-        first,
-        length,
-        OWN,
-        HEAD_DIM,
-        BLOCK_DIM,
-    )
-    o = _read(out + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    key += head * key_head_stride
-    value += head * value_head_stride
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    own_positions = _positions(positions, start, rows, valid)
+    q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    do = _read(out_gradient, out_gradient_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    o = _read(out, out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)  # [OWN]
     tl.store(delta + head * total + start + rows, row_delta, mask=valid)
-    log_mass = tl.load(normalizer + head * total + start + rows, mask=valid, other=float("inf"))
+    row_lse = tl.load(lse + head * total + start + rows, mask=valid, other=float("inf"))
 
     dq = tl.zeros((OWN, BLOCK_DIM), tl.float32)
     for is_far in tl.static_range(2):
-        if is_far:
-            steps = (diagonal - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
-        else:
-            steps = (leave - diagonal) // OTHER
-        for step in range(steps):
-            if is_far:
-                other = _far_tile(step, begin, diagonal, leave, OTHER)
-                near = tl.where(other < first, other + OTHER - 1, other)
-            else:
-                other = diagonal + step * OTHER
-                near = first
+        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
+            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
             others = other + tl.arange(0, OTHER)
-            exists = others < length
-            k = _read(key, key_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            v = _read(value, value_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            attended = _keys_valid(key_mask, start, others, length, MASKED)
-            places = _places(positions, start, others, exists, HOLES)
-            nearest = _places(positions, start, near, True, HOLES)
-            extra = tl.where(attended, 0.0, float("-inf"))
-            scores, row_bias = _add_bias(
-                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            k = _read(key, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+            v = _read(value, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+            extra = tl.where(_keys_valid(key_mask, start, others, length), 0.0, float("-inf"))
+            scores, row_bias = _scores(
+                q, k, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
             )
-            weights = tl.exp2(scores + (row_bias - log_mass)[:, None])
+            weights = tl.exp2(scores + (row_bias - row_lse)[:, None])  # [OWN, OTHER]
             dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
-            if DROPOUT:
-                stream = (sequence * num_heads + head).to(tl.int32)
-                keep = _keep(tl.load(seed), stream, rows[:, None], others[None, :], dropout_p)
+            if seed is not None:
+                keep = _keep(seed, stream, rows[:, None], others[None, :], dropout_p)
                 dweights = tl.where(keep, dweights / (1.0 - dropout_p), 0.0)
             dscores = weights * (dweights - row_delta[:, None])
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
 
-    _write(dq * scale, query_gradient + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    gradient += head * HEAD_DIM
+    _write(dq * scale, gradient, 3 * out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-# Without (32, 16), which spills here in float32.
-@_tuned(
-    [(32, 32, 4, 2), (16, 16, 4, 1), (32, 32, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
-)
-@triton.jit(do_not_specialize=["num_sequences", "total", "length_bucket"])
+@triton.jit(do_not_specialize=["num_sequences", "total"])
 def _key_value_gradient_kernel(
-    query,
-    key,
-    value,
+    qkv,
     out_gradient,
-    key_gradient,
-    value_gradient,
-    normalizer,
+    gradient,
+    lse,
     delta,
     cu_seqlens,
-    positions,
-    key_mask,
     slopes,
     peaks,
-    order,
+    positions,
+    key_mask,
     seed,
+    stride,
+    part_stride,
+    head_stride,
+    out_gradient_stride,
+    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
     total,
-    length_bucket,
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    out_gradient_stride,
-    out_gradient_head_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    HOLES: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SKIP: tl.constexpr,
+    POWER: tl.constexpr,
+    MEASURED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
     """A tile of keys walks over the queries.
 
-    Writes `key_gradient` and `value_gradient`, both [T, H, D]. Scores stand transposed, [keys, queries], so that they
-    enter the next product from registers.
+    Writes the key's and the value's part of `gradient` [T, 3, H, D]. Scores stand transposed, [keys, queries], so that
+    they enter the next product from registers.
     """
-    num_heads = tl.num_programs(1)
-    head = tl.load(order + tl.program_id(1)).to(tl.int64)
-    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), OWN)
+    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    )
     if first >= length:
         return
-    slope = tl.load(slopes + head)
-    radius = _radius(peaks + (sequence * num_heads + head) * 3, slope, scale, SKIP, MASKED)
-    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
-    slope = slope * LOG2E
-    factor = scale * LOG2E
-
-    rows = first + tl.arange(0, OWN)
-    valid = rows < length
-    attended = _keys_valid(key_mask, start, rows, length, MASKED)
-    own_places = _places(positions, start, rows, valid, HOLES)
-    k = _read(key + head * key_head_stride, key_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    v = _read(value + head * value_head_stride, value_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    query += head * query_head_stride
+    query = qkv + head * head_stride
+    key = query + part_stride
+    value = key + part_stride
     out_gradient += head * out_gradient_head_stride
-    normalizer += head * total + start
+    lse += head * total + start
     delta += head * total + start
+    factor = scale * LOG2E
+    rows = first + tl.arange(0, OWN)
+    own_positions = _positions(positions, start, rows, rows < length)
+    k = _read(key, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    v = _read(value, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
     dk = tl.zeros((OWN, BLOCK_DIM), tl.float32)
     dv = tl.zeros((OWN, BLOCK_DIM), tl.float32)
     for is_far in tl.static_range(2):
-        if is_far:
-            steps = (diagonal - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
-        else:
-            steps = (leave - diagonal) // OTHER
-        for step in range(steps):
-            if is_far:
-                other = _far_tile(step, begin, diagonal, leave, OTHER)
-                near = tl.where(other < first, other + OTHER - 1, other)
-            else:
-                other = diagonal + step * OTHER
-                near = first
+        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
+            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
             others = other + tl.arange(0, OTHER)
-            exists = others < length
-            q = _read(query, query_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+            q = _read(query, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             do = _read(out_gradient, out_gradient_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            clamped = tl.minimum(others, length - 1)
-            log_mass = tl.load(normalizer + clamped)
-            column_delta = tl.load(delta + clamped)
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-            places = _places(positions, start, others, exists, HOLES)
-            nearest = _places(positions, start, near, True, HOLES)
-            extra = tl.where(exists, -log_mass, float("-inf"))
-            scores, row_bias = _add_bias(
-                scores, factor, slope, own_places, places, nearest, other < first, extra, is_far
+            extra = -tl.load(lse + others, mask=others < length, other=float("inf"))  # [OTHER]
+            scores, row_bias = _scores(
+                k, q, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
             )
-            weights = tl.exp2(scores + row_bias[:, None])
-            if MASKED:
-                weights = tl.where(attended[:, None], weights, 0.0)
+            weights = tl.exp2(scores + row_bias[:, None])  # [OWN, OTHER]
+            if key_mask is not None:
+                weights = tl.where(_keys_valid(key_mask, start, rows, length)[:, None], weights, 0.0)
             dropped = weights
-            if DROPOUT:
-                stream = (sequence * num_heads + head).to(tl.int32)
-                keep = _keep(tl.load(seed), stream, others[None, :], rows[:, None], dropout_p)
+            if seed is not None:
+                keep = _keep(seed, stream, others[None, :], rows[:, None], dropout_p)
                 dropped = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
-            dweights = tl.dot(v, tl.trans(do), input_precision="ieee")
-            if DROPOUT:
+            dweights = tl.dot(v, tl.trans(do), input_precision="ieee")  # [OWN, OTHER]
+            if seed is not None:
                 dweights = tl.where(keep, dweights / (1.0 - dropout_p), 0.0)
+            column_delta = tl.load(delta + others, mask=others < length, other=0.0)  # [OTHER]
             dscores = weights * (dweights - column_delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
 
-    dense_stride = num_heads * HEAD_DIM
-    _write(dk * scale, key_gradient + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    _write(dv, value_gradient + head * HEAD_DIM, dense_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    part = tl.num_programs(1) * HEAD_DIM
+    gradient += head * HEAD_DIM + part
+    _write(dk * scale, gradient, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    _write(dv, gradient + part, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
+# Tile sizes to try, by what they are for; the first runs where nothing can be timed. For bfloat16, D = 64 on an H100
+# these are the fastest of 37 sizes at lengths 512, 2,048 and 8,192; none with 8 warps was among the best three. The
+# others follow from what the compiler reports: the largest that keep everything in registers.
+_TILES = {
+    _forward_kernel: {
+        "usual": [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)],
+        "dropout": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)],
+        "wide": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
+        "wide dropout": [Tile(64, 32, 4, 2)],
+        "float32": [Tile(32, 32, 8, 2), Tile(32, 16, 4, 1)],
+    },
+    _query_gradient_kernel: {
+        "usual": [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3)],
+        "dropout": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)],
+        "wide": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)],
+        "wide dropout": [Tile(64, 32, 4, 2)],
+        "float32": [Tile(32, 32, 8, 2), Tile(32, 16, 4, 1)],
+    },
+    _key_value_gradient_kernel: {
+        "usual": [Tile(64, 128, 4, 2), Tile(64, 32, 4, 3)],
+        "dropout": [Tile(64, 32, 4, 3)],
+        "wide": [Tile(64, 32, 4, 3), Tile(64, 32, 4, 2)],
+        "wide dropout": [Tile(32, 32, 4, 2)],
+        "float32": [Tile(32, 32, 8, 2), Tile(16, 16, 4, 1)],
+    },
+}
+# A tile size is chosen for each of four ranges of lengths.
+_LENGTHS = (256, 1024, 4096)
+_chosen = {}
+
+
+def tiles_for(kernel, dtype: torch.dtype, head_dim: int, has_dropout: bool, memory: int) -> list[Tile]:
+    """The tile sizes among which the fastest is looked for.
+
+    Args:
+        kernel: one of the three attention kernels.
+        dtype: of `qkv`.
+        head_dim: D.
+        has_dropout: whether weights are dropped.
+        memory: bytes of shared memory that a block may use.
+
+    Returns:
+        At least one.
+    """
+    if dtype == torch.float32:
+        kind = "float32"  # multiplied in registers: larger tiles spill, and compile for minutes
+    else:
+        kinds = ("wide",) * (head_dim > 64) + ("dropout",) * has_dropout  # the draws take registers too
+        kind = " ".join(kinds) or "usual"
+
+    def fits(tile):
+        # Two owned tiles, and two of the other side for each stage of the pipeline.
+        rows = 2 * (tile.own + tile.other * tile.stages)
+        return rows * _block_dim(head_dim) * dtype.itemsize <= memory
+
+    return [tile for tile in _TILES[kernel][kind] if fits(tile)] or [Tile(32, 32, 4, 1)]
+
+
+def _block_dim(head_dim: int) -> int:
+    """D rounded up to a power of two of at least 16, which is what tl.dot multiplies."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _run(kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers) -> None:
+    """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind."""
+    total, _, heads, head_dim = qkv.shape
+    constants = (head_dim, _block_dim(head_dim), 1 << heads.bit_length() - 1, MEASURED_TOKENS)
+
+    def run(tile):
+        grid = (total // tile.own + cu_seqlens.shape[0] - 1, heads, 1)
+        launch(kernel, grid, tensors, strides, numbers, (*constants, tile.own, tile.other), tile)
+
+    key = (kernel, qkv.device, qkv.dtype, head_dim, seed is None, bisect.bisect_left(_LENGTHS, max_seqlen))
+    tile = _chosen.get(key)
+    if tile is None:
+        memory = shared_memory(qkv.device) if qkv.is_cuda else 2**20
+        tiles = tiles_for(kernel, qkv.dtype, head_dim, seed is not None, memory)
+        tile = tiles[0]
+        if qkv.is_cuda and torch.cuda.is_current_stream_capturing():
+            return run(tile)  # nothing can be timed while a graph is captured
+        if qkv.is_cuda and len(tiles) > 1:
+            tile = fastest(tiles, run)
+        _chosen[key] = tile
+    run(tile)
+
+
+def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its channels are contiguous, as the kernels need, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _launch(kernel, tune: bool, query, cu_seqlens, *arguments, **constants) -> None:
-    """Run an autotuned kernel on the packed grid; without `tune`, with the first of its tile sizes."""
-    total, heads, _ = query.shape
-
-    def grid(meta):
-        return (total // meta["OWN"] + cu_seqlens.shape[0] - 1, heads)
-
-    if tune:
-        kernel[grid](query, *arguments, **constants)
-    else:
-        config = kernel.configs[0]
-        warps_and_stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel.fn[grid](query, *arguments, **constants, **config.kwargs, **warps_and_stages)
-
-
-def _shared_arguments(
-    query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed, scale, dropout_p, max_seqlen
-) -> tuple:
-    """The arguments that stand in the middle of all three attention kernels, in their order."""
-    key_mask = None if key_mask is None else key_mask.view(torch.uint8)
-    # Tiles are tuned once for each of four ranges of lengths, not for each length.
-    length_bucket = bisect.bisect_left((256, 1024, 4096), max_seqlen)
-    numbers = (scale, dropout_p, cu_seqlens.shape[0] - 1, query.shape[0], length_bucket)
-    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    return (cu_seqlens, positions, key_mask, slopes, peaks, order, seed, *numbers, *strides)
-
-
-def _constants(head_dim: int, positions, key_mask, dropout_p: float, skip: bool) -> dict:
-    """What the three attention kernels are compiled for, beside their tiles."""
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
-        "HOLES": positions is not None,
-        "MASKED": key_mask is not None,
-        "DROPOUT": dropout_p > 0,
-        "SKIP": skip,
-        # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
-        "enable_fp_fusion": True,
-    }
+def _as_bytes(key_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return None if key_mask is None else key_mask.view(torch.uint8)
 
 
 def _forward(
-    query, key, value, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip, tune
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the forward kernels; arguments and results are those of `_attention`."""
-    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
-    total, heads, head_dim = query.shape
-    sequences = cu_seqlens.shape[0] - 1
-    out = query.new_empty(total, heads, head_dim)
-    normalizer = query.new_empty(heads, total, dtype=torch.float32)
-    peaks = query.new_zeros(sequences, heads, 3, dtype=torch.float32)
-    order = query.new_zeros(heads, dtype=torch.int32)
-    if out.numel() == 0:
-        return out, normalizer, peaks, order
-    constants = _constants(head_dim, positions, key_mask, dropout_p, skip)
-    with torch.cuda.device_of(query):
-        _measure_kernel[(total // MEASURE_ROWS + sequences, heads)](
-            *(query, key, cu_seqlens, slopes, peaks, order, scale, sequences),
-            *(*query.stride()[:2], *key.stride()[:2]),
-            ROWS=MEASURE_ROWS,
-            HEADS=triton.next_power_of_2(heads),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=constants["BLOCK_DIM"],
-        )
-        shared = _shared_arguments(
-            *(query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed),
-            *(scale, dropout_p, max_seqlen),
-        )
-        _launch(_forward_kernel, tune, query, cu_seqlens, key, value, out, normalizer, *shared, **constants)
-    return out, normalizer, peaks, order
-
-
-# The Hub's loader gives each revision of this file a module name of its own, and several may live in one process.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention", mutates_args=())
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slopes: torch.Tensor,
-    positions: Optional[torch.Tensor],
-    key_mask: Optional[torch.Tensor],
-    seed: Optional[torch.Tensor],
-    scale: float,
-    dropout_p: float,
-    max_seqlen: int,
-    skip: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The attention as one operator, so that torch.compile, autograd and checkpointing see a whole.
+    qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward kernels: one, or two where something may be skipped.
 
     Args:
-        query: float16, bfloat16 or float32 [T, H, D].
-        key: like `query`.
-        value: like `query`.
+        qkv: float16, bfloat16 or float32 [T, 3, H, D].
         cu_seqlens: int32 [N + 1].
         slopes: float32 [H].
         positions: int32 or int64 [T], increasing within a sequence; None: tokens are neighbours.
@@ -785,34 +728,100 @@ def _attention(
         skip: leave out what weighs nothing.
 
     Returns:
-        The context [T, H, D] in the dtype of `query`, and what backward needs: float32 [H, T] base-2 logarithms of the
-        softmax's sums, float32 [N, H, 3] and int32 [H] of `_measure_kernel`.
+        The context [T, H, D] in the dtype of `qkv`, and what backward needs: float32 [H, T] base-2 logarithms of the
+        softmax's sums, and float32 [T // MEASURED_TOKENS + N, H, 3] from `_measure_kernel` ([0, H, 3] without `skip`).
     """
-    arguments = (query, key, value, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
-    return _forward(*arguments, tune=query.is_cuda)
+    qkv = _with_channels(qkv)
+    out, lse, peaks = _empty_results(qkv, cu_seqlens, skip)
+    if out.numel() == 0:
+        return out, lse, peaks
+    total, _, heads, head_dim = qkv.shape
+    strides, numbers = qkv.stride()[:3], (scale, dropout_p, cu_seqlens.shape[0] - 1, total)
+    if skip:
+        constants = (head_dim, _block_dim(head_dim), *_MEASURING[:2])
+        tensors = (qkv, peaks, cu_seqlens)
+        launch(_measure_kernel, (peaks.shape[0], heads, 1), tensors, strides, numbers[::2], constants, _MEASURING)
+    tensors = (qkv, out, lse, cu_seqlens, slopes, peaks if skip else None, positions, _as_bytes(key_mask), seed)
+    _run(_forward_kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers)
+    return out, lse, peaks
 
 
-@_attention.register_fake
-def _(query, key, value, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip):
-    total, heads, _ = query.shape
+def _empty_results(qkv, cu_seqlens, skip):
+    """Memory for what `_forward` returns."""
+    total, _, heads, head_dim = qkv.shape
+    tiles = total // MEASURED_TOKENS + cu_seqlens.shape[0] - 1 if skip else 0
     return (
-        query.new_empty(query.shape),
-        query.new_empty(heads, total, dtype=torch.float32),
-        query.new_empty(cu_seqlens.shape[0] - 1, heads, 3, dtype=torch.float32),
-        query.new_empty(heads, dtype=torch.int32),
+        qkv.new_empty(total, heads, head_dim),
+        qkv.new_empty(heads, total, dtype=torch.float32),
+        qkv.new_empty(tiles, heads, 3, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_backward", mutates_args=())
-def _attention_backward(
-    out_gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    normalizer: torch.Tensor,
-    peaks: torch.Tensor,
-    order: torch.Tensor,
+def _backward(
+    out_gradient,
+    qkv,
+    out,
+    lse,
+    peaks,
+    cu_seqlens,
+    slopes,
+    positions,
+    key_mask,
+    seed,
+    scale,
+    dropout_p,
+    max_seqlen,
+    skip,
+) -> torch.Tensor:
+    """Launch the two backward kernels.
+
+    Args:
+        out_gradient: [T, H, D].
+        qkv: as for `_forward`, and so are the arguments from `cu_seqlens` on.
+        out: what `_forward` returned, and so are `lse` and `peaks`.
+
+    Returns:
+        The gradient of `qkv`, [T, 3, H, D] in its dtype.
+    """
+    qkv, out_gradient = _with_channels(qkv), _with_channels(out_gradient)
+    gradient = qkv.new_empty(qkv.shape)
+    if out.numel() == 0:
+        return gradient
+    delta = torch.empty_like(lse)
+    shared = (gradient, lse, delta, cu_seqlens, slopes, peaks if skip else None, positions, _as_bytes(key_mask), seed)
+    strides = (*qkv.stride()[:3], *out_gradient.stride()[:2])
+    numbers = (scale, dropout_p, cu_seqlens.shape[0] - 1, qkv.shape[0])
+    for kernel, own in (
+        (_query_gradient_kernel, (qkv, out, out_gradient)),  # first, because it writes `delta`
+        (_key_value_gradient_kernel, (qkv, out_gradient)),
+    ):
+        _run(kernel, qkv, cu_seqlens, max_seqlen, seed, (*own, *shared), strides, numbers)
+    return gradient
+
+
+class _Attention(torch.autograd.Function):
+    """The attention in eager mode, where a custom operator would cost about 0.1 ms of Python a call."""
+
+    @staticmethod
+    def forward(ctx, qkv, *rest):
+        results = _forward(qkv, *rest)
+        ctx.save_for_backward(qkv, *results, *rest[:5])
+        ctx.numbers = rest[5:]
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_gradient):
+        return _backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+
+
+# The Hub's loader gives each revision of this file a module name of its own, and several may live in one process.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention", mutates_args=())
+def _attention(
+    qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     slopes: torch.Tensor,
     positions: Optional[torch.Tensor],
@@ -823,58 +832,61 @@ def _attention_backward(
     max_seqlen: int,
     skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, each [T, H, D] in the dtype of `query`; slopes have none."""
-    query, key, value, out_gradient = (_with_rows(tensor) for tensor in (query, key, value, out_gradient))
-    query_gradient, key_gradient, value_gradient = (query.new_empty(query.shape) for _ in range(3))
-    if out.numel() == 0:
-        return query_gradient, key_gradient, value_gradient
-    delta = torch.empty_like(normalizer)
-    shared = _shared_arguments(
-        *(query, key, value, cu_seqlens, positions, key_mask, slopes, peaks, order, seed),
-        *(scale, dropout_p, max_seqlen),
-    )
-    strides = out_gradient.stride()[:2]
-    constants = _constants(query.shape[-1], positions, key_mask, dropout_p, skip)
-    with torch.cuda.device_of(query):
-        # First, because it leaves `delta` for the other.
-        _launch(
-            *(_query_gradient_kernel, query.is_cuda, query, cu_seqlens),
-            *(key, value, out, out_gradient, query_gradient, normalizer, delta, *shared, *strides),
-            **constants,
-        )
-        _launch(
-            *(_key_value_gradient_kernel, query.is_cuda, query, cu_seqlens),
-            *(key, value, out_gradient, key_gradient, value_gradient, normalizer, delta, *shared, *strides),
-            **constants,
-        )
-    return query_gradient, key_gradient, value_gradient
+    """`_forward` as one operator, for whoever traces: torch.compile, fake tensors, dispatch modes, functorch."""
+    return _forward(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
+
+
+@_attention.register_fake
+def _(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip):
+    return _empty_results(qkv, cu_seqlens, skip)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_backward", mutates_args=())
+def _attention_backward(
+    out_gradient: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    peaks: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    slopes: torch.Tensor,
+    positions: Optional[torch.Tensor],
+    key_mask: Optional[torch.Tensor],
+    seed: Optional[torch.Tensor],
+    scale: float,
+    dropout_p: float,
+    max_seqlen: int,
+    skip: bool,
+) -> torch.Tensor:
+    """`_backward` as one operator."""
+    forward = (out, lse, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
+    return _backward(out_gradient, qkv, *forward)
 
 
 @_attention_backward.register_fake
-def _(out_gradient, query, *_):
-    return tuple(query.new_empty(query.shape) for _ in range(3))
+def _(out_gradient, qkv, *_):
+    return qkv.new_empty(qkv.shape)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    query, key, value, *places_and_seed, scale, dropout_p, max_seqlen, skip = inputs
-    ctx.save_for_backward(query, key, value, *output, *places_and_seed)
-    ctx.numbers = (scale, dropout_p, max_seqlen, skip)
+    qkv, *rest = inputs
+    ctx.save_for_backward(qkv, *output, *rest[:5])
+    ctx.numbers = rest[5:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, out_gradient, *_):
-    gradients = _attention_backward(out_gradient, *ctx.saved_tensors, *ctx.numbers)
-    return (*gradients, *[None] * 9)
+    return _attention_backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
 
 
 _attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _attend(
-    query, key, value, cu_seqlens, max_seqlen, slopes, scale, dropout_p, positions=None, key_mask=None, skip=True
-):
-    """Draw the dropout's key where there is dropout, and call the operator."""
+    qkv, cu_seqlens, max_seqlen, slopes, scale, dropout_p, positions=None, key_mask=None, skip=True
+) -> torch.Tensor:
+    """Draw the dropout's key where there is dropout, and run the kernels."""
     # The kernels index these by place alone.
     cu_seqlens, slopes, positions, key_mask = (
         None if tensor is None else tensor.contiguous() for tensor in (cu_seqlens, slopes, positions, key_mask)
@@ -883,18 +895,25 @@ def _attend(
     if dropout_p > 0:
         # From torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and nothing
         # waits for the host.
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    return _attention(
-        query, key, value, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip
-    )[0]
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
+    skip = skip and max_seqlen > LONGEST_UNSKIPPED
+    arguments = (
+        *(qkv, cu_seqlens, slopes, positions, key_mask, seed),
+        *(float(scale), float(dropout_p), max_seqlen, skip),
+    )
+    if is_observed(qkv):
+        return _attention(*arguments)[0]
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _Attention.apply(*arguments)
+    return _forward(*arguments)[0]
 
 
 def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """The `triton` row of the backend table.
 
     Args:
-        qkv: float16, bfloat16 or float32 [T, 3, H, D], D at most 128; any strides. float32 is computed in float32,
-            without TensorFloat-32.
+        qkv: float16, bfloat16 or float32 [T, 3, H, D], D at most 128; any strides, copied only if its channels are not
+            contiguous. float32 is computed in float32, without TensorFloat-32.
         packed: the `PackedBatch` that says which tokens form a sequence, where they stand and which are padding.
         alibi_slopes: float32 [H], positive, on the device of `qkv`; gets no gradient.
         scale: factor of the scores.
@@ -902,12 +921,13 @@ def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
 
     Returns:
         [T, H, D] in the dtype of `qkv`. Positions that hold padding (`packed.key_mask`) get values without meaning.
+        The gradient of `qkv` is one dense tensor [T, 3, H, D].
 
     Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax; the bias and the
     skipping are ours.
     """
     return _attend(
-        *qkv.unbind(1),
+        qkv,
         packed.cu_seqlens,
         packed.max_seqlen,
         alibi_slopes,
@@ -916,44 +936,6 @@ def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
         positions=packed.positions if packed.has_holes else None,
         key_mask=packed.key_mask,
     )
-
-
-@functools.cache
-def _reason_against(device: torch.device) -> Optional[str]:
-    """Why the kernels cannot run on a device, found by running one on 16 tokens, once."""
-    if device.type == "cpu":
-        is_interpreted = not isinstance(_measure_kernel, triton.runtime.JITFunction)
-        return None if is_interpreted else "Triton runs on the CPU under its interpreter only"
-    if device.type != "cuda":
-        return f"it is written for CUDA and ROCm devices, got {device.type}"
-    try:
-        tokens = torch.zeros(16, 1, 16, dtype=torch.float16, device=device)
-        cu_seqlens = torch.tensor([0, 16], dtype=torch.int32, device=device)
-        slopes = torch.ones(1, device=device)
-        _forward(tokens, tokens, tokens, cu_seqlens, slopes, None, None, None, 1.0, 0.0, 16, True, tune=False)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # Drivers, compilers and cards fail in more ways than can be named.
-        reason = f"a kernel of 16 tokens failed on {device}: {type(error).__name__}: {error}"
-        logger.warning("Triton attention is not used: %s", reason)
-        return reason
-    return None
-
-
-@torch.compiler.assume_constant_result
-def triton_declines(device: torch.device) -> Optional[str]:
-    """Whether this backend refuses a device.
-
-    The first call for a device compiles and runs one small kernel; a failure is logged once as a warning.
-
-    Args:
-        device: where the attention would run, with its index.
-
-    Returns:
-        The reason in words, or None when the kernels run there.
-
-    Source: ours.
-    """
-    return _reason_against(device)
 
 
 def _check_arguments(qkv, rank: int, dropout_p, alibi_slopes, causal) -> None:
@@ -1047,7 +1029,7 @@ def flash_attn_varlen_qkvpacked_func(
         _check_values(total, cu_seqlens, alibi_slopes)
     slopes = qkv.new_zeros(heads, dtype=torch.float32) if alibi_slopes is None else alibi_slopes
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return _attend(*qkv.unbind(1), cu_seqlens, max_seqlen, slopes, scale, dropout_p, skip=skip)
+    return _attend(qkv, cu_seqlens, max_seqlen, slopes, scale, dropout_p, skip=skip)
 
 
 def flash_attn_qkvpacked_func(

@@ -11,7 +11,6 @@ import argparse
 import csv
 import gzip
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -29,17 +28,8 @@ from triton.compiler import ASTSource
 
 RESULTS = ROOT / "benchmarks" / "results"
 
-
-def load_kernels():
-    """flash_attn_triton.py as a module of its own: it imports nothing of ours."""
-    spec = importlib.util.spec_from_file_location("flash_attn_triton", ROOT / "flash_attn_triton.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kernels = load_kernels()
+PACKAGE = load_checkout(ROOT).__package__
+kernels = importlib.import_module(f"{PACKAGE}.flash_attn_triton")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,37 +37,51 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Largest shared memory of a block, in bytes: "Technical Specifications per Compute Capability" of the CUDA C++
+# Programming Guide, and the local data share in AMD's CDNA 3 white paper.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel")
 
-# What the sweep compiles: dtype, head size, extras.
+# What the sweep compiles for every target: dtype, head size, extras.
 VARIANTS = [
     (torch.bfloat16, 64, ()),
-    (torch.float16, 64, ()),
     (torch.float32, 64, ()),
-    (torch.bfloat16, 64, ("DROPOUT",)),
-    (torch.bfloat16, 128, ()),
+    (torch.bfloat16, 64, ("dropout",)),
 ]
+# What it compiles for sm_90 as well.
+OTHER_HEADS = [
+    (torch.bfloat16, 32, ()),
+    (torch.bfloat16, 128, ()),
+    (torch.bfloat16, 128, ("dropout",)),
+]
+# The arguments that are None without an extra.
+OPTIONAL = {"dropout": "seed", "holes": "positions", "masked": "key_mask"}
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BOUNDS = (0, 5, 10, 20)
 
 
-def tiles_for(kernel, dtype: torch.dtype, extras=()):
-    """The tile sizes that the autotuner may try on a card with ample shared memory; arguments of `compile_kernel`."""
-    return [config for config in kernel.configs if kernels.is_worth_trying(config, dtype, "DROPOUT" in extras)]
+def variants_for(target: str) -> list:
+    """The dtypes, head sizes and extras that are compiled for a target."""
+    return VARIANTS + OTHER_HEADS * (target == "sm_90")
+
+
+def tiles_for(name: str, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> list:
+    """The tile sizes among which the fastest is looked for on a target; arguments of `compile_kernel`."""
+    return kernels.tiles_for(getattr(kernels, name), dtype, head_dim, "dropout" in extras, SHARED_LIMIT[target])
 
 
 def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
     """Triton's type of a kernel argument, as the host functions pass it."""
     if name in constants:
         return "constexpr"
-    if name in ("scale", "dropout_p"):
+    if name in ("scale", "dropout_p", "eps"):
         return "fp32"
-    if name.endswith("stride") or name in ("num_sequences", "total", "length_bucket"):
+    if name.endswith("stride") or name in ("num_sequences", "total", "size", "features"):
         return "i32"
-    pointers = {"cu_seqlens": "*i32", "order": "*i32", "positions": "*i64", "key_mask": "*u8", "seed": "*i64"}
-    if name in ("slopes", "peaks", "normalizer", "delta"):
+    pointers = {"cu_seqlens": "*i32", "positions": "*i64", "key_mask": "*u8", "seed": "*i64"}
+    if name in ("slopes", "peaks", "lse", "delta", "sums"):
         return "*fp32"
     return pointers.get(name, "*" + DTYPES[dtype])
 
@@ -86,7 +90,7 @@ def compile_function(function, constants: dict, target: str, dtype: torch.dtype,
     """Compile a kernel and read the compiler's report.
 
     Args:
-        function: a triton.jit function of flash_attn_triton.py.
+        function: a triton.jit function of one of the Triton files.
         constants: its constexpr arguments and those that are None.
         target: a key of `TARGETS`.
         dtype: a key of `DTYPES`.
@@ -97,11 +101,11 @@ def compile_function(function, constants: dict, target: str, dtype: torch.dtype,
         Registers a thread, bytes a thread spilled, bytes of shared memory a block.
     """
     signature = {name: argument_type(name, dtype, constants) for name in function.arg_names}
-    # torch aligns what it allocates, and strides are multiples of 16 for any head size that is one.
+    # torch aligns what it allocates, and strides and sizes are multiples of 16 for any usual model.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith("stride")
+        if kind.startswith("*") or name.endswith("stride") or name in ("size", "features")
     }
     source = ASTSource(function, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -110,16 +114,16 @@ def compile_function(function, constants: dict, target: str, dtype: torch.dtype,
     return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": compiled.metadata.shared}
 
 
-def compile_kernel(kernel, config, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> dict:
+def compile_kernel(name: str, tile, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> dict:
     """Compile one attention kernel with one tile size.
 
     Args:
-        kernel: an autotuned kernel of flash_attn_triton.py.
-        config: a triton.Config.
+        name: one of `KERNELS`.
+        tile: a `Tile`.
         target: a key of `TARGETS`.
         dtype: a key of `DTYPES`.
         head_dim: D.
-        extras: of "DROPOUT", "HOLES", "MASKED", those that are on.
+        extras: of "dropout", "holes" and "masked", those that are on.
 
     Returns:
         What `compile_function` returns.
@@ -127,14 +131,13 @@ def compile_kernel(kernel, config, target: str, dtype: torch.dtype, head_dim: in
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
-        "SKIP": True,
-        **{name: name in extras for name in ("DROPOUT", "HOLES", "MASKED")},
-        **config.kwargs,
+        "POWER": 8,  # of 12 heads
+        "MEASURED": kernels.MEASURED_TOKENS,
+        "OWN": tile.own,
+        "OTHER": tile.other,
+        **{argument: None for extra, argument in OPTIONAL.items() if extra not in extras},
     }
-    for name, extra in (("positions", "HOLES"), ("key_mask", "MASKED"), ("seed", "DROPOUT")):
-        if extra not in extras:
-            constants[name] = None
-    return compile_function(kernel.fn, constants, target, dtype, config.num_warps, config.num_stages)
+    return compile_function(getattr(kernels, name), constants, target, dtype, tile.warps, tile.stages)
 
 
 def usage_on_nvidia(compiled) -> tuple:
@@ -157,22 +160,18 @@ def usage_on_amd(compiled) -> tuple:
 def compile_rows(targets):
     """One row of the table for each kernel, tile size, variant and target."""
     for target in targets:
-        for dtype, head_dim, extras in VARIANTS:
+        for dtype, head_dim, extras in variants_for(target):
             for name in KERNELS:
-                kernel = getattr(kernels, name)
-                for config in tiles_for(kernel, dtype, extras):
+                for tile in tiles_for(name, target, dtype, head_dim, extras):
                     yield {
                         "triton": triton.__version__,
                         "target": target,
                         "kernel": name.strip("_"),
                         "dtype": DTYPES[dtype],
                         "head_dim": head_dim,
-                        "extras": "+".join(extras).lower(),
-                        "own": config.kwargs["OWN"],
-                        "other": config.kwargs["OTHER"],
-                        "warps": config.num_warps,
-                        "stages": config.num_stages,
-                        **compile_kernel(kernel, config, target, dtype, head_dim, extras),
+                        "extras": "+".join(extras),
+                        **tile._asdict(),
+                        **compile_kernel(name, tile, target, dtype, head_dim, extras),
                     }
 
 
@@ -184,7 +183,9 @@ def _count_kernel(peaks, slopes, visited, length, TILES: tl.constexpr, OWN: tl.c
     """Tiles that one head visits over all its own tiles, by the loop bounds of the attention kernels."""
     head = tl.program_id(0)
     first = tl.arange(0, TILES) * OWN
-    radius = _radius(peaks + head * 3, tl.load(slopes + head), 1.0, True, False)
+    peaks += head * 3
+    slope = tl.load(slopes + head)
+    radius = _radius(tl.load(peaks), tl.load(peaks + 1), tl.load(peaks + 2), slope, 1.0, False)
     begin, _, leave, stop = _window(first, length, radius, OWN, OTHER)
     tiles = (leave - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
     tl.store(visited + head, tl.sum(tl.where(first < length, tiles, 0), axis=0))
@@ -227,7 +228,7 @@ def tile_rows(source: str, peaks: torch.Tensor, slopes: torch.Tensor):
 
 
 def slopes_of(num_heads: int) -> torch.Tensor:
-    attention = importlib.import_module(f"{load_checkout(ROOT).__package__}.bert_attention")
+    attention = importlib.import_module(f"{PACKAGE}.bert_attention")
     return torch.tensor(attention.alibi_slopes(num_heads), dtype=torch.float32)
 
 
@@ -252,7 +253,7 @@ def read_text(path: str) -> str:
 
 
 def measured_peaks(checkpoint, text, max_length=2048):
-    """What `_measure_kernel` would find on a text: float32 [H, 3] for each layer, for a scale of 1."""
+    """What `_measure_kernel` would find on a whole text: float32 [H, 3] for each layer, for a scale of 1."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     model = AutoModelForMaskedLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()

@@ -49,3 +49,56 @@ def run_script(monkeypatch):
         cli.run(module.main)
 
     return run_script
+
+
+@pytest.fixture
+def bfloat16_in_the_interpreter(monkeypatch):
+    """Triton's interpreter multiplies and rounds bfloat16 as a GPU does.
+
+    NumPy has no bfloat16: on its own the interpreter multiplies the raw bits and truncates where a GPU rounds to even.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounding_convert(data, source, target, *rest):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, *rest)
+        floats = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+        return floats.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    def widening_dot(self, a, b, *rest):
+        def widen(handle):
+            if handle.dtype.scalar != tl.bfloat16:
+                return handle
+            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        return dot(self, widen(a), widen(b), *rest)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widening_dot)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What torch.empty and its relatives return is NaN."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Attention under Triton's interpreter in tiles of 32 rows: short sequences have several, and few steps are run."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton_kernels import use_tiles
+
+        use_tiles(monkeypatch, 32, 32)

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "bert_attention_cpu.py": {"torch", ".bert_padding", ".bert_cpu"},
     "bert_loss.py": {"torch", ".bert_padding"},
     "bert_compat.py": {"torch", "transformers"},
-    "flash_attn_triton.py": {"torch", "triton"},
+    "launch_triton.py": {"torch", "triton", ".bert_padding"},
+    "flash_attn_triton.py": {"torch", "triton", ".launch_triton"},
+    "geglu_triton.py": {"torch", "triton", ".launch_triton"},
+    "layer_norm_triton.py": {"torch", "triton", ".launch_triton"},
     "bert_layers.py": {"torch", "transformers", *(f".{name.removesuffix('.py')}" for name in CODE_FILES)},
 }
 

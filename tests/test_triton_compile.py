@@ -4,6 +4,7 @@ A sample is compiled here; `benchmarks/triton_report.py` compiles all and writes
 """
 
 import csv
+import importlib
 import importlib.util
 import itertools
 import os
@@ -20,9 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "triton_compile.csv"
-# Largest shared memory of a block, in bytes: "Technical Specifications per Compute Capability" of the CUDA C++
-# Programming Guide, and the local data share in AMD's CDNA 3 white paper.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +45,41 @@ FORWARD, QUERY, KEY_VALUE = "_forward_kernel", "_query_gradient_kernel", "_key_v
         ("sm_90", FORWARD, torch.bfloat16, 64, ()),
         ("sm_90", QUERY, torch.bfloat16, 64, ()),
         ("sm_90", KEY_VALUE, torch.bfloat16, 64, ()),
-        ("sm_80", FORWARD, torch.float16, 80, ("DROPOUT",)),
+        ("sm_80", FORWARD, torch.float16, 80, ("dropout",)),
         ("sm_80", QUERY, torch.float32, 64, ()),
         ("sm_100", KEY_VALUE, torch.bfloat16, 64, ()),
-        ("sm_100", QUERY, torch.bfloat16, 16, ("HOLES", "MASKED")),
-        ("gfx942", FORWARD, torch.bfloat16, 64, ("HOLES", "MASKED")),
-        ("gfx942", KEY_VALUE, torch.bfloat16, 64, ("DROPOUT",)),
+        ("sm_100", QUERY, torch.bfloat16, 16, ("holes", "masked")),
+        ("gfx942", FORWARD, torch.bfloat16, 64, ("holes", "masked")),
+        ("gfx942", KEY_VALUE, torch.bfloat16, 64, ("dropout",)),
     ],
 )
 def test_attention_kernels_compile_without_a_device(report, target, name, dtype, head_dim, extras):
-    kernel = getattr(report.kernels, name)
-    config = report.tiles_for(kernel, dtype)[1]
-    usage = report.compile_kernel(kernel, config, target, dtype, head_dim, extras)
-    assert usage["registers"] > 0 and 0 < usage["shared_bytes"] <= SHARED_LIMIT[target]
-    if (target, head_dim) == ("sm_90", 64):
+    tile = report.tiles_for(name, target, dtype, head_dim, extras)[-1]
+    usage = report.compile_kernel(name, tile, target, dtype, head_dim, extras)
+    assert usage["registers"] > 0 and 0 < usage["shared_bytes"] <= report.SHARED_LIMIT[target]
+    if target == "sm_90":
         assert usage["spilled_bytes"] == 0
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_measuring_compiles_without_a_device(report, target):
-    constants = {"ROWS": report.kernels.MEASURE_ROWS, "HEADS": 16, "HEAD_DIM": 64, "BLOCK_DIM": 64}
-    usage = report.compile_function(report.kernels._measure_kernel, constants, target, torch.bfloat16)
+    rows, step, warps, stages = report.kernels._MEASURING
+    constants = {"HEAD_DIM": 64, "BLOCK_DIM": 64, "ROWS": rows, "STEP": step}
+    kernel = report.kernels._measure_kernel
+    usage = report.compile_function(kernel, constants, target, torch.bfloat16, warps, stages)
     assert usage["registers"] > 0 and usage["spilled_bytes"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "file, extras", [("geglu_triton", {}), ("layer_norm_triton", {"seed": None}), ("layer_norm_triton", {})]
+)
+def test_backward_of_fused_layers_compiles_without_a_device(report, target, file, extras):
+    leaf = importlib.import_module(f"{report.PACKAGE}.{file}")
+    tile = leaf.TILE if file == "geglu_triton" else leaf._tile(768)
+    constants = {"BLOCK": tile.other, **extras}
+    usage = report.compile_function(leaf._backward_kernel, constants, target, torch.bfloat16, tile.warps, tile.stages)
+    assert 0 < usage["registers"] <= 128 and usage["spilled_bytes"] == 0
 
 
 def table():
@@ -79,21 +91,24 @@ def test_table_covers_every_tile_size_for_every_target(report):
     listed = {}
     for row in table():
         what = (row["triton"], row["target"], row["kernel"], row["dtype"], int(row["head_dim"]), row["extras"])
-        listed.setdefault(what, set()).add(tuple(int(row[column]) for column in ("own", "other", "warps", "stages")))
+        listed.setdefault(what, []).append(tuple(int(row[column]) for column in ("own", "other", "warps", "stages")))
     releases = {(release, target) for release, target, *_ in listed}
-    assert releases == set(itertools.product(("3.9.0", "3.6.0"), SHARED_LIMIT))
-    for (release, target), name, variant in itertools.product(releases, report.KERNELS, report.VARIANTS):
-        dtype, head_dim, extras = variant
-        configs = report.tiles_for(getattr(report.kernels, name), dtype, extras)
-        sizes = {(*config.kwargs.values(), config.num_warps, config.num_stages) for config in configs}
-        what = (release, target, name.strip("_"), report.DTYPES[dtype], head_dim, "+".join(extras).lower())
-        assert listed.pop(what) == sizes
+    assert releases == {("3.7.1", "sm_90"), ("3.9.0", "sm_90")}
+    for release, target in releases:
+        for name, (dtype, head_dim, extras) in itertools.product(report.KERNELS, report.variants_for(target)):
+            what = (release, target, name.strip("_"), report.DTYPES[dtype], head_dim, "+".join(extras))
+            assert listed.pop(what) == report.tiles_for(name, target, dtype, head_dim, extras)
     assert not listed
 
 
-def test_table_shows_no_spill_at_head_size_64_on_sm_90():
-    rows = [row for row in table() if (row["target"], row["head_dim"]) == ("sm_90", "64")]
-    assert rows and all(row["spilled_bytes"] == "0" for row in rows)
+def test_table_shows_hardly_a_spill_on_sm_90():
+    # Both were the fastest of 37 sizes on an H100 although they spill some.
+    measured = {("query_gradient_kernel", "128", "64"), ("key_value_gradient_kernel", "64", "128")}
+    rows = [row for row in table() if row["target"] == "sm_90"]
+    assert rows
+    for row in rows:
+        allowed = 96 if (row["kernel"], row["own"], row["other"]) in measured else 8
+        assert int(row["spilled_bytes"]) <= allowed, row
 
 
 def test_table_of_tiles_has_the_shares_that_skipping_leaves():

@@ -1,0 +1,96 @@
+"""What only a GPU shows of the Triton attention."""
+
+import pytest
+import reference
+import torch
+from numerics import assert_same
+from triton_kernels import DEVICE, assert_as_good_as_eager, leaf, on_gpu, packed_input, slopes_of, with_gradient
+
+from mosaicbert.bert_padding import pack_flattened
+
+
+def sampled_truth(qkv, slopes, rows):
+    """float64 context of some rows of one sequence, [rows, H, D]."""
+    query, key, value = qkv.double().unbind(1)
+    places = torch.arange(len(qkv), device=qkv.device)
+    scores = torch.einsum("qhd,khd->hqk", query[rows], key) * qkv.shape[-1] ** -0.5
+    scores -= slopes.double()[:, None, None] * (rows[:, None] - places[None, :]).abs()
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", leaf.DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128])
+def test_every_head_size_and_dtype_on_the_device(head_dim, dtype):
+    lengths = [1, 63, 97, 0, 128, 200]
+    qkv, cu_seqlens = packed_input(lengths, 3, head_dim, dtype)
+    slopes = slopes_of(3)
+
+    def kernel(x):
+        return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 200, alibi_slopes=slopes)
+
+    assert_as_good_as_eager(kernel, qkv, pack_flattened(cu_seqlens, 200, (1, sum(lengths))), slopes)
+
+
+@on_gpu
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("length", [2048, 8192, 32768])
+def test_long_sequences_on_the_device(length, skip):
+    qkv, cu_seqlens = packed_input([length], 12, 64, torch.bfloat16)
+    slopes = slopes_of(12)
+    context, (gradient,) = with_gradient(
+        lambda x: leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, length, alibi_slopes=slopes, skip=skip), qkv
+    )
+    rows = torch.randint(length, (64,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    truth = sampled_truth(qkv.detach(), slopes, rows)
+    # Two roundings of bfloat16: of the weights before the product, and of the result.
+    assert_same(context[rows], truth, 7.9e-3)
+    assert gradient.isfinite().all()
+
+
+@on_gpu
+def test_memory_grows_with_the_length_only():
+    peaks = []
+    for length in (4096, 16384):
+        qkv, cu_seqlens = packed_input([length], 12, 64, torch.bfloat16)
+        for _ in range(2):  # the second run has tuned tiles
+            torch.cuda.reset_peak_memory_stats()
+            with_gradient(
+                lambda x, c=cu_seqlens, n=length: leaf.flash_attn_varlen_qkvpacked_func(
+                    x, c, n, alibi_slopes=slopes_of(12)
+                ),
+                qkv,
+            )
+        peaks.append(torch.cuda.max_memory_allocated() / length)
+        del qkv
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    qkv, cu_seqlens = packed_input([50], 2, 16)
+    qkv, cu_seqlens, slopes = qkv.detach().to("cuda:1"), cu_seqlens.to("cuda:1"), slopes_of(2).to("cuda:1")
+    with torch.cuda.device(0):
+        context = leaf.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 50, alibi_slopes=slopes)
+    assert context.device == qkv.device
+    assert_same(context, reference.attention(*qkv.cpu().unbind(1), [0, 50], None, slopes.tolist()), 1e-6)
+
+
+@on_gpu
+def test_whole_model_trains_as_with_eager_attention():
+    from models import ragged_batch, tiny_model
+
+    losses = {}
+    for name in ("triton", "eager"):
+        model = tiny_model(hidden_size=192, attn_implementation=name).cuda().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ids, mask = (tensor.cuda() for tensor in ragged_batch([60, 17, 1, 0]))
+        losses[name] = []
+        for _ in range(5):
+            loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses["triton"] == pytest.approx(losses["eager"], rel=1e-4)
