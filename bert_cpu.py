@@ -105,10 +105,10 @@ def product_for(dtype: torch.dtype, rows: int) -> Callable:
     return F.linear
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is an untouched `nn.Linear`: no subclass, hook, replaced forward, quantized or sharded weight."""
+def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether a layer is an untouched `kind`: no subclass, hook, replaced forward, quantized or sharded weight."""
     return (
-        type(layer) is nn.Linear
+        type(layer) is kind
         and type(layer.weight) in (nn.Parameter, torch.Tensor)
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

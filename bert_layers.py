@@ -12,6 +12,8 @@ The hub: backend table, modules in execution order, models and heads. It imports
     bert_loss.py            losses of the heads
     bert_compat.py          loading, tying and saving across releases of transformers
     flash_attn_triton.py    attention kernels in Triton
+    geglu_triton.py         GeGLU as one kernel
+    layer_norm_triton.py    residual, dropout and LayerNorm as one kernel
     launch_triton.py        how Triton kernels start, and where they can
 
 Letters: B batch, S padded length, T real tokens, N sequences, H heads, D head size, E = H * D hidden size,
@@ -40,16 +42,18 @@ from transformers.utils import can_return_tuple
 from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
 from .bert_compat import CompatiblePreTrainedModel
-from .bert_cpu import in_parts, linear
+from .bert_cpu import in_parts, is_plain, linear
 from .bert_loss import answer_loss, class_loss, packed_labels, sequence_loss
 from .bert_padding import PackedBatch, check_ids, check_shape, pack_batch
 from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, BertConfig
 
 try:
     from .flash_attn_triton import triton_attention
-    from .launch_triton import triton_declines
+    from .geglu_triton import triton_geglu
+    from .launch_triton import is_observed, triton_declines
+    from .layer_norm_triton import triton_add_layer_norm
 except ImportError:
-    triton_attention = triton_declines = None
+    triton_attention = triton_geglu = triton_add_layer_norm = is_observed = triton_declines = None
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -159,6 +163,59 @@ def choose_attention(name: str, qkv: torch.Tensor, packed: PackedBatch, dropout_
     raise ValueError(f"attn_implementation {candidate!r} cannot serve this call: {reason}")
 
 
+@dataclass(frozen=True)
+class FusedLayer:
+    """One row of the table of fused layers: one kernel for what torch does in several, and what it can serve.
+
+    Attributes:
+        function: the kernel; None when its package is missing.
+        devices: device types.
+        dtypes: dtypes of its input.
+        max_size: most channels; None: no limit.
+    """
+
+    function: Optional[Callable]
+    devices: tuple = ("cuda",)
+    dtypes: tuple = FLOATS[:3]
+    max_size: Optional[int] = None
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether the kernel computes a call on x [..., channels]; torch's own operators compute the others."""
+        return (
+            self.function is not None
+            and x.device.type in self.devices
+            and x.dtype in self.dtypes
+            and (self.max_size is None or x.shape[-1] <= self.max_size)
+            and not is_observed(x)
+            and triton_declines(x.device) is None
+        )
+
+
+FUSED_LAYERS = {
+    "geglu": FusedLayer(triton_geglu),
+    "add_norm": FusedLayer(triton_add_layer_norm, max_size=8192),
+}
+
+
+def geglu(gated: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * value: [..., 2 F], gates first, to [..., F]."""
+    fused = FUSED_LAYERS["geglu"]
+    if fused.serves(gated):
+        return fused.function(gated)
+    gate, value = gated.chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout: Optional[nn.Dropout] = None):
+    """norm(dropout(x) + residual), [..., E]; the kernel steps aside for anything but a plain `BertLayerNorm`."""
+    fused = FUSED_LAYERS["add_norm"]
+    if fused.serves(x) and is_plain(norm, BertLayerNorm):
+        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
+        dtype = norm.result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+        return fused.function(x, residual, norm.weight, norm.bias, norm.eps, dropout_p, dtype)
+    return norm((x if dropout is None else dropout(x)) + residual)
+
+
 class BertLayerNorm(nn.LayerNorm):
     """LayerNorm that can stay in the autocast dtype.
 
@@ -173,6 +230,12 @@ class BertLayerNorm(nn.LayerNorm):
     def __init__(self, size: int, eps: float, low_precision: bool):
         super().__init__(size, eps=eps)
         self.low_precision = low_precision
+
+    def result_dtype(self, dtype: torch.dtype, device_type: str) -> torch.dtype:
+        """The dtype of the result for an input of a dtype, by the rules of CUDA's autocast where it is on."""
+        if not torch.is_autocast_enabled(device_type):
+            return dtype
+        return torch.get_autocast_dtype(device_type) if self.low_precision else torch.float32
 
     def forward(self, x):
         if not self.low_precision:
@@ -240,7 +303,7 @@ class BertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context, residual):
-        return self.LayerNorm(self.dropout(linear(self.dense, context)) + residual)
+        return add_norm(self.LayerNorm, linear(self.dense, context), residual, self.dropout)
 
 
 class BertAttention(nn.Module):
@@ -272,11 +335,10 @@ class BertGatedMLP(nn.Module):
 
     def project(self, hidden):
         """[T, E] to wo(dropout(gelu(gate) * value)), [T, E]."""
-        gate, value = linear(self.gated_layers, hidden).chunk(2, dim=-1)  # [T, F] each
-        return linear(self.wo, self.dropout(F.gelu(gate).mul_(value)))
+        return linear(self.wo, self.dropout(geglu(linear(self.gated_layers, hidden))))
 
     def forward(self, hidden):
-        return self.layernorm(in_parts(self.project, hidden, self.gated_width) + hidden)
+        return add_norm(self.layernorm, in_parts(self.project, hidden, self.gated_width), hidden)
 
 
 class BertLayer(nn.Module):

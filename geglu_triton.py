@@ -1,0 +1,107 @@
+"""GeGLU in Triton: gelu(gate) * value in one pass, and its gradient in another that recomputes the GELU.
+
+Letters: T tokens, F intermediate size.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .launch_triton import Tile, launch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
+    raise
+
+# Rows and channels that a program computes, 8 numbers a thread. Nothing is kept or reused, so memory is the limit, and
+# any size that fills the card reaches it.
+TILE = Tile(1, 1024, 4, 1)
+
+# 1 / sqrt(2) and 1 / sqrt(2 pi).
+INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+INV_SQRT_TAU = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _forward_kernel(gated, out, stride, features, BLOCK: tl.constexpr):
+    """Writes gelu(gate) * value, [T, F], for rows [gate, value] of `gated` [T, 2 F]."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = channels < features
+    gate = tl.load(gated + row * stride + channels, mask=exists, other=0.0).to(tl.float32)  # [BLOCK]
+    value = tl.load(gated + row * stride + features + channels, mask=exists, other=0.0).to(tl.float32)
+    gelu = gate * 0.5 * (1.0 + tl.erf(gate * INV_SQRT_2))
+    # Rounded as torch rounds it between its two operators.
+    gelu = gelu.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * features + channels, (gelu * value).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _backward_kernel(gated, out_gradient, gradient, stride, out_gradient_stride, features, BLOCK: tl.constexpr):
+    """Writes the gradient of `gated`, [T, 2 F], for `out_gradient` [T, F]."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = channels < features
+    gate = tl.load(gated + row * stride + channels, mask=exists, other=0.0).to(tl.float32)  # [BLOCK]
+    value = tl.load(gated + row * stride + features + channels, mask=exists, other=0.0).to(tl.float32)
+    dout = tl.load(out_gradient + row * out_gradient_stride + channels, mask=exists, other=0.0).to(tl.float32)
+    normal = 0.5 * (1.0 + tl.erf(gate * INV_SQRT_2))  # distribution function
+    density = tl.exp(-0.5 * gate * gate) * INV_SQRT_TAU
+    dgate = dout * value * (normal + gate * density)
+    dvalue = dout * gate * normal
+    gradient += row * 2 * features + channels
+    tl.store(gradient, dgate.to(gradient.dtype.element_ty), mask=exists)
+    tl.store(gradient + features, dvalue.to(gradient.dtype.element_ty), mask=exists)
+
+
+def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
+    """[T, ...], the tensor itself if its channels are contiguous, as the kernels need, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward(gated: torch.Tensor) -> torch.Tensor:
+    """[T, 2 F], channels contiguous, to [T, F]."""
+    total, features = gated.shape[0], gated.shape[1] // 2
+    out = gated.new_empty(total, features)
+    if out.numel():
+        grid = (total, triton.cdiv(features, TILE.other), 1)
+        launch(_forward_kernel, grid, (gated, out), (gated.stride(0), features), (), (TILE.other,), TILE)
+    return out
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gated):
+        ctx.save_for_backward(gated)
+        return _forward(gated)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_gradient):
+        (gated,) = ctx.saved_tensors
+        out_gradient = _with_channels(out_gradient)
+        total, features = out_gradient.shape
+        gradient = gated.new_empty(gated.shape)
+        if gradient.numel():
+            grid = (total, triton.cdiv(features, TILE.other), 1)
+            strides = (gated.stride(0), out_gradient.stride(0), features)
+            launch(_backward_kernel, grid, (gated, out_gradient, gradient), strides, (), (TILE.other,), TILE)
+        return gradient
+
+
+def triton_geglu(gated):
+    """gelu(gate) * value, with the exact GELU; sums in float32, and backward keeps nothing but `gated`.
+
+    Args:
+        gated: float16, bfloat16 or float32 [..., 2 F], gates first; any strides, copied only if its channels are not
+            contiguous.
+
+    Returns:
+        [..., F] in the dtype of `gated`.
+
+    Source: https://arxiv.org/abs/2002.05202, equation 6.
+    """
+    rows = _with_channels(gated.flatten(0, -2))
+    out = _GeGLU.apply(rows) if rows.requires_grad and torch.is_grad_enabled() else _forward(rows)
+    return out.view(*gated.shape[:-1], rows.shape[1] // 2)

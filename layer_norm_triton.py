@@ -1,0 +1,210 @@
+"""LayerNorm(dropout(x) + residual) in Triton: one kernel forward and one backward.
+
+The sum and the dropout mask are never stored: backward reads `x` and `residual` again, draws the same mask and
+recomputes mean and variance. The gradients of weight and bias are summed by rows in a fixed order, in partial sums of
+`PARTS` programs that torch adds up, so every run gives the same bits.
+
+Letters: T tokens, E hidden size.
+"""
+
+from typing import Optional
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .launch_triton import Tile, launch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
+    raise
+
+MAX_SIZE = 8192
+# Programs of the backward kernel at most: enough to fill a card, few enough that adding their sums costs nothing.
+PARTS = 512
+
+
+@triton.jit
+def _keep(seed, row, dropout_p, BLOCK: tl.constexpr):
+    """Which numbers of a row dropout keeps, bool [BLOCK].
+
+    Philox keyed by the seed and counted by (channel // 4, row); each draw serves four channels. Seven rounds are the
+    fewest that pass BigCrush (https://doi.org/10.1145/2063384.2063405).
+    """
+    quads = tl.arange(0, BLOCK // 4)
+    zero = quads * 0
+    first, second, third, fourth = tl.philox(tl.load(seed), quads, zero + row, zero, zero, 7)
+    draws = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+    return tl.uint_to_uniform_float(draws) >= dropout_p
+
+
+@triton.jit
+def _sum_of_row(x, residual, seed, stride, residual_stride, row, size, dropout_p, BLOCK: tl.constexpr):
+    """dropout(x) + residual of a row, float32 [BLOCK], zero beyond its size; and what dropout multiplied."""
+    channels = tl.arange(0, BLOCK)
+    exists = channels < size
+    offset = row.to(tl.int64)
+    values = tl.load(x + offset * stride + channels, mask=exists, other=0.0).to(tl.float32)
+    factor = tl.full((BLOCK,), 1.0, tl.float32)
+    if seed is not None:
+        factor = tl.where(_keep(seed, row, dropout_p, BLOCK), 1.0 / (1.0 - dropout_p), 0.0)
+        values = values * factor
+    values += tl.load(residual + offset * residual_stride + channels, mask=exists, other=0.0).to(tl.float32)
+    return values, factor
+
+
+@triton.jit
+def _normalize(values, size, eps, BLOCK: tl.constexpr):
+    """A row with mean 0 and variance 1, float32 [BLOCK], zero beyond its size; and 1 / its standard deviation."""
+    mean = tl.sum(values, axis=0) / size
+    centred = tl.where(tl.arange(0, BLOCK) < size, values - mean, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def _forward_kernel(
+    x, residual, weight, bias, out, seed, stride, residual_stride, size, eps, dropout_p, BLOCK: tl.constexpr
+):
+    """A program computes a row of `out` [T, E]."""
+    row = tl.program_id(0)
+    channels = tl.arange(0, BLOCK)
+    exists = channels < size
+    values, _ = _sum_of_row(x, residual, seed, stride, residual_stride, row, size, dropout_p, BLOCK)
+    normal, _ = _normalize(values, size, eps, BLOCK)
+    w = tl.load(weight + channels, mask=exists, other=0.0).to(tl.float32)
+    b = tl.load(bias + channels, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * size + channels, (normal * w + b).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _backward_kernel(
+    x,
+    residual,
+    weight,
+    out_gradient,
+    x_gradient,
+    residual_gradient,
+    sums,
+    seed,
+    stride,
+    residual_stride,
+    out_gradient_stride,
+    size,
+    eps,
+    dropout_p,
+    total,
+    BLOCK: tl.constexpr,
+):
+    """A program walks over every PARTS-th row.
+
+    Writes `residual_gradient` [T, E], `x_gradient` [T, E] (None where the two are equal), and the program's row of
+    `sums` float32 [PARTS, 2, E], gradients of weight and bias.
+    """
+    channels = tl.arange(0, BLOCK)
+    exists = channels < size
+    w = tl.load(weight + channels, mask=exists, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for step in range((total - program + programs - 1) // programs):
+        row = program + step * programs
+        values, factor = _sum_of_row(x, residual, seed, stride, residual_stride, row, size, dropout_p, BLOCK)
+        normal, inverse = _normalize(values, size, eps, BLOCK)
+        offset = row.to(tl.int64)
+        dout = tl.load(out_gradient + offset * out_gradient_stride + channels, mask=exists, other=0.0).to(tl.float32)
+        weight_sum += dout * normal
+        bias_sum += dout
+        dnormal = dout * w
+        mean = tl.sum(dnormal, axis=0) / size
+        projection = tl.sum(dnormal * normal, axis=0) / size
+        dvalues = (dnormal - mean - normal * projection) * inverse
+        at = residual_gradient + offset * size + channels
+        tl.store(at, dvalues.to(residual_gradient.dtype.element_ty), mask=exists)
+        if x_gradient is not None:
+            at = x_gradient + offset * size + channels
+            tl.store(at, (dvalues * factor).to(x_gradient.dtype.element_ty), mask=exists)
+    sums += program * 2 * size + channels
+    tl.store(sums, weight_sum, mask=exists)
+    tl.store(sums + size, bias_sum, mask=exists)
+
+
+def _tile(size: int) -> Tile:
+    """A row at a time: 8 numbers a thread up to size 1,024, then 16 and more."""
+    block = max(16, triton.next_power_of_2(size))
+    return Tile(1, block, 4 if block <= 1024 else 8, 1)
+
+
+def _forward(x, residual, weight, bias, seed, eps: float, dropout_p: float, dtype: torch.dtype) -> torch.Tensor:
+    out = x.new_empty(x.shape, dtype=dtype)
+    if out.numel():
+        total, size = x.shape
+        tensors, tile = (x, residual, weight, bias, out, seed), _tile(size)
+        strides = (x.stride(0), residual.stride(0), size)
+        launch(_forward_kernel, (total, 1, 1), tensors, strides, (eps, dropout_p), (tile.other,), tile)
+    return out
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, dtype):
+        ctx.save_for_backward(x, residual, weight, seed)
+        ctx.numbers = (eps, dropout_p)
+        ctx.bias_dtype = bias.dtype
+        return _forward(x, residual, weight, bias, seed, eps, dropout_p, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_gradient):
+        x, residual, weight, seed = ctx.saved_tensors
+        out_gradient = _with_channels(out_gradient)
+        total, size = x.shape
+        residual_gradient = residual.new_empty(residual.shape)
+        x_gradient = None if seed is None and x.dtype == residual.dtype else x.new_empty(x.shape)
+        sums = x.new_empty(min(total, PARTS), 2, size, dtype=torch.float32)
+        if total:
+            tensors = (x, residual, weight, out_gradient, x_gradient, residual_gradient, sums, seed)
+            strides, tile = (x.stride(0), residual.stride(0), out_gradient.stride(0), size), _tile(size)
+            numbers = (*ctx.numbers, total)
+            launch(_backward_kernel, (len(sums), 1, 1), tensors, strides, numbers, (tile.other,), tile)
+        weight_gradient, bias_gradient = sums.sum(0)
+        x_gradient = residual_gradient if x_gradient is None else x_gradient
+        weight_gradient, bias_gradient = weight_gradient.to(weight.dtype), bias_gradient.to(ctx.bias_dtype)
+        return x_gradient, residual_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its channels are contiguous, as the kernels need, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def triton_add_layer_norm(
+    x, residual, weight, bias, eps: float, dropout_p: float = 0.0, dtype: Optional[torch.dtype] = None
+):
+    """LayerNorm(dropout(x) + residual), computed in float32.
+
+    Args:
+        x: float16, bfloat16 or float32 [..., E], E at most 8,192; any strides.
+        residual: [..., E], of any of these dtypes.
+        weight: [E], of any of these dtypes.
+        bias: like `weight`.
+        eps: added to the variance.
+        dropout_p: probability of dropping a number of `x`, in [0, 1); drawn from torch's generator.
+        dtype: of the result; None: that of `x` + `residual`.
+
+    Returns:
+        [..., E].
+
+    Source: https://arxiv.org/abs/1607.06450, equation 3; recomputation in backward is ours.
+    """
+    seed = None
+    if dropout_p > 0:
+        # From torch's generator on the device: torch.manual_seed reproduces it, and checkpointing restores it.
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    rows = (_with_channels(tensor.flatten(0, -2)) for tensor in (x, residual))
+    dtype = torch.promote_types(x.dtype, residual.dtype) if dtype is None else dtype
+    arguments = (*rows, weight.contiguous(), bias.contiguous(), seed, float(eps), float(dropout_p), dtype)
+    compute = _AddLayerNorm.apply if torch.is_grad_enabled() else _forward
+    return compute(*arguments).view(x.shape)
