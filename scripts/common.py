@@ -3,12 +3,13 @@
 torch and transformers are imported in the functions that use them, so that a script's `--help` need not wait for them.
 """
 
+import inspect
 import json
 import pickle
 import re
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, get_args
 
 from cli import one_line
 from references import without_references
@@ -66,10 +67,24 @@ def foreign_config(fields: dict):
     Raises:
         ValueError: a value is none that its field can have.
     """
+    config_class = repository_class("BertConfig")
+    for name, parameter in inspect.signature(config_class.__init__).parameters.items():
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        if name in fields and not _is_of(fields[name], kinds):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
     try:
-        return repository_class("BertConfig")(**fields)
+        return config_class(**fields)
     except Exception as error:  # any type of value may stand there
         raise ValueError(f"config.json: {one_line(error)}") from error
+
+
+def _is_of(value, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, (int, float)) and float in kinds:
+        return abs(value) < 1e300  # an integer in JSON may be too large for a float
+    return isinstance(value, kinds)
 
 
 def empty_model(name: str, config):

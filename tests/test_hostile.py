@@ -213,6 +213,13 @@ def test_a_size_that_is_no_size_is_named(source, field, value):
     source.fails(rf"{field}|config.json describes no|of another shape|must have shape")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "0.1", [0.1], {"a": 1}, True])
+@pytest.mark.parametrize("field", ["layer_norm_eps", "hidden_dropout_prob", "initializer_range"])
+def test_a_number_that_is_no_number_is_named(source, field, value):
+    source.fields("config.json", **{field: value})
+    source.fails(f"config.json: {field} must be float, got ")
+
+
 def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):
     """transformers asks on standard input whether code may run, and takes silence for a no after 15 seconds."""
     reference = {"AutoTokenizer": ["evil/repo--code.Slow", None], "AutoConfig": "evil/repo--code.Config"}
