@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 
 import numpy as np
 import packing
@@ -24,6 +26,7 @@ from folders import SPECIAL
 from models import tiny_model
 from numerics import SAME, assert_same
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 SIZES = "hidden_size=24 num_hidden_layers=2 num_attention_heads=3 intermediate_size=20".split()
@@ -104,6 +107,30 @@ def test_flops_are_those_that_torch_counts(tokenizer):
         model(**batch).loss.backward()
     predicted = int((batch["labels"] != packing.IGNORED).sum())
     assert recipe.count_flops(model.config, 40, 40**2, predicted) == counter.get_total_flops()
+
+
+class ReadNumbers(TorchDispatchMode):
+    """Counts the numbers that are read from tensors outside the model, each of which would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            files = {Path(frame.filename).name for frame in traceback.extract_stack()}
+            self.count += not any(name.startswith("bert_") for name in files)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_of_the_trainer_reads_no_number_from_the_device(corpus, tokenizer, tmp_path):
+    counts = []
+    for steps in (2, 6):
+        flags = {"max_steps": steps, "logging_steps": 100, "save_steps": 100, "max_grad_norm": 1.0}
+        with ReadNumbers() as read:
+            run(command_line(corpus, tokenizer, tmp_path / str(steps), **flags))
+        counts.append(read.count)
+    assert counts[0] == counts[1] > 0  # those of the start and the end
 
 
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
