@@ -143,6 +143,22 @@ def say_float32(folder: Path) -> None:
     write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
 
 
+def check_source(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> None:
+    """Raise ValueError where a folder, which is used as it is, cannot be a model's (or a tokenizer's).
+
+    Args:
+        source: a folder or a Hub id.
+        argument: what the user calls it.
+        files: the folder must hold one of these.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in files):
+            raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
+
+
 def find_checkpoint(
     source: str, revision: Optional[str] = None, argument: str = "source", patterns: tuple[str, ...] = SOURCE_PATTERNS
 ) -> tuple[Path, Optional[str]]:

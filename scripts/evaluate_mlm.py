@@ -9,11 +9,8 @@ only those are scored. With several lengths only documents that fill the longest
 the same text. A model with learned positions is only measured up to the length that it has positions for.
 """
 
-from pathlib import Path
-
 import cli
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common import REPOSITORY
 
 
 def make_parser() -> cli.Parser:

@@ -8,8 +8,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional
 
 import torch
+from cli import one_line
+from common import check_source
 from records import read_texts
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -232,6 +235,20 @@ def write_table(rows: list[dict], path: str) -> None:
     os.replace(path + ".new", path)
 
 
+def find_device(name: Optional[str]) -> torch.device:
+    """The device of a name; None: the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used, {one_line(error)}") from error
+    return device
+
+
 def evaluate(options) -> list[dict]:
     """Measure the models that the options of evaluate_mlm.py name, and print and write the table.
 
@@ -247,6 +264,9 @@ def evaluate(options) -> list[dict]:
         raise ValueError(f"name: expected {len(options.model)} names, got {len(names)}")
     if min(options.max_length) < SHORTEST_WINDOW + 2:
         raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
+    for source in options.model:
+        check_source(source)
+    device = find_device(options.device)
     for path in filter(None, (options.csv, options.png)):
         if not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise OSError(f"{path} cannot be written: its folder is missing or read-only")
@@ -255,7 +275,6 @@ def evaluate(options) -> list[dict]:
 
     texts, rows = list(read_texts(options.data, options.text_field)), []
     print(",".join(COLUMNS))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, source in zip(names, options.model):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True)

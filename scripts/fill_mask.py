@@ -3,11 +3,8 @@
 python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
-from pathlib import Path
-
 import cli
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common import REPOSITORY, check_source
 
 
 def main() -> None:
@@ -16,6 +13,7 @@ def main() -> None:
     parser.add_argument("text", help="a sentence with one [MASK]")
     parser.add_argument("--model", default=str(REPOSITORY), help="folder or Hub id (default: this repository)")
     options = parser.parse_args()
+    check_source(options.model)
     from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from common import REPOSITORY, say_float32, write_card, write_json
+from common import REPOSITORY, check_source, say_float32, write_card, write_json
 from records import RECORD_FILES, find_files, is_file_name, read_records
 from runs import STAGE, CarefulTrainer, Divergence, clear_results, is_finite, publish, start_folder
 from transformers import (
@@ -295,6 +295,8 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
     for package in ("sklearn", "matplotlib"):  # before the training rather than after it
         importlib.import_module(package)
+    model_name = options.model or str(REPOSITORY)
+    check_source(model_name)
     folder = Path(arguments.output_dir)
     start_folder(folder, options.overwrite)
     train = load_examples(options.train_data, options, "train")
@@ -322,7 +324,6 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         guess = fit_baseline(problem, texts[0], truth[0], texts[1])
         results["baseline"] = score(problem, guess, truth[1])
 
-    model_name = options.model or str(REPOSITORY)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     sets = []
     for (texts, _), labels in zip((train, validation), truth):

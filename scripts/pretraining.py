@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import broadcast_object_list
-from common import REPOSITORY, repository_class, say_float32, write_card
+from common import REPOSITORY, TOKENIZER_FILES, check_source, repository_class, say_float32, write_card
 from packing import (
     IGNORED,
     SHORTEST,
@@ -186,6 +186,8 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     fields = parse_fields(options.config_fields)
     if options.model and options.config:
         raise ValueError("config must not be given with model, which brings its own")
+    if options.model:
+        check_source(options.model)
     config_class, model_class = repository_class("BertConfig"), repository_class("BertForMaskedLM")
     source = options.model or options.config
     config = config_class.from_pretrained(source) if source else config_class()
@@ -205,7 +207,15 @@ def build_model(options: argparse.Namespace, vocabulary: int):
 
 
 def load_tokenizer(options: argparse.Namespace):
-    """The tokenizer that the options name."""
+    """The tokenizer that the options name.
+
+    Raises:
+        ValueError: a folder holds no model or no tokenizer.
+    """
+    if options.tokenizer:
+        check_source(options.tokenizer, "tokenizer", TOKENIZER_FILES)
+    elif options.model:
+        check_source(options.model)
     return AutoTokenizer.from_pretrained(options.tokenizer or options.model or str(REPOSITORY))
 
 
@@ -248,6 +258,9 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
         raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
     if options.max_seconds and arguments.lr_scheduler_type != "linear":
         raise ValueError(f"max_seconds needs lr_scheduler_type linear, got {arguments.lr_scheduler_type}")
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if options.compile_backend and options.compile_backend not in backends:
+        raise ValueError(f"torch_compile must be one of {', '.join(backends)}, got {options.compile_backend!r}")
     shares = [share / sum(shares) for share in shares]
     folder = Path(arguments.output_dir)
     checkpoint = None

@@ -146,7 +146,12 @@ class CarefulTrainer(Trainer):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except RuntimeError as error:
+            if "to be installed" not in str(error):
+                raise
+            raise ImportError(f"report_to: {error}") from error
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not self.args.disable_tqdm:

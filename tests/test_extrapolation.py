@@ -206,6 +206,8 @@ def test_too_short_documents_are_named():
         (["--csv", "missing/table.csv"], "missing/table.csv cannot be written: its folder is missing"),
         (["--png", "missing/table.png"], "missing/table.png cannot be written: its folder is missing"),
         (["--name", "a", "b"], "name: expected 1 names, got 2"),
+        (["--model", "."], "model: the folder '.' holds no config.json"),
+        (["--device", "quantum"], "device: 'quantum' cannot be used, Expected one of cpu"),
         (["--max_length", "9"], "max_length must be at least 10, got 9"),
         ([], "data: no file matches 'missing.jsonl'"),
     ],

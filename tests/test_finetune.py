@@ -244,6 +244,11 @@ def test_a_missing_package_is_found_before_the_training(start, tmp_path, monkeyp
         run(start, tmp_path, train_data=tmp_path / "unread.csv")
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model: the folder '.*' holds no config.json"):
+        run(tmp_path, tmp_path, train_data=tmp_path / "unread.csv")
+
+
 def test_constant_predictions_of_a_regression_have_no_correlation():
     scores = finetuning.score(finetuning.REGRESSION, np.ones(3), np.arange(3.0))
     assert scores == {"mse": pytest.approx(2 / 3), "pearson": 0.0, "spearman": 0.0}

@@ -273,6 +273,8 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
             "config must not be given with model",
         ),
         ({"streaming": True, "num_train_epochs": 1}, "num_train_epochs needs data of a known size"),
+        ({"model": "./there"}, "model: expected a folder or a Hub id .owner/name., got './there'"),
+        ({"torch_compile": "fast"}, "torch_compile must be one of .*inductor.*, got 'fast'"),
         ({"max_seconds": 9, "lr_scheduler_type": "cosine"}, "max_seconds needs lr_scheduler_type linear"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: there is no such folder"),
         ({"resume_from_checkpoint": "last", "overwrite": True}, "overwrite: starts a run again, so it must not be"),
