@@ -1,15 +1,17 @@
 """MosaicBERT as an installed package: `pip install .`, then `from mosaicbert import BertForMaskedLM`."""
 
-from .bert_layers import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPreTrainedModel,
-)
-from .configuration_bert import BertConfig
+# pytest imports this file alone, without a package, in a clone whose folder has a hyphen in its name.
+if __package__:
+    from .bert_layers import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+        BertPreTrainedModel,
+    )
+    from .configuration_bert import BertConfig
 
 __version__ = "1.0.0"
 __all__ = [

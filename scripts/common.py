@@ -190,8 +190,9 @@ def find_checkpoint(
             ) from error
     elif revision is not None:
         raise ValueError(f"revision: only a Hub id has revisions, but {source!r} is a folder")
-    commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
-    return folder, commit
+    home = folder.resolve()
+    is_commit = home.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", home.name)
+    return folder, home.name if is_commit else None
 
 
 def file_inside(folder: Path, name: str) -> Path:
@@ -323,7 +324,7 @@ def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         # A tensor that is larger than what is stored of it repeats itself, and may be too large for any memory.
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{where}: {name} is no dense tensor")
         if not torch.isfinite(tensor).all():

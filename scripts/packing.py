@@ -375,13 +375,13 @@ def stream_sequences(
     Raises:
         ValueError: see `open_sources`, or the tokenizer lacks a token that is needed.
     """
+    check_tokenizer(tokenizer)
+    for source in filter(Documents.is_in, sources):
+        raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
     import datasets
 
-    check_tokenizer(tokenizer)
     parts = []
     for source in sources:
-        if Documents.is_in(source):
-            raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
         if _is_text_file(source):
             settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
             parts.append(datasets.IterableDataset.from_generator(_examples_of_files, gen_kwargs=settings))

@@ -27,6 +27,7 @@ NEEDED_FILES = (*CODE_FILES, "config.json", "README.md", "tokenizer_config.json"
 # Files at the top of a repository that loaders may take instead of, or along with, the ones that are pushed.
 REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
+REPLACED_PATTERNS += ("generation_config.json", "*processor_config.json")
 IMAGE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>]+)>|([^)\s]+))|<img\b[^>]*?\bsrc=[\"']?([^\"'\s>]+)", re.IGNORECASE)
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 

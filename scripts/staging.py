@@ -37,7 +37,7 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
         ValueError: the target is there already and `overwrite` is not set, it is no folder, it holds the source, or
             another run is writing it.
     """
-    target = Path(target).resolve()
+    target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: {target} is a file, expected a folder")
     if source is not None and Path(source).exists() and target in Path(source).resolve().parents:

@@ -1,16 +1,19 @@
 """The benchmark command: it measures, it refuses wrong numbers, and the documentation shows what its results say."""
 
+import contextlib
 import csv
 import gc
 import shutil
 import subprocess
+import types
 from dataclasses import replace
 
 import bench
 import pytest
+import torch
 from cases import CASES, RAGGED
 from conftest import ROOT
-from contenders import TINY, Pretraining
+from contenders import TINY, Encoder, Pretraining
 from recipe import count_flops
 
 
@@ -106,6 +109,30 @@ def test_utilisation_is_the_share_of_the_flops_of_a_large_product():
     predicted = int((workload.labels != -100).sum())
     flops = count_flops(workload.model.config, 16, 2 * 8**2, predicted)
     assert tokens / 16 == pytest.approx(2 * 512**3 / flops)
+
+
+def test_a_captured_graph_is_compared_with_a_plain_call(monkeypatch):
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in (
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
+        ("stream", contextlib.nullcontext),
+        ("graph", contextlib.nullcontext),
+        ("CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    case = replace(next(case for case in CASES if case.name == "G13"), device="cpu", dtype="float32", lengths=(8, 8))
+    workload = Encoder(case, TINY)
+    replay, tokens = workload.contender("ours, CUDA graph")
+    plain, _ = workload.contender("ours, no mask")
+    assert tokens == 16 and torch.equal(replay(), plain())
+    model, calls = workload.model.base_model, iter(range(9))
+
+    def forgetful(ids):  # gives other numbers while the graph is captured, after three calls to warm up
+        return model(ids.flip(0) if next(calls) == 3 else ids)
+
+    with pytest.raises(AssertionError, match="hidden states of the CUDA graph relative error"):
+        workload.captured(forgetful)
 
 
 @pytest.mark.parametrize("git", ["missing", "no repository"])

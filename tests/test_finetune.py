@@ -7,6 +7,7 @@ import sys
 import finetune_classification
 import finetuning
 import numpy as np
+import push_to_hub
 import pytest
 import runs
 from corpora import WORDS
@@ -195,6 +196,7 @@ def test_results_of_another_run_are_kept_unless_overwrite_is_given(start, tmp_pa
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"README.md", "metrics.json", "confusion.png", "model.safetensors", "bert_layers.py"} <= names
     assert not [name for name in names if name.startswith(("seed-", "."))]
+    assert "model.safetensors" in push_to_hub.files_to_push(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
     with pytest.raises(ValueError, match="holds model.safetensors of an earlier run; replace it with --overwrite"):
         run(start, tmp_path, train_data=train)

@@ -163,6 +163,10 @@ def test_weights_that_are_cut_off_are_named(source, name, size):
         (lambda weights: {**weights, NORM: torch.ones(10, dtype=torch.int8)}, f"{NORM} must be float16, .*torch.int8"),
         (lambda weights: {**weights, NORM: torch.ones(9).to(torch.float8_e4m3fn)}, f"{NORM} must be .*float8_e4m3fn"),
         (lambda weights: {**weights, NORM: torch.ones(9).to_sparse()}, f"{NORM} is no dense tensor"),
+        (
+            lambda weights: {**weights, NORM: torch.nested.nested_tensor([torch.ones(2)])},
+            f"{NORM} is no dense tensor",
+        ),
         (lambda weights: {**weights, NORM: torch.ones(9, device="meta")}, f"{NORM} is no dense tensor"),
         (lambda weights: {**weights, NORM: torch.ones(1).expand(10**12)}, f"{NORM} is no dense tensor"),
         (
@@ -318,7 +322,7 @@ def test_an_error_of_safetensors_is_told_in_one_line(source, monkeypatch):
 
 def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(sources, tmp_path):
     """A card that closes its table, its code block and its metadata, a folder that is named like Markdown."""
-    folder = tmp_path / "a`](x) | <b>{y}\n# z"
+    folder = tmp_path / "snapshots" / "a`](x) | <b>{y}\n# z"
     shutil.copytree(sources / "mosaic", folder)
     for stated in (
         "'mit | <script>'",
@@ -332,6 +336,7 @@ def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(sources, tmp_pa
         target = tmp_path / "new"
         conversion.convert(str(folder), target)
         card = (target / "README.md").read_text(encoding="utf-8")
+        assert "| Revision of the source | unknown |" in card, "it is no commit"
         assert "| Licence | unknown |" in card and "license:" not in card
         assert "| Source | `a___x_ _ _b__y___ z`, a local file or folder |" in card
         assert not re.search(r"<script>|<b>|^# z", card, re.M)

@@ -39,3 +39,14 @@ def test_pip_installs_the_classes_and_the_version(tmp_path):
 
 def test_every_model_class_is_exported():
     assert {reference.split(".")[-1] for reference in AUTO_MAP.values()} <= set(mosaicbert.__all__)
+
+
+def test_the_suite_runs_in_a_clone_whose_folder_is_no_package_name(tmp_path):
+    clone = tmp_path / "mosaic-bert"
+    (clone / "tests").mkdir(parents=True)
+    for name in ("__init__.py", "setup.cfg"):
+        shutil.copy(ROOT / name, clone)
+    (clone / "tests" / "test_one.py").write_text("def test_one():\n    pass\n")
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    run = subprocess.run(pytest, capture_output=True, text=True, cwd=clone, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr

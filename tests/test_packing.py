@@ -116,6 +116,7 @@ def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(co
 
 
 def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, tokenizer):
+    pytest.importorskip("datasets")
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
     stored = sequences_of(corpus, tokenizer)
     assert sorted(tuple(row["input_ids"]) for row in stream) == sorted(all_of(stored))
@@ -132,6 +133,7 @@ def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, t
 
 
 def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokenizer):
+    pytest.importorskip("datasets")
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
     rows = packing.StreamedRows(stream, tokenizer, 100, 0.0, seed=0)
     loader = iter(torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2, collate_fn=packing.flatten_rows))
@@ -139,6 +141,7 @@ def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokeni
 
 
 def test_text_files_and_shards_are_read(corpus, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
     long = " ".join(WORDS)
     (tmp_path / "a.txt").write_text(f"{long}\nba be\n\nca ce ci {long}")
     sequences = sequences_of(tmp_path / "*.txt", tokenizer, [128])

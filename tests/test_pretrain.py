@@ -1,6 +1,7 @@
 """scripts/pretrain_mlm.py: the published recipe, and runs that survive what happens to them."""
 
 import functools
+import gzip
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import packing
 import pretrain_mlm
 import pretraining
+import push_to_hub
 import pytest
 import recipe
 import runs
@@ -136,6 +138,7 @@ def test_a_step_of_the_trainer_reads_no_number_from_the_device(corpus, tokenizer
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
     run(command_line(corpus, tokenizer, tmp_path, validation_data=corpus, save_dtype="bfloat16"))
     assert "8 steps, " in (tmp_path / "README.md").read_text()
+    assert "model.safetensors" in push_to_hub.files_to_push(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     history = json.loads((tmp_path / "log_history.json").read_text())
@@ -527,6 +530,30 @@ def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tm
     run(command_line(corpus, tokenizer, tmp_path / "text", max_steps=2))
     run(command_line(tmp_path / "tokens", tokenizer, tmp_path / "prepared", max_steps=2))
     assert losses(tmp_path / "text") == losses(tmp_path / "prepared")
+
+
+def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenizer, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("wiki_vital", "gensim_wiki", "sotu", "other"):
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    run(command_line(corpus, tokenizer, tmp_path / "start", max_steps=1))
+    small = {"tokens_per_row": 2048, "global_batch_size": 4, "max_steps": 2, "logging_steps": 1, "peak_tflops": 1e-3}
+    options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def call(seconds):
+        command = [ROOT / "scripts/train_checkpoint.sh", folder, tmp_path / "out", seconds, *options]
+        command += ["--model", tmp_path / "start"]
+        return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=180)
+
+    short = call(1)
+    assert short.returncode == 1 and "1 seconds are used up after tokenizing" in short.stderr
+    bounds = np.load(tmp_path / "out/tokens/bounds.npy")
+    assert len(bounds) == 60 * (4 + 4 + 3 + 1) and len(np.unique(bounds, axis=0)) == 60 * 4
+    done = call(100_000)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tokenize" not in done.stderr and len(losses(tmp_path / "out/run")) == 2
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+def test_a_link_to_itself_is_no_target(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError), staging.staged_folder(tmp_path / "loop", overwrite=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 def test_a_target_that_holds_the_source_is_refused(tmp_path):
     source = tmp_path / "runs" / "last.pt"
     source.parent.mkdir()
