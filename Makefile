@@ -23,7 +23,7 @@ gpu: .venv/test  ## the tests that need a CUDA or ROCm device
 	.venv/bin/python -m pytest -m gpu
 
 # With the packages that $(PYTHON) has: a machine with a GPU may have no network, and has its own torch.
-gpu-report:  ## tests and benchmarks on one GPU in at most 8 minutes, written to the folder OUT
+gpu-report:  ## tests, benchmarks and a sweep on one GPU in at most 8 minutes, written to the folder OUT
 	$(PYTHON) benchmarks/gpu_report.py --out $(OUT)
 
 lint: .venv/lint

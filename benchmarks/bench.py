@@ -1,6 +1,6 @@
 """Times of this model beside the published formula and what users would pick instead.
 
-python benchmarks/bench.py attention|model|train|pretrain|startup
+python benchmarks/bench.py attention|model|train|pretrain|startup|host
                                                               measure the cases of this command, append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
 python benchmarks/bench.py compare --with PATH                this checkout beside another one, in one process
@@ -43,6 +43,7 @@ from contenders import (
     layers,
     reason_against,
 )
+from host import HostCall, stubbed_launches
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,14 +74,14 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(function, device: str, calls: int = 1) -> float:
-    """Seconds of one call, the mean of `calls`."""
+def seconds_of(function, device: str, calls: int = 1, clock=time.perf_counter) -> float:
+    """Seconds of one call by `clock`, the mean of `calls`."""
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     wait(device)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def peak_memory(function, device: str) -> float:
@@ -253,6 +254,26 @@ def measure_checkouts(case, sizes, repeats: int, limit_s: float, command: str) -
     return rows
 
 
+def measure_host(case, sizes, repeats: int, limit_s: float, command: str) -> list:
+    """CPU time of the Python of one attention call, with launches that do nothing; the rows also count the launches.
+
+    Raises:
+        AssertionError: Triton is not installed, or the call launched nothing.
+    """
+    assert layers.triton_attention is not None, "Triton is not installed"
+    with stubbed_launches() as kernel:
+        call = HostCall(case, kernel)
+        contenders = {name: call.contender(name) for name in (case.ours, *case.against)}
+        launches = {name: call.launches(name) for name in contenders}
+        assert launches[case.ours] > 0, "the call launched nothing"
+        samples = {
+            name: partial(seconds_of, function, "cpu", 200, time.process_time) for name, function in contenders.items()
+        }
+        seconds = take_turns(samples, repeats, limit_s)
+    rows = make_rows(case, seconds, dict.fromkeys(contenders, 1), {}, command)
+    return [{**row, "launches": launches[row["backend"]]} for row in rows]
+
+
 def measure_startup(case, sizes, repeats: int, limit_s: float, command: str) -> list:
     """From `python` to the answer of fill-mask, each in a process of its own; returns the rows of the case.
 
@@ -299,7 +320,7 @@ def append_rows(path: Path, rows: list) -> None:
 def read_rows() -> dict:
     """The newest row of every processor, case and backend in benchmarks/results: (processor, case, backend) to row."""
     rows = {}
-    for name in (*WORKLOADS, "startup"):
+    for name in (*WORKLOADS, "startup", "host"):
         path = RESULTS / f"{name}.csv"
         if path.exists():
             with path.open(newline="") as file:
@@ -310,7 +331,7 @@ def read_rows() -> dict:
 def show(row: dict) -> str:
     """A row for the terminal."""
     return (
-        f"{row['case']:16} {row['backend']:24} {float(row['p50']):10.4f} s  "
+        f"{row['case']:16} {row['backend']:24} {float(row['p50']):10.6f} s  "
         f"ratio {row['ratio']:>7} ({row['ratio_p20']}–{row['ratio_p80']})  "
         f"{mib(row):>7} MiB  {row['repeats']} rounds"
     )
@@ -430,7 +451,7 @@ def main() -> None:
     """Parse the command line and measure, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*WORKLOADS, "startup", "compare"):
+    for name in (*WORKLOADS, "startup", "host", "compare"):
         about = "time this checkout beside another one" if name == "compare" else f"measure the {name} cases"
         measuring = commands.add_parser(name, help=about)
         if name == "compare":
@@ -505,7 +526,7 @@ def run(parser, arguments) -> None:
     device = arguments.device or ("cuda" if arguments.rehearse or torch.cuda.is_available() else "cpu")
     out = arguments.out if comparing else arguments.out or RESULTS / f"{arguments.command}.csv"
     command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
-    special = {"startup": measure_startup, "compare": measure_checkouts}
+    special = {"startup": measure_startup, "host": measure_host, "compare": measure_checkouts}
     function = special.get(arguments.command, measure)
     failures = []
     for case in choose_cases(parser, arguments, device):

@@ -18,8 +18,8 @@ class Case:
         name: C1 to C9 on the CPU and G1 to G15 on a GPU are the project's targets; the others stand for themselves.
         command: `attention` (q, k, v of 12 heads of 64 channels, scores up to 5), `model` (encoder, forward), `train`
             (MLM step, forward and backward, of a padded batch), `pretrain` (the step of scripts/pretrain_mlm.py:
-            sequences without padding, float32 weights under bfloat16 autocast, hidden dropout, AdamW) or `startup`
-            (from `python` to an answer).
+            sequences without padding, float32 weights under bfloat16 autocast, hidden dropout, AdamW), `startup`
+            (from `python` to an answer) or `host` (the Python of one attention call).
         what: the workload, as the tables call it.
         lengths: tokens of each sequence.
         against: contender to the least ratio that counts as reached (its time over ours), None where there is no goal;
@@ -123,6 +123,19 @@ CPU_CASES = (
         "encoder, 16 texts, lengths of validation documents cut at 512",
         validation_law(512, 16),
         {"BERT": None, "published": None},
+    ),
+    *(
+        Case(
+            f"host-{mode}-{length}",
+            "host",
+            f"Python of one attention call, {mode}, {count} × {length:,} tokens",
+            (length,) * count,
+            {"empty autograd.Function": None},
+            mode=mode,
+            dtype="bfloat16",
+        )
+        for mode in ("forward", "step")
+        for count, length in ((8, 128), (1, 4096))
     ),
     Case("compile", "model", "as C7-full, against ours under torch.compile", EIGHT, {"ours, compiled": None}),
 )

@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_report.py --out FOLDER
 
-Runs the `gpu` tests (in parallel where pytest-xdist is installed) and all G cases of cases.py. Each part is a process
-with its share of the time. What a part leaves unused goes to those after it, and a part that fails or runs out of time
-does not stop the others. The folder gets summary.md, log.txt and CSV files, eight files at most. Rows of the CSV files
-can be appended to those of benchmarks/results.
-The command needs neither git nor a network.
+Runs the `gpu` tests (in parallel where pytest-xdist is installed), the Python time of a call, all G cases of cases.py,
+and a sweep over tile sizes. Each part is a process with its share of the time. What a part leaves unused goes to those
+after it, and a part that fails or runs out of time does not stop the others. The folder gets summary.md, log.txt and
+CSV files, eight files at most. Rows of attention.csv, model.csv, train.csv and pretrain.csv can be appended to those of
+benchmarks/results. The command needs neither git nor a network.
 """
 
 import argparse
@@ -83,10 +83,12 @@ def parts_of(out: Path, repeats: int, limit: float, commit: Optional[str], rehea
     return [
         # Verbose, so that a run that is stopped says how far it came.
         Part("tests", ("-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", *workers), 11),
+        bench("host", 2, "--device", "cpu"),
         bench("attention", 9, *on_device),
         bench("model", 9, *on_device),
         bench("train", 6, *on_device),
         bench("pretrain", 6, *on_device),
+        Part("sweep", ("benchmarks/sweep.py", "--out", str(out / "sweep.csv")), 6),
     ]
 
 
@@ -260,6 +262,21 @@ def summarize(out: Path, outcomes: dict, seconds: float, rehearsed: bool) -> str
     if "tests" in outcomes:
         failed = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", outcomes["tests"].output, re.M)))
         text += ["## Tests", tests_line(outcomes["tests"]), *(f"- {name}" for name in failed)]
+    host = read_rows(out / "host.csv")
+    if host:
+        cells = [[row["case"], row["backend"], f"{float(row['p50']) * 1e6:.0f}", row["launches"]] for row in host]
+        text += ["## Python of one attention call", markdown_table(["case", "contender", "µs", "launches"], cells)]
+    best = {}
+    for row in read_rows(out / "sweep.csv"):
+        best.setdefault((row["kernel"], row["B"], row["S"]), []).append(row)
+    if best:
+        cells = []
+        for (kernel, count, length), sizes in best.items():
+            fastest = sorted(sizes, key=lambda row: float(row["microseconds"]))[:3]
+            shown = ["({own}, {other}, {warps}, {stages}) {microseconds} µs".format(**row) for row in fastest]
+            cells.append([kernel, f"{count} × {length}", ", ".join(shown)])
+        head = ["kernel", "batch", "fastest (own, other, warps, stages)"]
+        text += ["## Tile sizes", markdown_table(head, cells)]
     return "\n\n".join(text) + "\n"
 
 

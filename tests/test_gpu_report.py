@@ -117,8 +117,12 @@ def test_goals_are_judged_and_what_is_missing_has_its_reason(tmp_path):
     assert goals <= lines.keys()
 
 
-def test_the_summary_names_card_parts_and_tests(tmp_path):
+def test_the_summary_names_card_parts_tests_and_tiles(tmp_path):
     write_case(tmp_path, "G3", **{"SDPA, dense bias": 2.6})
+    sizes = [
+        {"kernel": "forward", "B": 1, "S": 512, "own": own, "other": 64, "warps": 4, "stages": 3} for own in (64, 128)
+    ]
+    append(tmp_path / "sweep.csv", [{**size, "microseconds": 700 - size["own"]} for size in sizes])
     printed = (
         "FAILED tests/test_model.py::test_one - assert\n==== 1 failed, 123 passed, 1 skipped in 61.20s (0:01:01) ====\n"
     )
@@ -132,6 +136,7 @@ def test_the_summary_names_card_parts_and_tests(tmp_path):
         "1 failed, 123 passed, 1 skipped in 61.20s",
         "- tests/test_model.py::test_one",
         "| tests | exit status 1 | 62 |",
+        "(128, 64, 4, 3) 572 µs, (64, 64, 4, 3) 636 µs",
     ):
         assert expected in text
     stopped = Outcome(9.0, "stopped", "tests/a.py::b PASSED\ntests/a.py::c PASSED\ntests/a.py::d FAILED\n")
@@ -161,7 +166,7 @@ def test_the_report_is_at_most_eight_files_and_fails_when_a_part_did(monkeypatch
     ("arguments", "message"),
     [
         (["--out", "filled"], "--out must be an empty or a new folder, filled is not"),
-        (["--out", "new", "--part", "nothing"], "--part must be one of tests, attention, "),
+        (["--out", "new", "--part", "nothing"], "--part must be one of tests, host, "),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_its_reason(arguments, message, monkeypatch, tmp_path, capsys):
