@@ -43,9 +43,9 @@ from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
 from .bert_compat import CompatiblePreTrainedModel
 from .bert_cpu import in_parts, is_plain, linear
-from .bert_loss import answer_loss, class_loss, packed_labels, sequence_loss
-from .bert_padding import PackedBatch, check_ids, check_shape, pack_batch
-from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, BertConfig
+from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
+from .bert_padding import PackedBatch, as_integers, check_ids, check_shape, check_tensor, is_traced, pack_batch
+from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields
 
 try:
     from .flash_attn_triton import triton_attention
@@ -241,7 +241,7 @@ class BertLayerNorm(nn.LayerNorm):
         if not self.low_precision:
             return super().forward(x)
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # which autocast leaves alone
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -401,7 +401,7 @@ class BertPredictionHeadTransform(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = activation(config.hidden_act)
+        self.activation = ACT2FN[config.hidden_act]
         # 1e-12 whatever layer_norm_eps says: what the checkpoints were trained with.
         self.LayerNorm = BertLayerNorm(config.hidden_size, 1e-12, config.low_precision_layernorm)
 
@@ -432,17 +432,6 @@ class BertOnlyMLMHead(nn.Module):
         return self.predictions(hidden)
 
 
-def activation(name: str) -> nn.Module:
-    """The activation that transformers knows under `name`.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
-    if name not in ACT2FN:
-        raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {name!r}")
-    return ACT2FN[name]
-
-
 class BertPreTrainedModel(CompatiblePreTrainedModel):
     """What all models here share: configuration, loading and saving, the choice of attention."""
 
@@ -460,6 +449,11 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         for name, default in EXTRA_FIELDS.items():  # transformers' BertConfig lacks them
             if not hasattr(config, name):
                 setattr(config, name, default)
+        # Fields may have been set since the config was built, as `from_pretrained(..., field=...)` does.
+        check_fields(
+            {name: getattr(config, name) for name in FIELD_CHECKS if hasattr(config, name)}
+            | {"pad_token_id": config.pad_token_id}
+        )
         if config._attn_implementation_internal is None:
             config._attn_implementation_internal = AUTOMATIC
         super().__init__(config, *inputs, **kwargs)
@@ -478,10 +472,22 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         check_attention_name(attn_implementation)
         self.config._attn_implementation_internal = attn_implementation
 
-    def refuse_flattened(self, kwargs: dict) -> None:
-        """Raise ValueError when `kwargs` hold the boundaries of concatenated texts; for heads that need rows."""
+    def encode_rows(self, *arguments, **kwargs) -> "Encoded":
+        """`BertModel.encode`, for heads that need one text per row.
+
+        Raises:
+            ValueError: a row holds several texts, by its `cu_seq_lens_q` or its `position_ids`.
+        """
+        message = f"%s cannot be served by {type(self).__name__}, which needs one row a text"
         if kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError(f"cu_seq_lens_q cannot be served by {type(self).__name__}, which needs one row a text")
+            raise ValueError(message % "cu_seq_lens_q")
+        encoded = self.bert.encode(*arguments, **kwargs)
+        packed, message = encoded.packed, message % "position_ids that restart"
+        if packed.restarts is not None and is_traced():
+            torch._assert_async(~packed.restarts, message)
+        elif packed.restarts or packed.num_sequences != packed.shape[0]:
+            raise ValueError(message)
+        return encoded
 
 
 @dataclass
@@ -543,8 +549,12 @@ class BertModel(BertPreTrainedModel):
             keep_padding=not config.unpad_inputs,
         )
         if input_ids is not None:
+            input_ids = as_integers("input_ids", input_ids)
             check_ids("input_ids", input_ids, config.vocab_size)
+        else:
+            self.check_embeddings(inputs_embeds)
         if token_type_ids is not None:
+            token_type_ids = as_integers("token_type_ids", token_type_ids)
             check_ids("token_type_ids", token_type_ids, config.type_vocab_size)
         tokens = (None if x is None else packed.pack(x) for x in (input_ids, inputs_embeds, token_type_ids))
         hidden, states, attentions = self.encoder(
@@ -553,6 +563,14 @@ class BertModel(BertPreTrainedModel):
         if states is not None:
             states = tuple(packed.unpack(state) for state in states)
         return Encoded(hidden, packed, {"hidden_states": states, "attentions": attentions})
+
+    def check_embeddings(self, inputs_embeds: torch.Tensor) -> None:
+        """Raise ValueError unless `inputs_embeds` [B, S, ...] have the width and the dtype of the word embeddings."""
+        check_shape("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], self.config.hidden_size))
+        given, dtype = inputs_embeds.dtype, self.embeddings.token_type_embeddings.weight.dtype
+        autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
+        if given != dtype and not (autocast and given.is_floating_point):
+            raise ValueError(f"inputs_embeds must be {dtype} as the weights, got {given}")
 
     @can_return_tuple
     def forward(
@@ -571,9 +589,9 @@ class BertModel(BertPreTrainedModel):
             attention_mask: bool, integer or float [B, S], nonzero at real tokens; holes and left padding keep the
                 distances that the mask shows. None: all are real.
             token_type_ids: int64 [B, S] below `type_vocab_size`; None: 0 everywhere.
-            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the places themselves, so these only
-                matter without a mask: a position that does not follow its predecessor starts a new sequence, as
-                transformers' `DataCollatorWithFlattening` writes it.
+            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the places themselves; a position that does
+                not follow that of the token before starts a new sequence, as transformers'
+                `DataCollatorWithFlattening` writes it. Rows of several sequences have no padding.
             inputs_embeds: floating [B, S, E] in place of `input_ids`.
             **kwargs: `output_attentions` (bool): also return the attention weights, [B, H, S, S] per layer, served by
                 eager attention. `output_hidden_states` (bool): also return L + 1 hidden states [B, S, E], zero at
@@ -621,7 +639,8 @@ class BertForMaskedLM(BertPreTrainedModel):
     def silence_dead_slots(self, num_tokens: int) -> None:
         """Make sure that vocabulary slots without a token are never predicted.
 
-        The bias of a dead slot becomes -10,000: its probability is zero in every dtype, and so is its gradient.
+        The bias of a dead slot becomes -10,000: its probability is zero in every dtype, and so is its gradient. Dead
+        slots below `num_tokens` become tokens.
 
         Args:
             num_tokens: entries of the tokenizer's vocabulary; slots from here to `vocab_size` are dead.
@@ -633,6 +652,43 @@ class BertForMaskedLM(BertPreTrainedModel):
         if not 0 < num_tokens <= len(bias):
             raise ValueError(f"num_tokens must lie in [1, {len(bias)}], the model's vocabulary, got {num_tokens}")
         bias[num_tokens:] = DEAD_SLOT_BIAS
+        bias[:num_tokens].masked_fill_(bias[:num_tokens] < DEAD_SLOT_BIAS / 2, 0.0)
+
+    @torch.no_grad()
+    def revive_slots(self, labels: torch.Tensor) -> None:
+        """Make tokens of the dead slots that training labels name.
+
+        A text holds them, so they were added to the tokenizer within the padded vocabulary, where nothing had to be
+        resized. Nothing waits for the device.
+
+        Args:
+            labels: int64, -100 for none.
+        """
+        slots = labels.flatten().clamp(0, self.config.vocab_size - 1)  # labels outside are refused with the loss
+        for name, bias in self.cls.predictions.decoder.named_parameters():  # an adapter may wrap the decoder
+            if name.split(".")[-1] != "bias":
+                continue
+            held = bias.index_select(0, slots)
+            # Dead biases are moved, not set: processes that see a token sooner or later agree on what training added.
+            moved = torch.where(held < DEAD_SLOT_BIAS / 2, held - held.new_tensor(DEAD_SLOT_BIAS), held)
+            bias.index_copy_(0, slots, moved)
+
+    def check_slots(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Raise ValueError when a label names a dead slot; on the CPU only, as `check_ids`.
+
+        Args:
+            logits: floating [..., V].
+            labels: int64 [...], -100 for none.
+        """
+        if labels.device.type != "cpu" or is_traced() or not labels.numel():
+            return
+        scores = logits.detach().gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        dead = (scores < DEAD_SLOT_BIAS / 2) & (labels != -100)
+        if dead.any():
+            raise ValueError(
+                f"labels must be tokens, got {labels[dead][0].item()}, a dead slot of the padded vocabulary; after "
+                "adding tokens to a tokenizer, call model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def resize_token_embeddings(
         self, new_num_tokens: Optional[int] = None, pad_to_multiple_of: Optional[int] = None, *args, **kwargs
@@ -674,7 +730,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         """Vocabulary scores of every token, or of the labelled tokens and their loss.
 
         Args:
-            labels: int64 [B, S]; -100 and any label at padding do not count.
+            labels: integers [B, S]; -100 and any label at padding do not count. In training, a label in a dead slot
+                makes a token of the slot: it was added to the tokenizer within the padded vocabulary.
             num_items_in_batch: int or integer tensor; divide the summed loss by this instead of by the labels here,
                 as `Trainer` asks under gradient accumulation.
             masked_lm_positions: int64 [M], the places row * S + column of all labels in a batch without padding, where
@@ -687,8 +744,8 @@ class BertForMaskedLM(BertPreTrainedModel):
             `config.sparse_prediction` and labels: logits [M, V] of the M labelled tokens.
 
         Raises:
-            ValueError: see `BertModel.forward`; labels of another shape or outside the vocabulary; masked_lm_positions
-                beside an attention_mask.
+            ValueError: see `BertModel.forward`; labels of another shape, outside the vocabulary or, in eval mode, in a
+                dead slot; masked_lm_positions beside an attention_mask.
         """
         if masked_lm_positions is not None and attention_mask is not None:
             raise ValueError("masked_lm_positions needs a batch without padding, got an attention_mask beside it")
@@ -697,14 +754,18 @@ class BertForMaskedLM(BertPreTrainedModel):
         if labels is None:
             return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
         labels = packed_labels(packed, labels)
+        if self.training and not torch._C._are_functorch_transforms_active():
+            self.revive_slots(labels)
         if packed.keeps_padding:  # the number of labels is data
             logits = self.cls(hidden)
             loss = class_loss(logits, labels, num_items_in_batch)
+            self.check_slots(logits, labels)
             logits = logits.masked_fill((labels == -100)[..., None], 0)
         else:
             places = (labels != -100).nonzero().flatten() if masked_lm_positions is None else masked_lm_positions
             logits = self.cls(hidden[places])  # [M, V]
             loss = class_loss(logits, labels[places], num_items_in_batch)
+            self.check_slots(logits, labels[places])
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
                 logits = packed.unpack(everywhere.index_copy(0, places, logits))
@@ -740,10 +801,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
         """Scores of each sequence.
 
         Args:
-            labels: by `config.problem_type`: int64 [B] for single_label_classification (-100 does not count);
-                floating [B, num_labels] of 0 and 1 for multi_label_classification; floating [B] or [B, num_labels]
-                for regression. Where the config names none: regression for one label, single label for integers,
-                multi label otherwise.
+            labels: by `config.problem_type`: integers [B] or [B, 1] for single_label_classification (-100 does not
+                count); floating [B, num_labels] of 0 and 1 for multi_label_classification; floating [B] or
+                [B, num_labels] for regression. Where the config names none, the first labels decide, and the config
+                keeps it: regression for one label, single label for integers, multi label otherwise.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
                 `BertForMaskedLM.forward`.
 
@@ -762,7 +823,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
-            loss = sequence_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+            check_tensor("labels", labels)
+            problem_type = self.config.problem_type or guess_problem_type(logits.shape[-1], labels)
+            loss = sequence_loss(logits, labels, problem_type, num_items_in_batch)
+            self.config.problem_type = problem_type  # saved with the model: pipelines read it
         return SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras)
 
 
@@ -797,7 +861,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         """Scores of each token.
 
         Args:
-            labels: int64 [B, S] below `num_labels`; -100 and any label at padding do not count.
+            labels: integers [B, S] below `num_labels`; -100 and any label at padding do not count.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
                 `BertForMaskedLM.forward`.
 
@@ -840,9 +904,9 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         """Scores of each place as start and as end of the answer.
 
         Args:
-            start_positions: int64 [B], the place of the answer's first token; a place outside the S given does not
-                count (the answer was cut off).
-            end_positions: int64 [B], its last token, likewise.
+            start_positions: integers [B] or [B, 1], the place of the answer's first token; a place outside the S given
+                (the answer was cut off) or at padding does not count.
+            end_positions: its last token, likewise.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
                 `BertForMaskedLM.forward`.
 
@@ -856,15 +920,15 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         if (start_positions is None) != (end_positions is None):
             given = "start_positions" if end_positions is None else "end_positions"
             raise ValueError(f"start_positions and end_positions must be given together, got {given} only")
-        self.refuse_flattened(kwargs)
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.encode_rows(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = encoded.packed.unpack(self.qa_outputs(encoded.hidden))  # [B, S, 2]
         if attention_mask is not None:
             logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None:
-            loss = answer_loss(start_logits, end_logits, start_positions, end_positions, num_items_in_batch)
+            places = (start_positions, end_positions)
+            loss = answer_loss(start_logits, end_logits, *places, attention_mask, num_items_in_batch)
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, **encoded.extras
         )
@@ -897,7 +961,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         Args:
             input_ids: int64 [B, C, S], C choices per question; likewise [B, C, S] for attention_mask, token_type_ids
                 and position_ids, and [B, C, S, E] for inputs_embeds.
-            labels: int64 [B], the right choice, below C; -100 does not count.
+            labels: integers [B] or [B, 1], the right choice, below C; -100 does not count.
             attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
                 `BertForMaskedLM.forward`; hidden states and attention weights are those of the B * C rows.
 
@@ -907,23 +971,38 @@ class BertForMultipleChoice(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; input of another rank, labels of another shape.
         """
-        self.refuse_flattened(kwargs)
         name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         rank = 3 if inputs_embeds is None else 4
-        if tokens is not None and tokens.dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions [B, C, S, …], got {list(tokens.shape)}")
-        rows = (
-            None if x is None else x.flatten(0, 1)
-            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        )
-        encoded = self.bert.encode(*rows, **kwargs)
+        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        for other, x in ({} if tokens is None else {name: tokens, **others}).items():
+            if x is None:
+                continue
+            check_tensor(other, x)
+            if tokens.dim() != rank:
+                raise ValueError(f"{name} must have {rank} dimensions [B, C, S, …], got {list(tokens.shape)}")
+            width = [self.config.hidden_size] if other == "inputs_embeds" else []
+            check_shape(other, x, (*tokens.shape[:3], *width))
+        rows = (None if x is None else x.flatten(0, 1) for x in (input_ids, *others.values(), inputs_embeds))
+        encoded = self.encode_rows(*rows, **kwargs)
         pooled = self.bert.pooler(encoded.packed.first_tokens(encoded.hidden))
         logits = self.classifier(self.dropout(pooled)).view(tokens.shape[:2])
         loss = None
         if labels is not None:
-            check_shape("labels", labels, logits.shape[:1])
-            loss = class_loss(logits, labels, num_items_in_batch)
+            loss = class_loss(logits, places_of_rows("labels", labels, logits.shape[0]), num_items_in_batch)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras)
+
+
+class UnavailableHead(BertPreTrainedModel):
+    """What auto classes without a model here are led to.
+
+    Raises:
+        ValueError: always, instead of stock BERT with a random encoder.
+    """
+
+    def __init__(self, config, *inputs, **kwargs):
+        missing = [name for name, reference in AUTO_MAP.items() if reference.endswith(type(self).__name__)]
+        served = [name for name in AUTO_MAP if name not in (*missing, "AutoConfig")]
+        raise ValueError(f"{' and '.join(missing)} have no MosaicBERT; there are {', '.join(served)}")
 
 
 BertConfig.register_for_auto_class()

@@ -3,12 +3,10 @@
 Letters: B batch, S padded length, N sequences, C classes.
 """
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
-from .bert_padding import PackedBatch, check_ids, check_shape
+from .bert_padding import PackedBatch, as_integers, check_ids, check_shape
 
 
 def mean_loss(total: torch.Tensor, count, num_items_in_batch) -> torch.Tensor:
@@ -35,26 +33,34 @@ def class_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=No
 
 
 def packed_labels(packed: PackedBatch, labels: torch.Tensor) -> torch.Tensor:
-    """int64 [T] of labels [B, S]; those at padding are dropped, or -100 [B, S] where padding is kept."""
+    """int64 [T] of integers [B, S]; those at padding are dropped, or -100 [B, S] where padding is kept."""
+    labels = as_integers("labels", labels)
     check_shape("labels", labels, packed.shape)
     labels = packed.pack(labels)
     return labels if packed.key_mask is None else labels.masked_fill(~packed.key_mask, -100)
 
 
-def sequence_loss(logits, labels, problem_type: Optional[str], num_items_in_batch=None) -> torch.Tensor:
+def places_of_rows(name: str, places: torch.Tensor, rows: int) -> torch.Tensor:
+    """int64 [B] of integers [B] or [B, 1], one for each of `rows` = B rows; the messages of errors call them `name`."""
+    places = as_integers(name, places)
+    if places.dim() == 2 and places.shape[1] == 1:
+        places = places.squeeze(1)
+    check_shape(name, places, (rows,))
+    return places
+
+
+def guess_problem_type(num_labels: int, labels: torch.Tensor) -> str:
+    """The problem that labels stand for where a config names none; the guess is that of stock BERT."""
+    if num_labels == 1:
+        return "regression"
+    several = labels.is_floating_point() or labels.dtype == torch.bool
+    return "multi_label_classification" if several else "single_label_classification"
+
+
+def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) -> torch.Tensor:
     """Loss of logits [N, C]; `BertForSequenceClassification.forward` says what labels each problem type takes."""
-    if problem_type is None:
-        integers = not labels.is_floating_point()
-        problem_type = (
-            "regression"
-            if logits.shape[-1] == 1
-            else "single_label_classification"
-            if integers
-            else "multi_label_classification"
-        )
     if problem_type == "single_label_classification":
-        check_shape("labels", labels, logits.shape[:1])
-        return class_loss(logits, labels, num_items_in_batch)
+        return class_loss(logits, places_of_rows("labels", labels, logits.shape[0]), num_items_in_batch)
     if problem_type not in ("regression", "multi_label_classification"):
         raise ValueError(
             "problem_type must be regression, single_label_classification or multi_label_classification, "
@@ -68,14 +74,17 @@ def sequence_loss(logits, labels, problem_type: Optional[str], num_items_in_batc
     return mean_loss(total, labels.numel(), num_items_in_batch)
 
 
-def answer_loss(start_logits, end_logits, start_positions, end_positions, num_items_in_batch=None) -> torch.Tensor:
+def answer_loss(
+    start_logits, end_logits, start_positions, end_positions, attention_mask=None, num_items_in_batch=None
+) -> torch.Tensor:
     """Mean of the cross entropies of an answer's first and last place.
 
     Args:
         start_logits: floating [B, S].
         end_logits: likewise.
-        start_positions: int64 [B]; a place outside [0, S) does not count.
+        start_positions: integers [B] or [B, 1]; a place outside [0, S) or at padding does not count.
         end_positions: likewise.
+        attention_mask: any dtype [B, S], nonzero at real tokens; None: there is no padding.
         num_items_in_batch: see `mean_loss`.
 
     Returns:
@@ -86,7 +95,11 @@ def answer_loss(start_logits, end_logits, start_positions, end_positions, num_it
         ("start_positions", start_logits, start_positions),
         ("end_positions", end_logits, end_positions),
     ):
-        check_shape(name, places, scores.shape[:1])
-        outside = (places < 0) | (places >= scores.shape[1])
-        losses.append(class_loss(scores, places.masked_fill(outside, -100), num_items_in_batch))
+        places = places_of_rows(name, places, scores.shape[0])
+        skipped = (places < 0) | (places >= scores.shape[1])
+        if attention_mask is not None:
+            # A column of no token: where the rows are empty, there is none to ask.
+            masked = F.pad(attention_mask == 0, (0, 1), value=True)
+            skipped = skipped | masked.gather(1, places.masked_fill(skipped, scores.shape[1])[:, None])[:, 0]
+        losses.append(class_loss(scores, places.masked_fill(skipped, -100), num_items_in_batch))
     return sum(losses) / 2

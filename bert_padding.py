@@ -121,11 +121,12 @@ class PackedBatch:
         Returns:
             [N, E] in the same dtype; zero where a sequence is empty.
         """
+        self._check_sequences()
         if self.key_mask is not None:
             first = self.key_mask.long().argmax(dim=1)
             taken = packed[torch.arange(self.shape[0], device=first.device), first]
             return taken.masked_fill(~self.key_mask.any(dim=1)[:, None], 0)
-        packed = self._with_known_sequences(packed)
+        packed = packed.flatten(0, -2)
         padded = torch.cat((packed, packed.new_zeros(1, packed.shape[-1])))  # the last sequences may be empty
         taken = padded.index_select(0, self.cu_seqlens[:-1].long())
         return taken.masked_fill((self.cu_seqlens.diff() == 0)[:, None], 0)
@@ -139,24 +140,23 @@ class PackedBatch:
         Returns:
             [N, E] in the same dtype, summed in float32 or better; zero where a sequence is empty.
         """
+        self._check_sequences()
         precise = packed.to(torch.promote_types(packed.dtype, torch.float32))
         if self.key_mask is not None:
             sums, counts = self.unpack(precise).sum(dim=1), self.key_mask.sum(dim=1)
         else:
-            precise = self._with_known_sequences(precise)
+            precise = precise.flatten(0, -2)
             counts = self.cu_seqlens.diff()
             sequence = torch.arange(self.num_sequences, device=counts.device)
             sequence = sequence.repeat_interleave(counts.long(), output_size=precise.shape[0])
             sums = precise.new_zeros(self.num_sequences, precise.shape[-1]).index_add(0, sequence, precise)
         return (sums / counts.clamp(min=1)[:, None]).to(packed.dtype)
 
-    def _with_known_sequences(self, packed: torch.Tensor) -> torch.Tensor:
-        """`packed` as [T, E]; fails, on the device if need be, when `cu_seqlens` does not know every sequence."""
+    def _check_sequences(self) -> None:
+        """Fail, on the device if need be, when `cu_seqlens` does not know every sequence."""
         if self.restarts is not None:
-            torch._assert_async(
-                ~self.restarts, "compiled code needs cu_seq_lens_q to pool texts that position_ids tell apart"
-            )
-        return packed.flatten(0, -2)
+            message = "compiled code needs cu_seq_lens_q to pool texts that position_ids tell apart"
+            torch._assert_async(~self.restarts, message)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -221,6 +221,25 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple) -> None:
         raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
 
 
+def check_tensor(name: str, tensor) -> None:
+    """Raise TypeError unless `tensor` is a tensor; the message names it."""
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as int64, in which -100 and any number of classes have a place.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: its dtype is no integer's; the message names it.
+    """
+    check_tensor(name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    return tensor.long()
+
+
 def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
     """Raise ValueError when a value lies outside [0, size) and is not `ignored`.
 
@@ -265,23 +284,29 @@ def pack_batch(
         `cu_seq_lens_q`, nothing is copied to the host.
 
     Raises:
-        ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank or shape; boundaries that do not
-            fit the tokens.
+        TypeError: an argument is no tensor.
+        ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank, shape or dtype; boundaries that
+            do not fit the tokens.
     """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
     name, tokens, rank = ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+    check_tensor(name, tokens)
     if tokens.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions [B, S{', E' * (rank - 2)}], got {list(tokens.shape)}")
     shape, device = tuple(tokens.shape[:2]), tokens.device
     for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if tensor is not None:
+            check_tensor(other, tensor)
             check_shape(other, tensor, shape)
-    if position_ids is not None and tuple(position_ids.shape) != (1, shape[1]):  # one row serves all
-        check_shape("position_ids", position_ids, shape)
+    if position_ids is not None:
+        position_ids = as_integers("position_ids", position_ids)
+        if tuple(position_ids.shape) != (1, shape[1]):  # one row serves all
+            check_shape("position_ids", position_ids, shape)
     keep_padding = keep_padding or is_traced()
     if cu_seq_lens_q is not None:
+        check_tensor("cu_seq_lens_q", cu_seq_lens_q)
         if attention_mask is not None or shape[0] != 1:
             raise ValueError(
                 "cu_seq_lens_q describes one row [1, T] without attention_mask, got "
@@ -289,11 +314,18 @@ def pack_batch(
             )
         check_boundaries(cu_seq_lens_q, max_length_q, shape[1])
         return pack_flattened(cu_seq_lens_q.to(device), max_length_q, shape, keep_padding)
-    if attention_mask is None and position_ids is not None:
+    if position_ids is not None:
         restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B or 1, S - 1]
+        if attention_mask is not None:  # what stands at padding means nothing
+            real = attention_mask != 0
+            restarts = restarts & real[:, 1:] & real[:, :-1]
         if keep_padding:
-            return pack_rows(None, shape, device, restarts)
+            return pack_rows(attention_mask, shape, device, restarts)
         if restarts.any():
+            if attention_mask is not None and not real.all():
+                raise ValueError(
+                    "position_ids restart within a row of a batch with padding; give each text its own row"
+                )
             starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(shape)
             starts = starts.flatten().nonzero().flatten()
             return pack_flattened(torch.cat((starts, starts.new_tensor([shape[0] * shape[1]]))), None, shape)
@@ -408,7 +440,7 @@ def pack_rows(
         attention_mask: as for `pack_padded`.
         shape: (B, S).
         device: device of the tokens.
-        restarts: bool [B or 1, S - 1], where a row without mask starts a new sequence.
+        restarts: bool [B or 1, S - 1], where a row starts a new sequence.
 
     Returns:
         The batch.

@@ -1,8 +1,13 @@
-"""The fields of a MosaicBERT model. Defaults are those of MosaicBERT-Base."""
+"""The fields of a MosaicBERT model and their checks. Defaults are those of MosaicBERT-Base."""
 
+import math
+import shutil
+from pathlib import Path
 from typing import Optional
 
 from transformers import BertConfig as StockBertConfig
+from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_relative_import_files
 
 # What a MosaicBERT reads beyond transformers' BertConfig, with the values that a config without them stands for.
 EXTRA_FIELDS = {
@@ -13,9 +18,14 @@ EXTRA_FIELDS = {
     "unpad_inputs": True,
 }
 
-# What a saved config says about its code: the class for each of transformers' auto classes.
+# What a saved config says about its code: the class for each of transformers' auto classes that know a BERT. A missing
+# one would load stock BERT, with a random encoder.
 AUTO_MAP = {
     "AutoConfig": "configuration_bert.BertConfig",
+    "AutoModelForCausalLM": "bert_layers.UnavailableHead",
+    "AutoModelForNextSentencePrediction": "bert_layers.UnavailableHead",
+    "AutoModelForPreTraining": "bert_layers.BertForMaskedLM",
+    "AutoModelForTextEncoding": "bert_layers.BertModel",
     "AutoModel": "bert_layers.BertModel",
     "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
     "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
@@ -23,6 +33,75 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
     "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
 }
+
+
+def is_size(value) -> bool:
+    """Whether `value` is an int above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value) -> bool:
+    """Whether `value` is a finite int or float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_rate(value) -> bool:
+    """Whether `value` is a number in [0, 1)."""
+    return is_number(value) and 0 <= value < 1
+
+
+# Deeper than any BERT; a config that asks for a billion layers would otherwise take memory without end.
+MOST_LAYERS = 1000
+
+# The test that each field has to pass, and what it may be, in words.
+FIELD_CHECKS = {
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "type_vocab_size",
+            "alibi_starting_size",
+            "num_labels",
+        ),
+        (is_size, "a positive integer"),
+    ),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), (is_rate, "a number in [0, 1)")),
+    "classifier_dropout": (lambda value: value is None or is_rate(value), "None or a number in [0, 1)"),
+    "layer_norm_eps": (lambda value: is_number(value) and value > 0, "a positive number"),
+    "initializer_range": (lambda value: is_number(value) and value >= 0, "a number that is not negative"),
+    "hidden_act": (lambda value: isinstance(value, str) and value in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}"),
+    "classifier_pooling": (lambda value: value in ("cls", "mean"), "cls or mean"),
+    **dict.fromkeys(
+        ("sparse_prediction", "low_precision_layernorm", "unpad_inputs"),
+        (lambda value: isinstance(value, bool), "True or False"),
+    ),
+    **dict.fromkeys(("is_decoder", "add_cross_attention"), (lambda value: not value, "False: this is an encoder")),
+}
+
+
+def check_fields(fields: dict) -> None:
+    """Check the fields of a config.
+
+    Args:
+        fields: values by name; what is no field is ignored.
+
+    Raises:
+        ValueError: no MosaicBERT can have the value of a field; the message names it.
+    """
+    for name, (passes, words) in FIELD_CHECKS.items():
+        if name in fields and not passes(fields[name]):
+            raise ValueError(f"{name} must be {words}, got {fields[name]!r}")
+    size, heads, layers = (fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    if size % heads:
+        raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {size} and {heads}")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
+    pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
+    if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < vocabulary):
+        raise ValueError(f"pad_token_id must be None or lie in [0, {vocabulary}), got {pad!r}")
 
 
 class BertConfig(StockBertConfig):
@@ -59,8 +138,7 @@ class BertConfig(StockBertConfig):
         **kwargs: any other field of a transformers config.
 
     Raises:
-        ValueError: a size is not a positive integer, `hidden_size` is no multiple of `num_attention_heads`, or
-            `alibi_starting_size` is not a positive integer.
+        ValueError: a field has a value that no MosaicBERT can have, see `check_fields`.
 
     Source: https://arxiv.org/abs/2312.17482, section 3.
     """
@@ -90,15 +168,8 @@ class BertConfig(StockBertConfig):
         max_position_embeddings: int = 8192,
         **kwargs,
     ):
-        require_positive_integer("alibi_starting_size", alibi_starting_size)
-        require_positive_integer("hidden_size", hidden_size)
-        require_positive_integer("num_attention_heads", num_attention_heads)
-        if classifier_pooling not in ("cls", "mean"):
-            raise ValueError(f"classifier_pooling must be cls or mean, got {classifier_pooling!r}")
-        if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_attention_heads}"
-            )
+        # First, as the messages of transformers' own checks differ by release.
+        check_fields(locals() | kwargs)
         super().__init__(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -122,8 +193,32 @@ class BertConfig(StockBertConfig):
         self.classifier_pooling = classifier_pooling
         self.unpad_inputs = unpad_inputs
 
+    @property
+    def output_attentions(self) -> bool:
+        """Whether every call returns attention weights. Eager attention serves them, whatever serves other calls."""
+        return self._output_attentions
 
-def require_positive_integer(name: str, value) -> None:
-    """Raise ValueError unless `value` is an int above zero; the message names `name` and shows `value`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        """Set it beside any attention implementation; transformers' own setter takes eager only."""
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Accept `output_attentions` beside any attention implementation; releases from 5 on ask before saving."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the config with the code that its `auto_map` names, so that `from_config` takes the folder.
+
+        Arguments are those of transformers' method. A config that was loaded without its code, from the Hub, keeps its
+        reference to the code there.
+        """
+        # transformers copies this file alone where only a config is loaded; the others are still in its folder.
+        folders = [Path(__file__).parent, *([Path(self.name_or_path)] if self.name_or_path else [])]
+        entry = next((file for file in (folder / "bert_layers.py" for folder in folders) if file.is_file()), None)
+        if entry is not None:
+            self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file in () if entry is None else map(Path, (entry, *get_relative_import_files(entry))):
+            target = Path(save_directory, file.name)
+            if not (target.exists() and target.samefile(file)):
+                shutil.copy(file, target)

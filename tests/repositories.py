@@ -9,15 +9,7 @@ from common import CODE_FILES
 from conftest import ROOT
 from models import tiny_config, tiny_model
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_bert.BertConfig",
-    "AutoModel": "bert_layers.BertModel",
-    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
-    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
-    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
-    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
-    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
-}
+from mosaicbert.configuration_bert import AUTO_MAP
 
 
 def published_config(**fields):

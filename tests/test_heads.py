@@ -56,7 +56,7 @@ def test_sequence_classification_losses_follow_the_problem_type():
             output = model(ids, mask, labels=labels)
             assert isinstance(output, SequenceClassifierOutput) and output.logits.shape == (3, count)
             numerics.assert_same(output.loss, formula(output.logits, labels), SAME, problem)
-            assert model.config.problem_type == declared, "a forward must not write into the config"
+            assert model.config.problem_type == problem
             assert trains(model, output.loss)
 
 
@@ -143,3 +143,28 @@ def test_a_classifier_may_read_the_mean_over_tokens_instead_of_a_pooler():
     hidden = model.bert(ids, mask).last_hidden_state
     mean = hidden.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     numerics.assert_same(model(ids, mask).logits, model.classifier(mean), SAME)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_answer_at_a_padded_place_does_not_count(traced):
+    torch._dynamo.reset()
+    model = tiny_model(BertForQuestionAnswering)
+    ids, mask = ragged_batch([9, 5, 12])
+    start, end = torch.tensor([1, 7, 3]), torch.tensor([8, 2, 11])  # 7 is padding of the second row
+    ask = torch.compile(model, backend="eager") if traced else model
+    output = ask(ids, mask, start_positions=start, end_positions=end)
+    first = F.cross_entropy(output.start_logits[[0, 2]], start[[0, 2]])
+    numerics.assert_same(output.loss, (first + F.cross_entropy(output.end_logits, end)) / 2, SAME)
+    output = ask(ids, mask, start_positions=start * 0 + 20, end_positions=end * 0 - 1)
+    assert output.loss.item() == 0.0
+    half = tiny_model(BertForQuestionAnswering).bfloat16()(ids, mask, start_positions=start, end_positions=end)
+    assert torch.isfinite(half.loss) and half.loss < 10
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)], ids=str)
+def test_question_answering_of_nothing_is_empty(shape):
+    model = tiny_model(BertForQuestionAnswering)
+    ids, places = torch.ones(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)
+    output = model(ids, torch.ones_like(ids), start_positions=places, end_positions=places)
+    assert output.start_logits.shape == shape and output.loss.item() == 0.0
+    output.loss.backward()

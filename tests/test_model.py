@@ -445,3 +445,25 @@ def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkey
         numerics.assert_same(layer(hidden), whole, numerics.SAME[torch.float32])
     assert [len(output) for output, _ in seen] == [10, 10, 10, 7]
     assert all(torch.equal(output, copy) for output, copy in seen)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e16, 1e18], ids=str)
+def test_scores_of_any_finite_size_are_attended_to(size):
+    """Bounds of distances in tokens must not overflow an integer; 1e18 squared is still finite in float32."""
+    qkv = torch.randn(1100, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    qkv[:, :2] *= size
+    packed = pack_padded(None, (1, 1100), torch.device("cpu"))
+    slopes = torch.tensor([0.5, 0.004])
+    results = [ATTENTION_BACKENDS[name].function(qkv, packed, slopes, 0.3, 0.0) for name in ("eager", "sdpa", "cpu")]
+    for result in results[1:]:
+        numerics.assert_same(result, results[0], SAME)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_layernorm_in_float64_stays_in_float64_under_autocast(dtype):
+    """Autocast leaves float64 alone, and so does the LayerNorm."""
+    ids, mask = holed_batch()
+    model = tiny_model(low_precision_layernorm=True).double()
+    expected = model(ids, mask).logits
+    with torch.autocast("cpu", dtype=dtype):
+        numerics.assert_same(model(ids, mask).logits, expected, 0.0)
