@@ -375,6 +375,20 @@ def test_users_11_a_composer_checkpoint_gives_the_right_predictions(tmp_path):
     assert len(AutoTokenizer.from_pretrained(target)) == 101
 
 
+def test_no_reference_to_foreign_code_survives_from_a_composer_checkpoint(tmp_path):
+    path, target = tmp_path / "last.pt", tmp_path / "new"
+    composer_file(path)
+    content = torch.load(path, weights_only=False)
+    stored = content["state"]["integrations"]["huggingface"]
+    reference = {"auto_map": {"AutoTokenizer": [FOREIGN, None], "AutoModel": FOREIGN}, "vocab_file": "/evil"}
+    stored["tokenizer"]["tokenizer_config"]["content"].update(reference)
+    stored["model"]["config"]["content"].update(reference, custom_pipelines={"x": {"impl": FOREIGN}})
+    torch.save(content, path)
+    conversion.convert(str(path), target)
+    for path in target.iterdir():
+        assert "evil" not in path.read_text(encoding="utf-8", errors="replace"), path.name
+
+
 def test_a_composer_checkpoint_without_config_takes_one_from_beside_it(tmp_path):
     weights = published_weights()
     path = tmp_path / "last.pt"

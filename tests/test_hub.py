@@ -271,6 +271,9 @@ def test_a_push_without_login_or_network_ends_in_one_line(tmp_path):
     assert last.startswith(f"push_to_hub.py: the Hub at {hub.url} cannot be reached: ") and last.count("\n") == 1
 
 
+OLD = {"pytorch_model.bin", "adapter_config.json", "preprocessor_config.json"}
+
+
 @pytest.fixture(scope="module")
 def replaced(tmp_path_factory):
     """A Hub to which whole weights were pushed, then a sharded model with another kind of tokenizer, then whole ones
@@ -306,7 +309,7 @@ def replaced(tmp_path_factory):
                 logits.append(model(batch["ids"], batch["mask"]).logits.detach())
                 assert len(AutoTokenizer.from_pretrained(repo)) == 26
                 if number == 1:
-                    for name in ("pytorch_model.bin", "adapter_config.json", "notes.txt", "onnx/model.safetensors"):
+                    for name in {OLD | {"notes.txt", "a/model.safetensors"}!r}:
                         HfApi().upload_file(path_or_fileobj=b"{{}}", path_in_repo=name, repo_id=repo)
             torch.save((commits, logits), "{tmp_path}/results.pt")
             """,
@@ -336,10 +339,10 @@ def test_a_whole_push_deletes_shards_pickles_and_adapters_but_nothing_else(repla
     gone = set(before) - set(after.files)
     shards = {name for name in before if name.startswith("model-")} | {"model.safetensors.index.json"}
     assert len(shards) > 2
-    assert shards | {"pytorch_model.bin", "adapter_config.json"} <= gone
+    assert shards | OLD <= gone
     # The sharded state's tokenizer was saved by transformers, whose releases write different files.
-    assert gone - shards - {"pytorch_model.bin", "adapter_config.json"} <= set(common.TOKENIZER_FILES)
-    assert {"notes.txt", "onnx/model.safetensors", "model.safetensors", "vocab.txt"} <= set(after.files)
+    assert gone - shards - OLD <= set(common.TOKENIZER_FILES)
+    assert {"notes.txt", "a/model.safetensors", "model.safetensors", "vocab.txt"} <= set(after.files)
 
 
 def test_a_push_loses_to_one_that_came_between(tmp_path, monkeypatch):
@@ -531,6 +534,13 @@ BIAS, ELSEWHERE = "cls.predictions.decoder.bias", "leads to code or files outsid
 def test_a_folder_that_is_incomplete_or_leads_elsewhere_is_not_pushed(tmp_path, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         push_to_hub.files_to_push(broken_folder(tmp_path, change))
+
+
+def test_this_repository_can_be_pushed():
+    """Its card's images go along, its tests and scripts do not."""
+    files = push_to_hub.files_to_push(ROOT)
+    assert {"model.safetensors", "README.md", *CODE} <= set(files)
+    assert not [name for name in files if name.startswith(("tests/", "scripts/")) or name.endswith(".csv")]
 
 
 def test_a_snapshot_of_the_hub_can_be_pushed(tmp_path):
