@@ -261,11 +261,11 @@ GPU_CASES = (
         for tokens in (65_536, 131_072)
     ),
     Case(
-        "G14-compiled",
+        "G14-layers",
         "pretrain",
-        "as G14-base, against ours with compiled layers",
+        "as G14-base, against layers that are compiled or not fused",
         (128,) * 512,
-        {"ours, layers compiled": None},
+        {"ours, unfused layers": None, "ours, layers compiled": None},
         **PRETRAINING,
     ),
     *(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import CASES, RAGGED
 from conftest import ROOT
-from contenders import TINY, Encoder, Pretraining
+from contenders import TINY, Encoder, Pretraining, unfused
 from recipe import count_flops
 
 
@@ -76,6 +76,7 @@ def test_two_checkouts_are_timed_in_turns_and_their_difference_is_told(case, mon
         ("attention", "G5", ["ours", "SDPA flash, no bias"]),
         ("model", "G15-8x128", ["ours, SDPA", "BERT"]),
         ("pretrain", "G14-base", ["ours", "one large product"]),
+        ("pretrain", "G14-layers", ["ours", "ours, unfused layers", "ours, layers compiled"]),
     ],
 )
 def test_a_gpu_case_can_be_rehearsed_on_a_cpu(command, case, contenders, monkeypatch, tmp_path, capsys):
@@ -109,6 +110,12 @@ def test_utilisation_is_the_share_of_the_flops_of_a_large_product():
     predicted = int((workload.labels != -100).sum())
     flops = count_flops(workload.model.config, 16, 2 * 8**2, predicted)
     assert tokens / 16 == pytest.approx(2 * 512**3 / flops)
+
+
+def test_unfused_layers_are_those_of_torch_while_they_are_timed():
+    rows = dict(bench.layers.FUSED_LAYERS)
+    seen = unfused(lambda: [row.function for row in bench.layers.FUSED_LAYERS.values()])()
+    assert seen == [None] * len(rows) and rows == bench.layers.FUSED_LAYERS
 
 
 def test_a_captured_graph_is_compared_with_a_plain_call(monkeypatch):
