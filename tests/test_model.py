@@ -381,6 +381,13 @@ def test_users_8_tie_holds_by_identity_after_resize():
     numerics.assert_same(model(ids, mask).logits[..., :VOCAB], before, SAME)
 
 
+def test_layer_norm_eps_is_that_of_every_layernorm_but_the_mlm_heads():
+    model = tiny_model(layer_norm_eps=1e-5)
+    norms = {name: module.eps for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    assert norms.pop("cls.predictions.transform.LayerNorm") == 1e-12
+    assert len(norms) == 5 and set(norms.values()) == {1e-5}
+
+
 def test_initialisation_follows_the_published_rule():
     torch.manual_seed(0)
     model = BertForMaskedLM._from_config(tiny_model().config)
