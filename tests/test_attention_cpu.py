@@ -120,6 +120,7 @@ def test_the_processor_decides_the_formula(monkeypatch, vendor, flags, dtype, co
 @pytest.fixture
 def band_for_all(monkeypatch):
     """Bands in short sequences, so that the slow reference can judge them."""
+    monkeypatch.setattr(bert_attention_cpu, "CUT_FROM", 1)
     monkeypatch.setattr(bert_attention_cpu, "BAND_FROM", 1)
     monkeypatch.setattr(bert_attention_cpu, "BAND_PAYS", 1.0)
     monkeypatch.setattr(bert_attention_cpu, "BAND_CHUNK", 16)
