@@ -119,8 +119,8 @@ class BertConfig(StockBertConfig):
         hidden_act: activation of the MLM head, a name that transformers knows. The gated feed-forward layer always
             uses the exact GELU.
         hidden_dropout_prob: dropout rate after the embedding, the attention output and the gate product.
-        attention_probs_dropout_prob: dropout rate of the attention weights. It does not influence the choice of the
-            attention implementation where that implementation has dropout (all of ours do).
+        attention_probs_dropout_prob: dropout rate of the attention weights. Above 0, the implementation `cpu`, which
+            has no dropout, leaves training to the next one.
         type_vocab_size: rows of the token type embedding.
         initializer_range: standard deviation of new linear and embedding weights.
         layer_norm_eps: epsilon of every LayerNorm but the MLM head's, which is 1e-12 in all checkpoints.
