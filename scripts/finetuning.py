@@ -288,11 +288,14 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         deviation, the seeds that diverged and the step of each, and the baseline's scores where asked.
 
     Raises:
-        ValueError: data that `load_examples`, `infer_problem` or `encode_labels` refuse, or more than two text fields.
+        ValueError: data that `load_examples`, `infer_problem` or `encode_labels` refuse, more than two text fields, or
+            several processes.
         FloatingPointError: every seed diverged.
     """
     if not 1 <= len(options.text_fields) <= 2:
         raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
+    if arguments.world_size > 1:
+        raise ValueError(f"fine-tuning runs in one process, got {arguments.world_size}: start it without torchrun")
     for package in ("sklearn", "matplotlib"):  # before the training rather than after it
         importlib.import_module(package)
     model_name = options.model or str(REPOSITORY)

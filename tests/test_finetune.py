@@ -14,7 +14,7 @@ from corpora import WORDS
 from folders import SPECIAL
 from models import tiny_model
 from repositories import write_repository
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast, TrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,12 @@ def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatc
 def test_a_missing_package_is_found_before_the_training(start, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=package):
+        run(start, tmp_path, train_data=tmp_path / "unread.csv")
+
+
+def test_several_processes_are_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="fine-tuning runs in one process, got 2: start it without torchrun"):
         run(start, tmp_path, train_data=tmp_path / "unread.csv")
 
 
