@@ -104,6 +104,8 @@ class PretrainingTrainer(CarefulTrainer):
             logs["tokens_per_second"] = round((self.state.num_input_tokens_seen - tokens) / seconds)
             logs["mfu"] = round((self.state.total_flos - flops) / seconds / self.peak_flops, 3)
             logs["seconds"] = round(before + seconds, 1)
+            if self.options.max_seconds:
+                logs["progress"] = round(min(1.0, self.lr_scheduler.position / self.lr_scheduler.total), 3)
         super().log(logs)
         if self.is_world_process_zero():
             replace_json(os.path.join(self.args.output_dir, "log_history.json"), self.state.log_history)

@@ -231,7 +231,8 @@ def format_log(step: int, max_steps: int, logs: dict[str, float]) -> Optional[st
     Returns:
         The line; None for what is neither a training loss nor an evaluation.
     """
-    parts = [f"step {step}/{max_steps}"]
+    # A run that the clock ends does not know how many steps it will take.
+    parts = [f"step {step}  {logs['progress']:.0%}" if "progress" in logs else f"step {step}/{max_steps}"]
     if "loss" in logs:
         parts.append(f"loss {logs['loss']:.3f}")
         if "learning_rate" in logs:

@@ -506,6 +506,8 @@ def test_a_run_with_max_seconds_ends_in_time_and_its_checkpoints_keep_the_time(
     flags = command_line(corpus, tokenizer, tmp_path, max_steps=1000, max_seconds=6.5, save_steps=4)
     trainer = run([*flags, "--keep_checkpoints"])
     assert trainer.state.global_step == 7 and max(losses(tmp_path)) == 7
+    progress = [entry["progress"] for entry in trainer.state.log_history if "progress" in entry]
+    assert progress[1] == pytest.approx(1 / 5.5, abs=1e-3) and progress[-1] == 1
     state = torch.load(tmp_path / "checkpoint-4/scheduler.pt", weights_only=True)
     assert (state["elapsed"], state["first_step"]) == (4.0, 1.0)
     trainer = run([*flags, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4")])
@@ -564,6 +566,7 @@ def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenize
             "step 120/3000  loss 3.414  lr 4.9e-04  142k tok/s  mfu 31%",
         ),
         ({"eval_128_loss": 3.25, "eval_128_runtime": 3.0, "epoch": 1.0}, "step 120/3000  eval_128_loss 3.25"),
+        ({"loss": 3.4142, "progress": 0.314}, "step 120  31%  loss 3.414"),
         ({"train_runtime": 3.0}, None),
     ],
 )
