@@ -80,9 +80,11 @@ def parts_of(out: Path, repeats: int, limit: float, commit: Optional[str], rehea
         return Part(command, script, weight)
 
     on_device = ("--rehearse",) if rehearse else ("--device", "cuda")
+    # Verbose, so that a run that is stopped says how far it came. A file that needs a missing package cannot be
+    # collected; the others still run.
+    pytest = ("-m", "pytest", "-m", "gpu", "-vv", "--continue-on-collection-errors", "-p", "no:cacheprovider", *workers)
     return [
-        # Verbose, so that a run that is stopped says how far it came.
-        Part("tests", ("-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", *workers), 11),
+        Part("tests", pytest, 11),
         bench("host", 2, "--device", "cpu"),
         bench("attention", 9, *on_device),
         bench("model", 9, *on_device),
