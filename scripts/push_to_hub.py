@@ -220,9 +220,11 @@ def push(
         operations += [CommitOperationDelete(name) for name in replaced]
         # What is replaced was chosen from that parent: the Hub refuses if somebody else has pushed since.
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=parent)
-    except (ValueError, HfHubHTTPError):
-        raise
-    except Exception as error:  # the errors of huggingface_hub's HTTP library, another one in each major release
+    except Exception as error:
+        # huggingface_hub passes on what its HTTP library raises: requests' OSErrors before 1.0, httpx's errors since.
+        from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+        if isinstance(error, HfHubHTTPError) or not from_network:
+            raise
         raise OSError(f"the Hub at {api.endpoint} cannot be reached: {one_line(error)}") from error
     return commit.oid
 
