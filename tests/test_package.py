@@ -21,14 +21,17 @@ print(json.dumps([mosaicbert.__file__, mosaicbert.__version__, mosaicbert.__all_
 """
 
 
-def test_pip_installs_the_classes_and_the_version(tmp_path):
+def test_pip_installs_classes_that_run_no_code_of_a_repository(tmp_path):
     tree, target = tmp_path / "tree", tmp_path / "site"
     tree.mkdir()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), ROOT / "setup.cfg", ROOT / "README.md"]:
         shutil.copy(path, tree)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", target, tree], check=True, timeout=300)
-    command = [sys.executable, "-c", SCRIPT, target, write_repository(tmp_path / "model")]
+    repository = write_repository(tmp_path / "model")
+    for path in repository.glob("*.py"):
+        path.write_text("raise RuntimeError('code of the repository ran')")
+    command = [sys.executable, "-c", SCRIPT, target, repository]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert run.returncode == 0, run.stderr
     file, version, names, module = json.loads(run.stdout)

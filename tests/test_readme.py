@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import metadata_load
 
 from mosaicbert.bert_layers import ATTENTION_BACKENDS
 
@@ -43,6 +44,12 @@ def runs():
 def test_a_block_prints_what_it_shows_in_a_fresh_process(number, runs):
     assert runs[number].returncode == 0, runs[number].stderr
     assert runs[number].stdout == BLOCKS[number][1]
+
+
+def test_head_says_what_the_hub_reads():
+    head = metadata_load(ROOT / "README.md")
+    known = {"license", "language", "library_name", "pipeline_tag", "base_model", "datasets", "tags"}
+    assert set(head) == known and all(head.values())
 
 
 def test_the_readme_fits_in_10_kb():
