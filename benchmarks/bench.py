@@ -1,14 +1,14 @@
-"""Times of this model beside the published formula and what users would pick instead.
+"""Time this model against the published formula and against what users would pick instead.
 
 python benchmarks/bench.py attention|model|train|pretrain|startup|host
                                                               measure the cases of this command, append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
-python benchmarks/bench.py compare --with PATH                this checkout beside another one, in one process
+python benchmarks/bench.py compare --with PATH                this checkout against another one, in one process
 python benchmarks/bench.py table --write docs/performance.md  the tables of results, from the CSV
 python benchmarks/bench.py plot                               cost against length, from the CSV
 
-A case first proves that its numbers are right and stops when they are not. Contenders then take turns in one process;
-a ratio is a contender's time for a token over ours in the same round, so above 1 we are faster.
+The numbers of a case are checked first, and a wrong number stops the command. Contenders take turns in one
+process. A ratio is a contender's time per token divided by ours in the same round, so above 1 we are faster.
 """
 
 import argparse
@@ -64,12 +64,12 @@ LABELS = {
 
 WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training, "pretrain": Pretraining}
 
-# A sample repeats its call until about this many seconds have passed, so that the clock does not matter.
+# A sample repeats its call for about this many seconds, so that the resolution of the clock does not matter.
 SAMPLE_SECONDS = 0.01
 
 
 def wait(device: str) -> None:
-    """Let a GPU finish, so that the clock sees its work."""
+    """Wait until a GPU has finished, so that its work is timed."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -85,7 +85,7 @@ def seconds_of(function, device: str, calls: int = 1, clock=time.perf_counter) -
 
 
 def peak_memory(function, device: str) -> float:
-    """MiB that torch holds at most during a call beyond what it held before; weights are not among them."""
+    """Peak MiB that torch holds during a call beyond what it held before; weights do not count."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -108,10 +108,10 @@ def take_turns(samples: dict, repeats: int, limit_s: float) -> dict:
     Args:
         samples: name to a function that takes one sample and returns its seconds.
         repeats: rounds.
-        limit_s: no further round begins after this many seconds, but at least three are made (or `repeats`).
+        limit_s: no further round starts after this many seconds, but at least three are made (or `repeats`).
 
     Returns:
-        Name to a list of seconds, one a round.
+        Name to a list of seconds, one per round.
     """
     seconds = {name: [] for name in samples}
     begin = time.perf_counter()
@@ -133,13 +133,13 @@ def make_rows(case, seconds: dict, tokens: dict, memory: dict, command: str) -> 
 
     Args:
         case: a `Case`.
-        seconds: contender to seconds, one a round; `case.ours` among them.
-        tokens: contender to the real tokens that it serves a call.
+        seconds: contender to seconds, one per round; includes `case.ours`.
+        tokens: contender to the real tokens that it processes per call.
         memory: contender to its peak in MiB, or None.
-        command: what was typed.
+        command: the command line.
 
     Returns:
-        One dict a contender.
+        One dict per contender.
     """
     rows = []
     mine = [value / tokens[case.ours] for value in seconds[case.ours]]
@@ -168,7 +168,7 @@ def make_rows(case, seconds: dict, tokens: dict, memory: dict, command: str) -> 
 
 
 def provenance(device: str) -> dict:
-    """What a row says about machine and software."""
+    """The columns on machine and software."""
     try:
         import triton
 
@@ -186,7 +186,7 @@ def provenance(device: str) -> dict:
 
 
 def processor_name() -> str:
-    """The processor as Linux names it; elsewhere what Python knows."""
+    """The name of the processor from Linux, or elsewhere from Python."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -196,7 +196,7 @@ def processor_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with `-dirty` when the model or the benchmark differs from it."""
+    """The commit that was measured, with `-dirty` if the model or the benchmark differs from it."""
 
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
@@ -247,7 +247,7 @@ def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
 
 
 def measure_checkouts(case, sizes, repeats: int, limit_s: float, command: str) -> list:
-    """As `measure`; the one contender is another checkout, whose largest difference from ours is printed."""
+    """As `measure`, against another checkout; prints the largest difference between the two results."""
     rows = measure(case, sizes, repeats, limit_s, command)
     (other,) = case.against
     print(f"{case.name}: largest difference {WORKLOADS[case.command](case, sizes).difference(other):.1e}")
@@ -275,12 +275,12 @@ def measure_host(case, sizes, repeats: int, limit_s: float, command: str) -> lis
 
 
 def measure_startup(case, sizes, repeats: int, limit_s: float, command: str) -> list:
-    """From `python` to the answer of fill-mask, each in a process of its own; returns the rows of the case.
+    """Time from `python` to the answer of fill-mask, each in its own process; returns the rows of the case.
 
-    The stock model has as many weights in the encoder as the checkpoint, and its tokenizer.
+    The stock model has as many encoder weights as the checkpoint, and the same tokenizer.
 
     Raises:
-        AssertionError: a process failed or gave other than five answers.
+        AssertionError: a process failed or did not give five answers.
     """
     config = layers.BertConfig.from_pretrained(ROOT)
     fields = {field: getattr(config, field) for field in vars(sizes)}
@@ -329,7 +329,7 @@ def read_rows() -> dict:
 
 
 def show(row: dict) -> str:
-    """A row for the terminal."""
+    """A row as a line for the terminal."""
     return (
         f"{row['case']:16} {row['backend']:24} {float(row['p50']):10.6f} s  "
         f"ratio {row['ratio']:>7} ({row['ratio_p20']}–{row['ratio_p80']})  "
@@ -410,7 +410,7 @@ def between_markers(text: str, inner: str) -> str:
 
 
 def plot(path: Path) -> None:
-    """Draw seconds and memory of the `length-*` cases against the length, on the newest processor of the results.
+    """Plot time and memory of the `length-*` cases against length, for the processor of the newest row.
 
     Raises:
         ValueError: there are no such rows.
@@ -439,7 +439,7 @@ def plot(path: Path) -> None:
 
 
 def free(device: str) -> None:
-    """Give back what the cases so far held: models, their gradients, and what torch's allocator keeps of them."""
+    """Release what the cases so far held: models, their gradients, and what torch's allocator keeps of them."""
     build.cache_clear()
     torch.compiler.reset()
     gc.collect()
@@ -448,11 +448,11 @@ def free(device: str) -> None:
 
 
 def main() -> None:
-    """Parse the command line and measure, tabulate or draw."""
+    """Parse the command line, and measure, write tables or plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in (*WORKLOADS, "startup", "host", "compare"):
-        about = "time this checkout beside another one" if name == "compare" else f"measure the {name} cases"
+        about = "time this checkout against another one" if name == "compare" else f"measure the {name} cases"
         measuring = commands.add_parser(name, help=about)
         if name == "compare":
             measuring.add_argument(
@@ -461,23 +461,23 @@ def main() -> None:
             measuring.add_argument("--case", action="append", help='name or pattern (default: "C*", on a GPU "G*")')
         else:
             measuring.add_argument("--case", action="append", help="name or pattern; may be given again (default: all)")
-        measuring.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
+        measuring.add_argument("--repeats", type=int, default=10, help="rounds per case (default: 10)")
         measuring.add_argument(
-            "--limit", type=float, default=60.0, help="seconds a case after which no round begins, from the fourth on"
+            "--limit", type=float, default=60.0, help="seconds per case after which no fourth or later round starts"
         )
         measuring.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-        measuring.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own)")
+        measuring.add_argument("--threads", type=int, help="CPU threads (default: what torch chooses)")
         default = "none" if name == "compare" else "benchmarks/results"
         measuring.add_argument("--out", type=Path, help=f"CSV to append to (default: {default})")
-        measuring.add_argument("--commit", help="what the rows say was measured (default: what git says)")
-        measuring.add_argument("--keep_going", action="store_true", help="go on to the next case when one fails")
+        measuring.add_argument("--commit", help="commit that the rows name (default: from git)")
+        measuring.add_argument("--keep_going", action="store_true", help="continue with the next case when one fails")
         measuring.add_argument("--quick", action="store_true", help="tiny sizes, to try the command; needs --out")
         measuring.add_argument(
-            "--rehearse", action="store_true", help="the cases of a GPU, on the CPU and with tiny sizes; needs --out"
+            "--rehearse", action="store_true", help="run the GPU cases on the CPU with tiny sizes; needs --out"
         )
     tabulating = commands.add_parser("table", help="print the tables of results")
-    tabulating.add_argument("--write", type=Path, help="file to write it into, between its markers")
-    drawing = commands.add_parser("plot", help="draw cost against length")
+    tabulating.add_argument("--write", type=Path, help="file to write them into, between its markers")
+    drawing = commands.add_parser("plot", help="plot cost against length")
     drawing.add_argument("--out", type=Path, default=RESULTS / "cost_by_length.png")
     arguments = parser.parse_args()
     if arguments.command == "plot":
@@ -493,7 +493,7 @@ def main() -> None:
 
 
 def choose_cases(parser, arguments, device: str) -> list:
-    """The cases that the command line asks for; ends the program where there is none."""
+    """The cases that the command line chooses; ends the program if there is none."""
     comparing = arguments.command == "compare"
     patterns = arguments.case or [{"cpu": "C*", "cuda": "G*"}[device] if comparing else "*"]
     wanted = ("model", "train") if comparing else (arguments.command,)
@@ -512,7 +512,7 @@ def choose_cases(parser, arguments, device: str) -> list:
 
 
 def run(parser, arguments) -> None:
-    """Measure the cases that were asked for."""
+    """Measure the chosen cases."""
     comparing = arguments.command == "compare"
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {arguments.repeats}")

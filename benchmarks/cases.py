@@ -1,4 +1,4 @@
-"""What is measured, as data: each case, its input, whom it is measured against, and what it shall reach."""
+"""The benchmark cases as data: input, contenders and goals."""
 
 import csv
 import random
@@ -15,22 +15,22 @@ class Case:
     """One workload.
 
     Attributes:
-        name: C1 to C9 on the CPU and G1 to G15 on a GPU are the project's targets; the others stand for themselves.
+        name: C1 to C9 on the CPU and G1 to G15 on a GPU have the project's goals; the others have none.
         command: `attention` (q, k, v of 12 heads of 64 channels, scores up to 5), `model` (encoder, forward), `train`
             (MLM step, forward and backward, of a padded batch), `pretrain` (the step of scripts/pretrain_mlm.py:
             sequences without padding, float32 weights under bfloat16 autocast, hidden dropout, AdamW), `startup`
             (from `python` to an answer) or `host` (the Python of one attention call).
-        what: the workload, as the tables call it.
+        what: the workload, as the tables describe it.
         lengths: tokens of each sequence.
-        against: contender to the least ratio that counts as reached (its time over ours), None where there is no goal;
-            names are those of contenders.py.
-        ours: the contender that all others are divided by.
+        against: contender to the smallest ratio that reaches the goal (its time divided by ours), or None without a
+            goal; names are those of contenders.py.
+        ours: the contender by whose time the others are divided.
         mode: `forward`, `backward` (alone) or `step` (forward and backward).
         dtype: of weights and activations, a name of torch.
         device: `cpu` or `cuda`.
         sizes: of the model, a key of `SIZES` in contenders.py.
-        memory_goal: contender and the largest share of its peak memory that ours may take, or None.
-        speed_goal: the fewest tokens a second that count as reached, or None.
+        memory_goal: a contender, and the largest share of its peak memory that ours may take; or None.
+        speed_goal: the fewest tokens per second that reach the goal, or None.
     """
 
     name: str

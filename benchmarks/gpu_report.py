@@ -27,7 +27,7 @@ from cases import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Peak memory a token may differ by this share between the G11 cases of 512 to 8,192 tokens.
+# Peak memory per token may differ by this share between the G11 cases of 512 to 8,192 tokens.
 FLAT = 0.05
 
 
@@ -171,7 +171,7 @@ def reason_for(case: str, contender: str, outcome: Outcome) -> str:
 
 
 def goal_rows(out: Path, outcomes: dict) -> list:
-    """What the goals of the G cases are, and what was measured.
+    """The goals of the G cases, and what was measured.
 
     Returns:
         Lists of cells: case, workload, baseline, measured, goal, whether it is reached.
@@ -209,13 +209,13 @@ def goal_rows(out: Path, outcomes: dict) -> list:
             wanted = f"{case.speed_goal:,}" if case.speed_goal else "–"
             if mine is None:
                 reason = reason_for(case.name, case.ours, outcome)
-                add("tokens a second", f"not measured: {reason}", wanted, "–")
+                add("tokens per second", f"not measured: {reason}", wanted, "–")
             else:
                 speed = int(mine["tokens_per_second"])
                 reached = yes_or_no(speed >= case.speed_goal) if case.speed_goal else "–"
-                add("tokens a second", f"{speed:,}", wanted, reached)
+                add("tokens per second", f"{speed:,}", wanted, reached)
     names = [case.name for case in CASES if case.name.startswith("G11-")]
-    cells = ["G11", "memory a token, 512 to 8,192 tokens", "largest over smallest"]
+    cells = ["G11", "memory per token, 512 to 8,192 tokens", "largest over smallest"]
     if len(memory) == len(names):
         spread = max(memory.values()) / min(memory.values())
         return [*lines, [*cells, f"{spread:.3f}", f"at most {1 + FLAT:.2f}", yes_or_no(spread <= 1 + FLAT)]]
@@ -234,7 +234,7 @@ def markdown_table(head: list, rows: list) -> str:
 
 
 def tests_line(outcome: Outcome) -> str:
-    """What pytest's output says, whole or stopped."""
+    """The totals in the output of pytest, also where it was stopped."""
     totals = re.findall(r"^=* ?(\d+ \w+.* in [\d.]+s.*?) ?=*$", outcome.output, re.M)
     if totals:
         return totals[-1]
@@ -255,7 +255,7 @@ def summarize(out: Path, outcomes: dict, seconds: float, rehearsed: bool) -> str
         "# GPU report",
         *(["**A rehearsal on the CPU with tiny sizes: its numbers mean nothing.**"] if rehearsed else []),
         f"{'; '.join(about)}. {seconds:.0f} s in all.",
-        "Ratios are the baseline's time for a token over ours (p20–p80); in pretraining, model FLOP utilisation.",
+        "Ratios are the baseline's time per token divided by ours (p20–p80); in pretraining, model FLOP utilisation.",
         "## Goals",
         markdown_table(["case", "workload", "baseline", "measured", "goal", "reached"], goal_rows(out, outcomes)),
         "## Parts",
@@ -288,9 +288,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report; must be empty or new")
     parser.add_argument("--max_seconds", type=float, default=480.0, help="time for everything (default: 480)")
     parser.add_argument("--part", action="append", help="run this part only; may be given again")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds a case (default: 7)")
-    parser.add_argument("--limit", type=float, default=3.0, help="seconds a case, as for bench.py (default: 3)")
-    parser.add_argument("--commit", help="what the rows say was measured (default: what git says)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds per case (default: 7)")
+    parser.add_argument("--limit", type=float, default=3.0, help="seconds per case, as for bench.py (default: 3)")
+    parser.add_argument("--commit", help="commit that the rows name (default: from git)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, to try the command")
     arguments = parser.parse_args()
     begin = time.monotonic()

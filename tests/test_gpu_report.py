@@ -107,8 +107,8 @@ def test_goals_are_judged_and_what_is_missing_has_its_reason(tmp_path):
     assert lines["G12", "BERT"] == ["1.200 (1.200–1.200)", "1.80", "no"]
     assert lines["G11", "peak memory of published"] == ["0.200", "at most 0.18", "no"]
     assert lines["G11", "largest over smallest"] == ["1.000", "at most 1.05", "yes"]
-    assert lines["G14-shipped-65536", "tokens a second"] == ["65,536,000", "3,000,000", "yes"]
-    assert lines["G14-base", "tokens a second"][0] == "not measured: its part wrote no row"
+    assert lines["G14-shipped-65536", "tokens per second"] == ["65,536,000", "3,000,000", "yes"]
+    assert lines["G14-base", "tokens per second"][0] == "not measured: its part wrote no row"
     assert lines["G4-forward", "Flex"] == ["not measured: stopped at its limit of 9 s", "2.00", "–"]
     assert lines["G13", "ours, no mask"][0] == "not measured: RuntimeError: capture failed"
     not_installed = "not measured: FlashAttention 4, no bias is left out: it needs a GPU"
