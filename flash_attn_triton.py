@@ -615,30 +615,31 @@ def _key_value_gradient_kernel(
     _write(dv, gradient + part, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
 
-# Tile sizes to try, by what they are for; the first runs where nothing can be timed. For bfloat16, D = 64 on an H100
-# these are the fastest of 37 sizes at lengths 512, 2,048 and 8,192; none with 8 warps was among the best three. The
-# others follow from what the compiler reports: the largest that keep everything in registers.
+# Tile sizes to try, by what they are for. The first of each is safe on any card, and runs where nothing can be timed.
+# The others of "usual" were the fastest of 37 sizes at lengths 2,048 and 8,192 (H100, bfloat16, D = 64), the first ones
+# of the gradients at 512; no size with 8 warps was among the best three. The rest follows from the compiler's report:
+# the largest that keep everything, or all but a few bytes, in registers.
 _TILES = {
     _forward_kernel: {
-        "usual": [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)],
-        "dropout": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)],
-        "wide": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
+        "usual": [Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)],
+        "dropout": [Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)],
+        "wide": [Tile(64, 32, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)],
         "wide dropout": [Tile(64, 32, 4, 2)],
-        "float32": [Tile(32, 32, 8, 2), Tile(32, 16, 4, 1)],
+        "float32": [Tile(32, 16, 4, 1), Tile(32, 32, 8, 2)],
     },
     _query_gradient_kernel: {
-        "usual": [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3)],
-        "dropout": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)],
-        "wide": [Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)],
+        "usual": [Tile(64, 64, 4, 3), Tile(128, 64, 4, 2)],
+        "dropout": [Tile(64, 32, 4, 3), Tile(64, 64, 4, 3)],
+        "wide": [Tile(64, 32, 4, 2), Tile(64, 64, 4, 3)],
         "wide dropout": [Tile(64, 32, 4, 2)],
-        "float32": [Tile(32, 32, 8, 2), Tile(32, 16, 4, 1)],
+        "float32": [Tile(32, 16, 4, 1), Tile(32, 32, 8, 2)],
     },
     _key_value_gradient_kernel: {
-        "usual": [Tile(64, 128, 4, 2), Tile(64, 32, 4, 3)],
+        "usual": [Tile(64, 32, 4, 3), Tile(64, 128, 4, 2)],
         "dropout": [Tile(64, 32, 4, 3)],
-        "wide": [Tile(64, 32, 4, 3), Tile(64, 32, 4, 2)],
+        "wide": [Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)],
         "wide dropout": [Tile(32, 32, 4, 2)],
-        "float32": [Tile(32, 32, 8, 2), Tile(16, 16, 4, 1)],
+        "float32": [Tile(16, 16, 4, 1), Tile(32, 32, 8, 2)],
     },
 }
 # A tile size is chosen for each of four ranges of lengths.

@@ -107,10 +107,8 @@ def _backward_kernel(
     w = tl.load(weight + channels, mask=exists, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    for step in range((total - program + programs - 1) // programs):
-        row = program + step * programs
+    row = tl.program_id(0)
+    while row < total:
         values, factor = _sum_of_row(x, residual, seed, stride, residual_stride, row, size, dropout_p, BLOCK)
         normal, inverse = _normalize(values, size, eps, BLOCK)
         offset = row.to(tl.int64)
@@ -126,7 +124,8 @@ def _backward_kernel(
         if x_gradient is not None:
             at = x_gradient + offset * size + channels
             tl.store(at, (dvalues * factor).to(x_gradient.dtype.element_ty), mask=exists)
-    sums += program * 2 * size + channels
+        row += tl.num_programs(0)
+    sums += tl.program_id(0) * 2 * size + channels
     tl.store(sums, weight_sum, mask=exists)
     tl.store(sums + size, bias_sum, mask=exists)
 

@@ -54,7 +54,7 @@ FORWARD, QUERY, KEY_VALUE = "_forward_kernel", "_query_gradient_kernel", "_key_v
     ],
 )
 def test_attention_kernels_compile_without_a_device(report, target, name, dtype, head_dim, extras):
-    tile = report.tiles_for(name, target, dtype, head_dim, extras)[-1]
+    tile = report.tiles_for(name, target, dtype, head_dim, extras)[0]
     usage = report.compile_kernel(name, tile, target, dtype, head_dim, extras)
     assert usage["registers"] > 0 and 0 < usage["shared_bytes"] <= report.SHARED_LIMIT[target]
     if target == "sm_90":
@@ -93,11 +93,12 @@ def test_table_covers_every_tile_size_for_every_target(report):
         what = (row["triton"], row["target"], row["kernel"], row["dtype"], int(row["head_dim"]), row["extras"])
         listed.setdefault(what, []).append(tuple(int(row[column]) for column in ("own", "other", "warps", "stages")))
     releases = {(release, target) for release, target, *_ in listed}
-    assert releases == {("3.7.1", "sm_90"), ("3.9.0", "sm_90")}
+    # The newest release for all, and the one that the pinned torch requires for one of them.
+    assert releases == {("3.7.1", "sm_90"), *(("3.9.0", target) for target in TARGETS)}
     for release, target in releases:
         for name, (dtype, head_dim, extras) in itertools.product(report.KERNELS, report.variants_for(target)):
             what = (release, target, name.strip("_"), report.DTYPES[dtype], head_dim, "+".join(extras))
-            assert listed.pop(what) == report.tiles_for(name, target, dtype, head_dim, extras)
+            assert sorted(listed.pop(what)) == sorted(report.tiles_for(name, target, dtype, head_dim, extras))
     assert not listed
 
 

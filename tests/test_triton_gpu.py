@@ -1,11 +1,15 @@
 """What only a GPU shows of the Triton attention."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
+from models import VOCAB, ragged_batch, tiny_model
 from numerics import assert_same
 from triton_kernels import DEVICE, assert_as_good_as_eager, leaf, on_gpu, packed_input, slopes_of, with_gradient
 
+from mosaicbert import bert_layers
 from mosaicbert.bert_padding import pack_flattened
 
 
@@ -79,8 +83,6 @@ def test_a_device_that_is_not_the_current_one():
 
 @on_gpu
 def test_whole_model_trains_as_with_eager_attention():
-    from models import ragged_batch, tiny_model
-
     losses = {}
     for name in ("triton", "eager"):
         model = tiny_model(hidden_size=192, attn_implementation=name).cuda().train()
@@ -94,3 +96,98 @@ def test_whole_model_trains_as_with_eager_attention():
             optimizer.step()
             losses[name].append(loss.item())
     assert losses["triton"] == pytest.approx(losses["eager"], rel=1e-4)
+
+
+def flattened_batch(lengths, seed=0):
+    """Arguments of a model for texts one after another in a row [1, T], with labels at every fourth token."""
+    total = sum(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (1, total), generator=generator)
+    places = torch.arange(0, total, 4)
+    labels = torch.full_like(ids, -100)
+    labels[0, places] = ids[0, places]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    tensors = {"input_ids": ids, "labels": labels, "masked_lm_positions": places, "cu_seq_lens_q": bounds}
+    return {name: tensor.cuda() for name, tensor in tensors.items()} | {"max_length_q": max(lengths)}
+
+
+@on_gpu
+@pytest.mark.parametrize("longest", [100, 700])
+def test_a_training_step_never_waits_for_the_device(longest):
+    model = tiny_model(hidden_size=192).cuda().bfloat16().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = [flattened_batch([longest, 30, 61], seed) for seed in range(3)]
+
+    def step(batch):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    step(batches[0])  # compiles and times
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("longest", [100, 700])
+def test_a_cuda_graph_of_the_model_answers_for_new_ids(flattened, longest):
+    model = tiny_model(hidden_size=192).cuda().half().eval()
+    if flattened:
+        fixed = {name: flattened_batch([longest, 30])[name] for name in ("cu_seq_lens_q", "max_length_q")}
+        shape = (1, longest + 30)
+    else:
+        fixed, shape = {}, (2, longest)
+    first, second = torch.randint(
+        1, VOCAB, (2, *shape), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)
+    )
+    ids = first.clone()
+    with torch.inference_mode():
+        expected = [model(x, **fixed).logits.clone() for x in (first, second)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(ids, **fixed)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, **fixed).logits
+        for new_ids, right in zip((second, first), reversed(expected)):
+            ids.copy_(new_ids)
+            graph.replay()
+            assert_same(logits, right.double(), 2e-3)  # two roundings of float16: products may run in another order
+
+
+@on_gpu
+def test_the_compiled_model_goes_through_the_kernels_without_a_graph_break():
+    model = tiny_model(hidden_size=192, attn_implementation="triton").cuda().half().eval()
+    ids, mask = (tensor.cuda() for tensor in ragged_batch([60, 17, 1]))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        logits = compiled(ids, attention_mask=mask).logits
+        torch.cuda.synchronize()
+    assert any("_forward_kernel" in event.name for event in profile.events())
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    # Half precision, in another order of operations.
+    assert_same(logits[real], expected[real].double(), 1e-2)
+
+
+@on_gpu
+def test_fused_layers_serve_a_training_step_on_the_device(monkeypatch):
+    served = {}
+    for name, row in bert_layers.FUSED_LAYERS.items():
+
+        def count(*arguments, name=name, function=row.function):
+            served[name] = served.get(name, 0) + 1
+            return function(*arguments)
+
+        monkeypatch.setitem(bert_layers.FUSED_LAYERS, name, replace(row, function=count))
+    model = tiny_model(hidden_size=192).cuda().bfloat16().train()
+    model(**flattened_batch([60, 17])).loss.backward()
+    assert served == {"geglu": 2, "add_norm": 4}

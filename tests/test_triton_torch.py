@@ -4,14 +4,20 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
-from numerics import assert_same
+from models import ragged_batch, tiny_model
+from numerics import PUBLISHED, assert_same
+from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_kernels import DEVICE, INTERPRETED, leaf, on_kernels, packed_input, slopes_of, use_tiles, with_gradient
+
+from mosaicbert import bert_layers
 
 
 @on_kernels
@@ -120,21 +126,36 @@ def test_two_copies_of_the_file_live_in_one_process():
     assert torch.equal(contexts[0], contexts[1])
 
 
+@pytest.fixture
+def served_here(monkeypatch):
+    """All Triton rows of the hub's tables serve the device of these tests."""
+    for table in (bert_layers.ATTENTION_BACKENDS, bert_layers.FUSED_LAYERS):
+        for name in {"triton", *bert_layers.FUSED_LAYERS} & set(table):
+            monkeypatch.setitem(table, name, replace(table[name], devices=(DEVICE,)))
+
+
+@on_kernels
+def test_compiled_model_is_one_graph_with_an_operator_for_each_attention(served_here):
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = tiny_model(attn_implementation="triton").to(DEVICE)
+    ids, mask = (tensor.to(DEVICE) for tensor in ragged_batch([9, 5]))
+    with torch.no_grad():
+        logits = torch.compile(model, fullgraph=True, backend=record)(ids, attention_mask=mask).logits
+        expected = model(ids, attention_mask=mask).logits
+    assert [str(node.target).count("alibi_attention") for graph in graphs for node in graph.graph.nodes].count(1) == 2
+    assert_same(logits, expected.double(), 1e-5)
+
+
 CASE = Path(__file__).parent / "data" / "reference" / "mlm-12heads-dim16"
 
 
 @on_kernels
-def test_whole_model_gives_the_published_numbers(monkeypatch):
-    from dataclasses import replace
-
-    from numerics import PUBLISHED
-    from safetensors.torch import load_file
-
-    from mosaicbert import bert_layers
-
-    for table in (bert_layers.ATTENTION_BACKENDS, bert_layers.FUSED_LAYERS):
-        for name in {"triton", *bert_layers.FUSED_LAYERS} & set(table):
-            monkeypatch.setitem(table, name, replace(table[name], devices=(DEVICE,)))
+def test_whole_model_gives_the_published_numbers(served_here, monkeypatch):
     use_tiles(monkeypatch, 64, 64)  # fewer steps than 32, for the interpreter
     model = bert_layers.BertForMaskedLM.from_pretrained(CASE, attn_implementation="triton").to(DEVICE)
     expected = load_file(CASE / "expected.safetensors")
