@@ -529,6 +529,14 @@ def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tm
     pretrain_mlm.main()
     with pytest.raises(ValueError, match="output_dir: .*tokens is not empty; --overwrite replaces tokenized data"):
         pretrain_mlm.main()
+    before = (tmp_path / "tokens/tokens.bin").read_bytes()
+    short = write_corpus(tmp_path / "short.jsonl", documents=0)
+    flags[1] = str(short)
+    again = ["pretrain_mlm.py", *flags, "--output_dir", str(tmp_path / "tokens"), "--overwrite"]
+    monkeypatch.setattr(sys, "argv", again)
+    with pytest.raises(ValueError, match="the data holds no document"):
+        pretrain_mlm.main()
+    assert (tmp_path / "tokens/tokens.bin").read_bytes() == before
     run(command_line(corpus, tokenizer, tmp_path / "text", max_steps=2))
     run(command_line(tmp_path / "tokens", tokenizer, tmp_path / "prepared", max_steps=2))
     assert losses(tmp_path / "text") == losses(tmp_path / "prepared")
