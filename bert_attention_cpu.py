@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .bert_cpu import is_amd_with_bfloat16
+from .bert_padding import is_traced
 
 # Queries per call where a head looks at its band only. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
 # fast and 512 costs 1.15 times as much: too many keys then lie outside a steep head's reach.
@@ -54,8 +55,8 @@ def cpu_declines(qkv, packed) -> Optional[str]:
     """Why `cpu_attention` cannot serve a call on the CPU, or None when it can."""
     if packed.has_holes:
         return "the attention mask has holes, and their distances have no strided form"
-    if packed.keeps_padding:
-        return "padding is kept (torch.compile, export, torch.func, or unpad_inputs=False), and it packs by data"
+    if packed.keeps_padding or is_traced():  # a layer that is compiled alone gets a batch without padding
+        return "it plans by data, not for torch.compile, export, torch.func or unpad_inputs=False"
     return None
 
 

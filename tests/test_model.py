@@ -433,6 +433,23 @@ def test_compiled_without_a_graph_break_agrees(backend, dynamic):
     numerics.assert_same(compiled(ids[:5]).logits, plain, SAME)
 
 
+def test_layers_compiled_one_by_one_agree():
+    torch._dynamo.reset()
+    model = tiny_model(num_hidden_layers=1)
+    ids, mask = ragged_batch([9, 24, 3])
+    expected = model(ids, mask, labels=random_labels(ids))
+    expected.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend="aot_eager")
+    output = model(ids, mask, labels=random_labels(ids))
+    numerics.assert_same(output.logits, expected.logits, SAME)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        numerics.assert_same(parameter.grad, gradients[name], SAME, name)
+
+
 def test_compiled_by_inductor_agrees():
     torch._dynamo.reset()
     ids, mask = ragged_batch([9, 24])
