@@ -282,6 +282,8 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, hidden, packed, slopes, output_attentions):
         """[T, E] to a context [T, E] and weights [N, H, M, M] or None."""
+        # torch.export cannot split rows again that it merged, so it gets new ones from the product.
+        hidden = hidden.flatten(0, -2) if is_traced() else hidden
         qkv = linear(self.Wqkv, hidden).reshape(-1, 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_rate if self.training else 0.0
         weights = None
@@ -303,7 +305,8 @@ class BertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context, residual):
-        return add_norm(self.LayerNorm, linear(self.dense, context), residual, self.dropout)
+        projected = linear(self.dense, context).view_as(residual)
+        return add_norm(self.LayerNorm, projected, residual, self.dropout)
 
 
 class BertAttention(nn.Module):
