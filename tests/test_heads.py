@@ -61,7 +61,7 @@ def test_sequence_classification_losses_follow_the_problem_type():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_users_16_a_batch_of_one_keeps_its_dimension(count):
+def test_a_batch_of_one_keeps_its_dimension(count):
     model = tiny_model(BertForSequenceClassification, num_labels=count)
     ids, _ = ragged_batch([5])
     labels = torch.tensor([0.5]) if count == 1 else torch.tensor([1])

@@ -69,12 +69,12 @@ def repository(tmp_path_factory):
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("without", [(), (DECODER,), (EMBEDDING,)], ids=["both", "no-decoder", "no-embedding"])
-def test_users_8_loads_and_ties_with_either_key_missing(tmp_path, weights, without):
+def test_loads_and_ties_with_either_key_missing(tmp_path, weights, without):
     assert_loads(write_repository(tmp_path / "repo", weights=weights, without=without))
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties before it looks at the file")
-def test_users_8_a_decoder_that_was_trained_apart_keeps_its_numbers(tmp_path):
+def test_a_decoder_that_was_trained_apart_keeps_its_numbers(tmp_path):
     apart = tiny_model(tie_word_embeddings=False)
     with torch.no_grad():
         apart.cls.predictions.decoder.weight.add_(0.1)
@@ -83,7 +83,7 @@ def test_users_8_a_decoder_that_was_trained_apart_keeps_its_numbers(tmp_path):
     numerics.assert_same(model(IDS, MASK).logits, apart(IDS, MASK).logits, 0.0)
 
 
-def test_users_3_loads_with_every_config_people_pass(repository):
+def test_loads_with_every_config_people_pass(repository):
     assert_loads(repository, config=AutoConfig.from_pretrained(repository, **REMOTE))
     assert_loads(repository, config=transformers.BertConfig.from_pretrained(repository))
     bare = transformers.BertConfig.from_pretrained(repository)
@@ -91,7 +91,7 @@ def test_users_3_loads_with_every_config_people_pass(repository):
     assert_loads(repository, config=bare)
 
 
-def test_users_19_alibi_starting_size_can_be_raised_the_card_way(repository):
+def test_alibi_starting_size_can_be_raised_the_card_way(repository):
     config = transformers.BertConfig.from_pretrained(repository)
     config.alibi_starting_size = 2048
     model = assert_loads(repository, config=config)
@@ -158,7 +158,7 @@ def test_published_configs_load_as_they_are(tmp_path, name):
     assert_loads(write_repository(tmp_path / "repo", config=small(name)))
 
 
-def test_users_21_dnabert_2_config_without_model_type_loads_as_it_is(tmp_path):
+def test_dnabert_2_config_without_model_type_loads_as_it_is(tmp_path):
     config = small("dnabert-2-117m.json")
     assert "model_type" not in config and "pad_token_id" not in config
     assert_loads(write_repository(tmp_path / "repo", config=config))
@@ -215,7 +215,7 @@ def test_unknown_attention_implementations_are_refused(repository, name):
         tiny_model().set_attn_implementation(name)
 
 
-def test_users_4_stock_bert_stays_itself_before_and_after(repository):
+def test_stock_bert_stays_itself_before_and_after(repository):
     config = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 8, "vocab_size": VOCAB}
     stock = transformers.models.bert.modeling_bert.BertForMaskedLM
     before = AutoModelForMaskedLM.from_config(transformers.BertConfig(**config))
@@ -228,7 +228,7 @@ def test_users_4_stock_bert_stays_itself_before_and_after(repository):
     assert after.config._attn_implementation == "sdpa"
 
 
-def test_users_7_saves_a_complete_repository_and_reloads_it(tmp_path, repository):
+def test_saves_a_complete_repository_and_reloads_it(tmp_path, repository):
     saved = tmp_path / "saved"
     assert_loads(repository).save_pretrained(saved)
     names = {file.name for file in saved.iterdir()}
@@ -289,7 +289,7 @@ def test_a_foreign_checkpoint_fails_with_the_names_of_the_keys(tmp_path):
         AutoModelForMaskedLM.from_pretrained(folder, **REMOTE)
 
 
-def test_users_18_torch_and_transformers_are_enough(repository):
+def test_torch_and_transformers_are_enough(repository):
     """Loads and answers in a process where Triton and einops cannot be imported."""
     script = f"""
         import sys

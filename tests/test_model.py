@@ -33,7 +33,7 @@ def random_labels(ids, share=0.5, seed=5):
     return labels
 
 
-def test_users_25_padded_packed_and_single_agree(backend):
+def test_padded_packed_and_single_agree(backend):
     model = tiny_model(attn_implementation=backend)
     lengths = [11, 1, 30, 7]
     ids, mask = ragged_batch(lengths, length=34)
@@ -82,7 +82,7 @@ def test_a_hole_keeps_its_distance(backend):
     assert difference > 1e-3, "closing the hole must change distances, hence numbers"
 
 
-def test_users_16_a_row_without_tokens_and_a_batch_without_any_are_zero(backend):
+def test_a_row_without_tokens_and_a_batch_without_any_are_zero(backend):
     model = tiny_model(BertModel, attn_implementation=backend)
     ids, mask = ragged_batch([0, 5], length=8)
     output = model(ids, mask)
@@ -93,7 +93,7 @@ def test_users_16_a_row_without_tokens_and_a_batch_without_any_are_zero(backend)
     assert nothing.last_hidden_state.abs().sum() == 0 and nothing.last_hidden_state.shape == (2, 8, 48)
 
 
-def test_users_19_length_far_over_alibi_starting_size_and_max_position_embeddings(backend):
+def test_length_far_over_alibi_starting_size_and_max_position_embeddings(backend):
     model = tiny_model(alibi_starting_size=4, max_position_embeddings=8, attn_implementation=backend)
     ids, _ = ragged_batch([700])
     long = model(ids).logits
@@ -113,7 +113,7 @@ def test_backends_agree():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_users_14_low_precision_weights_err_no_more_than_the_plain_formula(backend, dtype):
+def test_low_precision_weights_err_no_more_than_the_plain_formula(backend, dtype):
     ids, mask = holed_batch()
     truth = tiny_model(BertModel).double()(ids, mask).last_hidden_state
     plain = tiny_model(BertModel, attn_implementation="eager").to(dtype)(ids, mask).last_hidden_state
@@ -128,7 +128,7 @@ def test_users_14_low_precision_weights_err_no_more_than_the_plain_formula(backe
 
 @pytest.mark.parametrize("low_precision_layernorm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_users_14_autocast_trains_in_every_backend(backend, dtype, low_precision_layernorm):
+def test_autocast_trains_in_every_backend(backend, dtype, low_precision_layernorm):
     ids, mask = holed_batch()
     model = tiny_model(attn_implementation=backend, low_precision_layernorm=low_precision_layernorm)
     exact = model(ids, mask, labels=random_labels(ids)).loss
@@ -151,7 +151,7 @@ def test_low_precision_layernorm_computes_in_the_autocast_dtype():
         assert [output.dtype for output in seen] == [expected]
 
 
-def test_users_9_10_extra_outputs_come_on_request_only(backend):
+def test_extra_outputs_come_on_request_only(backend):
     model = tiny_model(BertModel, attn_implementation=backend)
     ids, mask = holed_batch()
     plain = model(ids, mask)
@@ -182,7 +182,7 @@ def test_return_dict_false_returns_what_is_there_as_a_tuple():
     assert isinstance(model(ids, mask), tuple)
 
 
-def test_users_16_inputs_embeds_equal_input_ids_and_token_types_are_optional(backend):
+def test_inputs_embeds_equal_input_ids_and_token_types_are_optional(backend):
     model = tiny_model(attn_implementation=backend)
     ids, mask = holed_batch()
     expected = model(ids, mask).logits
@@ -242,7 +242,7 @@ def test_eval_ignores_dropout_rates_and_train_obeys_them(backend):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("rows", [False, True], ids=["packed", "holes"])
 def test_attention_dropout_keeps_the_expectation(backend, rows):
-    """Users 13: dropout works in every backend; the mean over many draws is the result without it."""
+    """Dropout works in every backend: the mean over many draws is the result without it."""
     torch.manual_seed(0)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 9:] = 0
@@ -274,7 +274,7 @@ def test_two_runs_are_bitwise_equal(backend):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_users_15_gradient_checkpointing_gives_equal_gradients(backend, reentrant):
+def test_gradient_checkpointing_gives_equal_gradients(backend, reentrant):
     ids, mask = holed_batch()
     gradients = []
     for checkpointing in (False, True):
@@ -289,7 +289,7 @@ def test_users_15_gradient_checkpointing_gives_equal_gradients(backend, reentran
         numerics.assert_same(gradients[1][name], gradient, SAME, name)
 
 
-def test_users_15_num_items_in_batch_divides_the_summed_loss():
+def test_num_items_in_batch_divides_the_summed_loss():
     model = tiny_model()
     ids, mask = ragged_batch([6, 9])
     labels = random_labels(ids)
@@ -299,7 +299,7 @@ def test_users_15_num_items_in_batch_divides_the_summed_loss():
         assert model(ids, mask, labels=labels, num_items_in_batch=items).loss.item() == pytest.approx(mean.item() / 2)
 
 
-def test_users_16_labels_anywhere_have_a_defined_loss(backend):
+def test_labels_anywhere_have_a_defined_loss(backend):
     model = tiny_model(attn_implementation=backend)
     ids, mask = ragged_batch([6, 9])
     logits = model(ids, mask).logits
@@ -343,7 +343,7 @@ def test_known_places_of_labels_give_the_same_loss_and_logits():
         model(ids, torch.ones_like(ids), labels=labels, masked_lm_positions=places)
 
 
-def test_users_20_silenced_slots_are_never_predicted():
+def test_silenced_slots_are_never_predicted():
     model = tiny_model()
     model.silence_dead_slots(90)
     ids, mask = ragged_batch([20, 9])
@@ -356,7 +356,7 @@ def test_users_20_silenced_slots_are_never_predicted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_users_6_the_tensor_and_not_an_import_chooses_the_backend(dtype):
+def test_the_tensor_and_not_an_import_chooses_the_backend(dtype):
     """Triton is importable here, and may find a GPU; tensors on the CPU are served without it all the same."""
     pytest.importorskip("triton", reason="without Triton the reason is another one: tests/test_loading.py")
     qkv = torch.randn(5, 3, 2, 16, dtype=dtype)
@@ -370,7 +370,7 @@ def test_users_6_the_tensor_and_not_an_import_chooses_the_backend(dtype):
     assert torch.isfinite(model.bert.encoder.layer[0].attention.self.Wqkv.weight.grad).all()
 
 
-def test_users_8_tie_holds_by_identity_after_resize():
+def test_tie_holds_by_identity_after_resize():
     model = tiny_model()
     ids, mask = ragged_batch([6, 9])
     before = model(ids, mask).logits
@@ -404,7 +404,7 @@ def test_initialisation_follows_the_published_rule():
 
 
 def test_nothing_is_stored_but_parameters():
-    """Users 5: state built in __init__ is garbage after a load on the meta device."""
+    """State built in __init__ is garbage after a load on the meta device."""
     model = tiny_model()
     assert list(model.buffers()) == []
     with torch.device("meta"):

@@ -29,7 +29,7 @@ class Exported(torch.nn.Module):
         (BertForSequenceClassification, "auto"),
     ],
 )
-def test_users_23_onnx_runtime_agrees_beyond_the_traced_sizes(tmp_path, model_class, attention):
+def test_onnx_runtime_agrees_beyond_the_traced_sizes(tmp_path, model_class, attention):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

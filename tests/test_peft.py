@@ -34,7 +34,7 @@ def train(model, steps=5, **labels):
     return losses
 
 
-def test_users_12_lora_trains_saves_only_the_adapter_reloads_and_merges(tmp_path):
+def test_lora_trains_saves_only_the_adapter_reloads_and_merges(tmp_path):
     base = tiny_model()
     ids, mask = ragged_batch([9, 4])
     model = adapted(copy.deepcopy(base))

@@ -28,7 +28,7 @@ def expected():
     return tiny_model()(*ragged_batch([9, 4])).logits
 
 
-def test_users_7_safetensors_by_default_with_the_tied_weight_once(tmp_path, expected):
+def test_safetensors_by_default_with_the_tied_weight_once(tmp_path, expected):
     tiny_model().save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     names = set(load_file(tmp_path / "model.safetensors"))
@@ -37,7 +37,7 @@ def test_users_7_safetensors_by_default_with_the_tied_weight_once(tmp_path, expe
     numerics.assert_same(logits_of(tmp_path), expected, 0.0)
 
 
-def test_users_7_shards_over_max_shard_size_load(tmp_path, expected):
+def test_shards_over_max_shard_size_load(tmp_path, expected):
     tiny_model().save_pretrained(tmp_path, max_shard_size="40KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
@@ -45,7 +45,7 @@ def test_users_7_shards_over_max_shard_size_load(tmp_path, expected):
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
-def test_users_7_both_formats_of_published_weights_load_and_save_again(tmp_path, expected, weights):
+def test_both_formats_of_published_weights_load_and_save_again(tmp_path, expected, weights):
     write_repository(tmp_path / "old", weights=weights)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "old", trust_remote_code=True)
     model.save_pretrained(tmp_path / "new")
@@ -92,7 +92,7 @@ def train(folder, output, **arguments):
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_users_7_a_trainer_checkpoint_of_a_local_base_model_holds_code_and_resumes(tmp_path):
+def test_a_trainer_checkpoint_of_a_local_base_model_holds_code_and_resumes(tmp_path):
     write_complete_repository(tmp_path / "base")
     model, losses = train(tmp_path / "base", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint-2"

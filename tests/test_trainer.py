@@ -39,7 +39,7 @@ def train(folder, model=None, **arguments):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_users_15_accumulation_gives_the_weights_of_one_large_batch(tmp_path):
+def test_accumulation_gives_the_weights_of_one_large_batch(tmp_path):
     whole = train(tmp_path / "whole", per_device_train_batch_size=4)
     parts = train(tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     start = dict(tiny_model().named_parameters())
@@ -49,7 +49,7 @@ def test_users_15_accumulation_gives_the_weights_of_one_large_batch(tmp_path):
     assert numerics.relative_error(whole[moved], start[moved]) > 1e-3
 
 
-def test_users_15_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
     plain = train(tmp_path / "plain", per_device_train_batch_size=4)
     saved = train(tmp_path / "saved", per_device_train_batch_size=4, gradient_checkpointing=True)
     for name, parameter in plain.items():
@@ -57,7 +57,7 @@ def test_users_15_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_users_10_evaluation_gathers_logits_only(tmp_path, sparse):
+def test_evaluation_gathers_logits_only(tmp_path, sparse):
     model = tiny_model(BertForMaskedLM, sparse_prediction=sparse)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
