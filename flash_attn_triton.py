@@ -39,7 +39,7 @@ from typing import Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, triton_declines
+from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, triton_declines, with_channels
 
 try:
     import triton
@@ -702,11 +702,6 @@ def _run(kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers) -
     run(tile)
 
 
-def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its channels are contiguous, as the kernels need, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _as_bytes(key_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return None if key_mask is None else key_mask.view(torch.uint8)
 
@@ -732,7 +727,7 @@ def _forward(
         The context [T, H, D] in the dtype of `qkv`, and what backward needs: float32 [H, T] base-2 logarithms of the
         softmax's sums, and float32 [T // MEASURED_TOKENS + N, H, 3] from `_measure_kernel` ([0, H, 3] without `skip`).
     """
-    qkv = _with_channels(qkv)
+    qkv = with_channels(qkv)
     out, lse, peaks = _empty_results(qkv, cu_seqlens, skip)
     if out.numel() == 0:
         return out, lse, peaks
@@ -784,7 +779,7 @@ def _backward(
     Returns:
         The gradient of `qkv`, [T, 3, H, D] in its dtype.
     """
-    qkv, out_gradient = _with_channels(qkv), _with_channels(out_gradient)
+    qkv, out_gradient = with_channels(qkv), with_channels(out_gradient)
     gradient = qkv.new_empty(qkv.shape)
     if out.numel() == 0:
         return gradient

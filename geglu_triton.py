@@ -6,7 +6,7 @@ Letters: T tokens, F intermediate size.
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, launch
+from .launch_triton import Tile, launch, with_channels
 
 try:
     import triton
@@ -55,11 +55,6 @@ def _backward_kernel(gated, out_gradient, gradient, stride, out_gradient_stride,
     tl.store(gradient + features, dvalue.to(gradient.dtype.element_ty), mask=exists)
 
 
-def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
-    """[T, ...], the tensor itself if its channels are contiguous, as the kernels need, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _forward(gated: torch.Tensor) -> torch.Tensor:
     """[T, 2 F], channels contiguous, to [T, F]."""
     total, features = gated.shape[0], gated.shape[1] // 2
@@ -80,7 +75,7 @@ class _GeGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, out_gradient):
         (gated,) = ctx.saved_tensors
-        out_gradient = _with_channels(out_gradient)
+        out_gradient = with_channels(out_gradient)
         total, features = out_gradient.shape
         gradient = gated.new_empty(gated.shape)
         if gradient.numel():
@@ -102,6 +97,6 @@ def triton_geglu(gated):
 
     Source: https://arxiv.org/abs/2002.05202, equation 6.
     """
-    rows = _with_channels(gated.flatten(0, -2))
+    rows = with_channels(gated.flatten(0, -2))
     out = _GeGLU.apply(rows) if rows.requires_grad and torch.is_grad_enabled() else _forward(rows)
     return out.view(*gated.shape[:-1], rows.shape[1] // 2)

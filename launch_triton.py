@@ -103,6 +103,11 @@ def fastest(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
     return min(times, key=times.get)
 
 
+def with_channels(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last axis is contiguous, as all kernels here need, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use on a device."""

@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, launch
+from .launch_triton import Tile, launch, with_channels
 
 try:
     import triton
@@ -158,7 +158,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, out_gradient):
         x, residual, weight, seed = ctx.saved_tensors
-        out_gradient = _with_channels(out_gradient)
+        out_gradient = with_channels(out_gradient)
         total, size = x.shape
         residual_gradient = residual.new_empty(residual.shape)
         x_gradient = None if seed is None and x.dtype == residual.dtype else x.new_empty(x.shape)
@@ -172,11 +172,6 @@ class _AddLayerNorm(torch.autograd.Function):
         x_gradient = residual_gradient if x_gradient is None else x_gradient
         weight_gradient, bias_gradient = weight_gradient.to(weight.dtype), bias_gradient.to(ctx.bias_dtype)
         return x_gradient, residual_gradient, weight_gradient, bias_gradient, None, None, None, None
-
-
-def _with_channels(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its channels are contiguous, as the kernels need, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def triton_add_layer_norm(
@@ -202,7 +197,7 @@ def triton_add_layer_norm(
     if dropout_p > 0:
         # From torch's generator on the device: torch.manual_seed reproduces it, and checkpointing restores it.
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    rows = (_with_channels(tensor.flatten(0, -2)) for tensor in (x, residual))
+    rows = (with_channels(tensor.flatten(0, -2)) for tensor in (x, residual))
     dtype = torch.promote_types(x.dtype, residual.dtype) if dtype is None else dtype
     arguments = (*rows, weight.contiguous(), bias.contiguous(), seed, float(eps), float(dropout_p), dtype)
     compute = _AddLayerNorm.apply if torch.is_grad_enabled() else _forward

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from numerics import FORWARD, GRADIENT, assert_no_worse, assert_same
 from triton_kernels import DEVICE, INTERPRETED, launch_recorder, on_kernels, with_gradient
 
+from mosaicbert import bert_layers
 from mosaicbert import layer_norm_triton as leaf
 
 EPS = 1e-12
@@ -70,6 +71,7 @@ def test_residual_of_another_dtype_and_a_result_of_a_third():
 
 
 def test_row_size_is_a_power_of_two_and_no_size_up_to_the_largest_is_refused():
+    assert bert_layers.FUSED_LAYERS["add_norm"].max_size == leaf.MAX_SIZE
     for size in (1, 16, 17, 768, 1024, 1025, leaf.MAX_SIZE):
         tile = leaf._tile(size)
         assert tile.other >= max(16, size) and tile.other & (tile.other - 1) == 0
