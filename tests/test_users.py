@@ -375,7 +375,8 @@ def test_every_auto_class_of_stock_bert_is_ours_or_refuses():
     }
     assert len(autos) >= 10
     known = json.loads((ROOT / "config.json").read_text())["auto_map"]
-    assert not autos - set(known)
+    deprecated = {"_AutoModelWithLMHead", "AutoModelWithLMHead"}  # gone since transformers 5
+    assert not autos - set(known) - deprecated
 
 
 # Losses
