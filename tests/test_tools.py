@@ -6,6 +6,7 @@ import torch
 from devices import SecondDevice, place_on_second_device
 from heads import BACKENDS, HEADS, SAME, assert_equal_outputs, call_of, head, name_of, outputs
 from models import holed_batch, ragged_batch
+from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from mosaicbert.bert_layers import (
@@ -238,3 +239,25 @@ def test_hooks_that_replace_an_output_reach_the_answer(inner):
     assert numerics.relative_error(after, before) > 1e-3
     handle.remove()
     numerics.assert_same(model(**call).last_hidden_state, before, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_keep_the_batch_dimension_where_padding_is_kept(backend):
+    """What Opacus and Captum need: `unpad_inputs=False` shows every layer [B, S, ...], and padding adds no gradient."""
+    fields = {"attn_implementation": backend, "unpad_inputs": False}
+    model = head(BertForSequenceClassification, **fields)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("bert.encoder")}
+    inputs, grads = {}, {}
+    for name, module in layers.items():
+        module.register_forward_hook(lambda m, arguments, output, name=name: inputs.update({name: arguments[0]}))
+        module.register_full_backward_hook(lambda m, grad_in, grad_out, name=name: grads.update({name: grad_out[0]}))
+    call = call_of(BertForSequenceClassification)
+    model(**call, num_items_in_batch=1).loss.backward()
+    for sample in range(2):
+        single = head(BertForSequenceClassification, **fields)
+        single(**{name: tensor[sample : sample + 1] for name, tensor in call.items()}).loss.backward()
+        expected = dict(single.named_parameters())
+        for name in layers:
+            assert inputs[name].shape[:2] == grads[name].shape[:2] == (2, 7)
+            got = torch.einsum("so,si->oi", grads[name][sample], inputs[name][sample])
+            numerics.assert_same(got, expected[f"{name}.weight"].grad, SAME, name)
