@@ -5,7 +5,7 @@ RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
 MATRIX_TESTS = tests/test_loading.py tests/test_save_formats.py tests/test_reference.py tests/test_padding.py \
 	tests/test_heads.py tests/test_errors.py tests/test_model.py tests/test_trainer.py \
-	tests/test_convert.py tests/test_hub.py
+	tests/test_convert.py tests/test_hub.py tests/test_users.py tests/test_tools.py tests/test_vocabulary.py
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 

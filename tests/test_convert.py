@@ -73,7 +73,7 @@ def test_converted_reference_cases_give_the_published_numbers(tmp_path, case):
     numerics.assert_same(hidden[mask.bool()], expected[name], numerics.PUBLISHED[torch.float64])
 
 
-def test_users_21_dnabert_2_config_becomes_a_complete_repository(tmp_path):
+def test_dnabert_2_config_becomes_a_complete_repository(tmp_path):
     """No model_type, no architectures, no pad_token_id, `auto_map` elsewhere, a tokenizer whose [PAD] is 3."""
     source, target = tmp_path / "dnabert", tmp_path / "new"
     weights = published_folder(source, hub_config("dnabert-2-117m"))
@@ -216,7 +216,7 @@ def test_a_pooler_beside_an_mlm_head_is_kept(tmp_path):
     assert torch.equal(encoder.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
 
 
-def test_users_8_a_decoder_that_lost_its_tie_keeps_its_own_weight(tmp_path):
+def test_a_decoder_that_lost_its_tie_keeps_its_own_weight(tmp_path):
     source, target = tmp_path / "old", tmp_path / "new"
     weights = published_folder(source)
     weights["cls.predictions.decoder.weight"] += 0.1
@@ -260,7 +260,7 @@ def test_every_architecture_is_recognised(tmp_path, model_class, names):
     numerics.assert_same(reloaded(ids, mask)[0], model(ids, mask)[0], SAME)
 
 
-def test_users_20_padded_slots_are_never_predicted(tmp_path, text, run_script, capsys):
+def test_padded_slots_are_never_predicted(tmp_path, text, run_script, capsys):
     source, target = tmp_path / "old", tmp_path / "new"
     write_complete_repository(source)
     arguments = (source, target, "--pad_vocab", 64, "--verify", "--data", text)
@@ -288,7 +288,7 @@ def test_verify_notices_a_repository_with_other_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_users_20_resizing_pads_with_dead_slots_and_revives_them(dtype):
+def test_resizing_pads_with_dead_slots_and_revives_them(dtype):
     model = tiny_model().to(dtype)
     bias_before = model.cls.predictions.decoder.bias.clone()
     model.resize_token_embeddings(pad_to_multiple_of=64)
@@ -366,7 +366,7 @@ def composer_file(path, **state):
     return weights
 
 
-def test_users_11_a_composer_checkpoint_gives_the_right_predictions(tmp_path):
+def test_a_composer_checkpoint_gives_the_right_predictions(tmp_path):
     target = tmp_path / "new"
     target.mkdir()
     weights = composer_file(tmp_path / "ep1-ba10-rank0.pt")

@@ -109,8 +109,9 @@ def test_quantize_dynamic_quantizes_every_linear_layer():
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     found = {n for n, module in quantized.named_modules() if type(module) is torch.ao.nn.quantized.dynamic.Linear}
     assert found == names and len(names) == 2 * 4 + 2
-    # Weights rounded to 8 bits, two layers deep: measured below.
-    assert 0 < numerics.relative_error(quantized(**call).logits, expected) < 0.05
+    logits = quantized(**call).logits
+    assert not torch.equal(logits, expected)
+    numerics.assert_same(logits, expected, numerics.QUANTIZED)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
