@@ -132,8 +132,11 @@ def _reason_against(device: torch.device) -> Optional[str]:
         return f"it is written for CUDA and ROCm devices, got {device.type}"
     try:
         out = torch.empty(16, 16, device=device)
-        launch(_product_kernel, (1, 1, 1), (out,), (), (), (16,), Tile(16, 16, 4, 1))
-        torch.cuda.synchronize(device)
+        for _ in range(2):  # by Triton's dispatch, then without it
+            out.fill_(float("nan"))
+            launch(_product_kernel, (1, 1, 1), (out,), (), (), (16,), Tile(16, 16, 4, 1))
+            if not (out == 16).all():
+                raise RuntimeError(f"a product of ones must be 16 everywhere, got {out[0, 0].item()}")
     except Exception as error:  # Drivers, compilers and cards fail in more ways than can be named.
         reason = f"a small kernel failed on {device}: {type(error).__name__}: {error}"
         logger.warning("Triton kernels are not used: %s", reason)
