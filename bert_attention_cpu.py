@@ -23,6 +23,9 @@ from .bert_padding import is_traced
 # fast and 512 costs 1.15 times as much: too many keys then lie outside a steep head's reach.
 BAND_CHUNK = 256
 
+# The same where a head reaches at least as many tokens: 1.12 times as fast as 256 at 8,192 tokens.
+WIDE_CHUNK = 1024
+
 # Heads share a call while the widest reaches at most this many times as far as the narrowest. 1.25, 1.5 and 2 differ
 # by less than 5%.
 BAND_GROWTH = 1.5
@@ -168,7 +171,8 @@ class HeadGroup(NamedTuple):
 
     def windows(self):
         """Yield query chunks and the keys that they look at: first query, last + 1, first key, last + 1."""
-        chunk = self.length if self.is_whole else BAND_CHUNK
+        chunk = WIDE_CHUNK if self.reach >= WIDE_CHUNK else BAND_CHUNK
+        chunk = self.length if self.is_whole else chunk
         for start in range(0, self.length, chunk):
             end = min(start + chunk, self.length)
             yield start, end, max(0, start - self.reach), min(self.length, end + self.reach)
