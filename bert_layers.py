@@ -10,6 +10,7 @@ The hub: backend table, modules in execution order, models and heads. It imports
     bert_attention_cpu.py   attention on the CPU without a tensor of S x S
     bert_cpu.py             faster products on the CPU
     bert_loss.py            losses of the heads
+    bert_vocabulary.py      slots of the vocabulary without a token
     bert_compat.py          loading, tying and saving across releases of transformers
     flash_attn_triton.py    attention kernels in Triton
     geglu_triton.py         GeGLU as one kernel
@@ -45,6 +46,7 @@ from .bert_compat import CompatiblePreTrainedModel
 from .bert_cpu import in_parts, is_plain, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
 from .bert_padding import PackedBatch, as_integers, check_ids, check_shape, check_tensor, is_traced, pack_batch
+from .bert_vocabulary import PaddedVocabulary
 from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields
 
 try:
@@ -113,9 +115,6 @@ ATTENTION_BACKENDS = {
 
 # What the config holds when nobody asked for a backend: the first row that can serve the call.
 AUTOMATIC = "auto"
-
-# Decoder bias of a vocabulary slot without a token: finite in every dtype, and no softmax leaves anything of it.
-DEAD_SLOT_BIAS = -10_000.0
 
 
 def foreign_attention(*args, **kwargs):
@@ -620,7 +619,7 @@ class BertModel(BertPreTrainedModel):
         )
 
 
-class BertForMaskedLM(BertPreTrainedModel):
+class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
     """MosaicBERT with the masked language model head."""
 
     # The keys alone are what releases before 5.0 read.
@@ -637,85 +636,6 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     def set_output_embeddings(self, value):
         self.cls.predictions.decoder = value
-
-    @torch.no_grad()
-    def silence_dead_slots(self, num_tokens: int) -> None:
-        """Make sure that vocabulary slots without a token are never predicted.
-
-        The bias of a dead slot becomes -10,000: its probability is zero in every dtype, and so is its gradient. Dead
-        slots below `num_tokens` become tokens.
-
-        Args:
-            num_tokens: entries of the tokenizer's vocabulary; slots from here to `vocab_size` are dead.
-
-        Raises:
-            ValueError: there are more tokens than slots.
-        """
-        bias = self.cls.predictions.decoder.bias
-        if not 0 < num_tokens <= len(bias):
-            raise ValueError(f"num_tokens must lie in [1, {len(bias)}], the model's vocabulary, got {num_tokens}")
-        bias[num_tokens:] = DEAD_SLOT_BIAS
-        bias[:num_tokens].masked_fill_(bias[:num_tokens] < DEAD_SLOT_BIAS / 2, 0.0)
-
-    @torch.no_grad()
-    def revive_slots(self, labels: torch.Tensor) -> None:
-        """Make tokens of the dead slots that training labels name.
-
-        A text holds them, so they were added to the tokenizer within the padded vocabulary, where nothing had to be
-        resized. Nothing waits for the device.
-
-        Args:
-            labels: int64, -100 for none.
-        """
-        slots = labels.flatten().clamp(0, self.config.vocab_size - 1)  # labels outside are refused with the loss
-        for name, bias in self.cls.predictions.decoder.named_parameters():  # an adapter may wrap the decoder
-            if name.split(".")[-1] != "bias":
-                continue
-            held = bias.index_select(0, slots)
-            # Dead biases are moved, not set: processes that see a token sooner or later agree on what training added.
-            moved = torch.where(held < DEAD_SLOT_BIAS / 2, held - held.new_tensor(DEAD_SLOT_BIAS), held)
-            bias.index_copy_(0, slots, moved)
-
-    def check_slots(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Raise ValueError when a label names a dead slot; on the CPU only, as `check_ids`.
-
-        Args:
-            logits: floating [..., V].
-            labels: int64 [...], -100 for none.
-        """
-        if labels.device.type != "cpu" or is_traced() or not labels.numel():
-            return
-        scores = logits.detach().gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        dead = (scores < DEAD_SLOT_BIAS / 2) & (labels != -100)
-        if dead.any():
-            raise ValueError(
-                f"labels must be tokens, got {labels[dead][0].item()}, a dead slot of the padded vocabulary; after "
-                "adding tokens to a tokenizer, call model.resize_token_embeddings(len(tokenizer))"
-            )
-
-    def resize_token_embeddings(
-        self, new_num_tokens: Optional[int] = None, pad_to_multiple_of: Optional[int] = None, *args, **kwargs
-    ) -> nn.Embedding:
-        """Change the vocabulary; slots that padding adds are dead, and dead slots that become tokens start as new ones.
-
-        Args:
-            new_num_tokens: entries of the tokenizer's vocabulary; None: as many as there are.
-            pad_to_multiple_of: the vocabulary size becomes a multiple of this; None: no dead slots.
-            *args, **kwargs: see transformers' method.
-
-        Returns:
-            The word embedding.
-        """
-        if new_num_tokens is None and pad_to_multiple_of is None:
-            return super().resize_token_embeddings()
-        # Half way to the dead bias: a low precision rounds it.
-        num_tokens = int((self.cls.predictions.decoder.bias > DEAD_SLOT_BIAS / 2).nonzero().max()) + 1
-        if num_tokens < self.config.vocab_size:  # transformers draws new rows from all old ones: dead ones go first
-            super().resize_token_embeddings(num_tokens)
-        num_tokens = num_tokens if new_num_tokens is None else new_num_tokens
-        embeddings = super().resize_token_embeddings(num_tokens, pad_to_multiple_of, *args, **kwargs)
-        self.silence_dead_slots(num_tokens)
-        return embeddings
 
     @can_return_tuple
     def forward(

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "bert_cpu.py": {"torch", ".bert_padding"},
     "bert_attention_cpu.py": {"torch", ".bert_padding", ".bert_cpu"},
     "bert_loss.py": {"torch", ".bert_padding"},
+    "bert_vocabulary.py": {"torch", ".bert_padding"},
     "bert_compat.py": {"torch", "transformers"},
     "launch_triton.py": {"torch", "triton", ".bert_padding"},
     "flash_attn_triton.py": {"torch", "triton", ".launch_triton"},
