@@ -130,6 +130,7 @@ def test_a_training_step_never_waits_for_the_device(longest):
             step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 @on_gpu
