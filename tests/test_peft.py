@@ -66,14 +66,22 @@ def test_lora_trains_saves_only_the_adapter_reloads_and_merges(tmp_path):
     numerics.assert_same(BertForMaskedLM.from_pretrained(tmp_path / "merged")(ids, mask).logits, expected, SAME)
 
 
-def test_lora_for_classification_saves_the_classifier_too(tmp_path):
-    base = tiny_model(BertForSequenceClassification, num_labels=3)
+@pytest.mark.parametrize("pooling, new", [("cls", ["classifier", "pooler"]), ("mean", None)])
+def test_lora_for_classification_answers_alike_on_a_freshly_loaded_base(tmp_path, pooling, new):
+    """The base has no classifier and no pooler, so each load draws new ones."""
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        fields = {"num_labels": 3, "classifier_pooling": pooling}
+        return BertForSequenceClassification.from_pretrained(tmp_path / "base", **fields)
+
     ids, mask = ragged_batch([9, 4])
-    model = adapted(copy.deepcopy(base), task_type="SEQ_CLS")
+    model = adapted(load(0), task_type="SEQ_CLS", modules_to_save=new)
     losses = train(model, labels=torch.tensor([2, 0]))
     assert losses[-1] < losses[0]
-    model.eval().save_pretrained(tmp_path)
-    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(load(1), tmp_path / "adapter").eval()
     expected = model(input_ids=ids, attention_mask=mask).logits
     numerics.assert_same(reloaded(input_ids=ids, attention_mask=mask).logits, expected, 0.0)
 
