@@ -364,15 +364,7 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     if attention_mask is not None and attention_mask.device.type == "cpu" and attention_mask.all():
         attention_mask = None  # a device would have to wait for the answer
     if attention_mask is None:
-        return PackedBatch(
-            shape=shape,
-            indices=None,
-            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device) * length,
-            positions=torch.arange(length, device=device).repeat(batch),
-            row_length=length,
-            max_seqlen=length,
-            known_lengths=(length,) * batch,
-        )
+        return replace(pack_rows(None, shape, device), keeps_padding=False, known_lengths=(length,) * batch)
     keep = attention_mask != 0
     columns = torch.arange(length, device=device)
     first = torch.where(keep, columns, length).amin(dim=1) if length else columns.new_zeros(batch)
