@@ -67,7 +67,8 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
 def _locked(stage: Path, target: Path) -> Iterator[None]:
     """Make the stage and hold a lock on it, which ends with the process."""
     while True:
-        stage.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # exist_ok would raise where a run that ends removes it meanwhile
+            stage.mkdir()
         if fcntl is None:
             break
         try:
