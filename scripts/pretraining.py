@@ -338,6 +338,9 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
         trainer.evaluate()
     model.config.sparse_prediction = sparse_prediction
     save(trainer, folder, options)
+    # A process that just ended would cut the connections of those that still work, which could abort them.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return trainer
 
 
