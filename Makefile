@@ -16,8 +16,8 @@ OUT ?= runs/gpu-report
 demo: .venv/demo  ## fill a mask with the shipped checkpoint
 	.venv/bin/python scripts/fill_mask.py "$(TEXT)"
 
-test: .venv/test  ## the default suite
-	.venv/bin/python -m pytest
+test: .venv/test  ## the default suite, one process per core with one thread each
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 gpu: .venv/test  ## the tests that need a CUDA or ROCm device
 	.venv/bin/python -m pytest -m gpu

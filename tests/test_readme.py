@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -28,22 +27,14 @@ def test_every_python_block_shows_its_output():
     assert len(BLOCKS) == README.count("```python") >= 5
 
 
-@pytest.fixture(scope="module")
-def runs():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-    def run(block):
-        command = [sys.executable, "-c", block[0]]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, BLOCKS))
-
-
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_block_prints_what_it_shows_in_a_fresh_process(number, runs):
-    assert runs[number].returncode == 0, runs[number].stderr
-    assert runs[number].stdout == BLOCKS[number][1]
+def test_a_block_prints_what_it_shows_in_a_fresh_process(number):
+    block, shown = BLOCKS[number]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", block]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == shown
 
 
 def test_head_says_what_the_hub_reads():
