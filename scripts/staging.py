@@ -27,15 +27,15 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
 
     Args:
         target: the folder to make; of a symbolic link, the folder that it points to.
-        overwrite: replace a target that exists and is not empty.
+        overwrite: replace a target that exists and holds files.
         source: a file or folder that must not be lost with the old target, where there is one of that name.
 
     Yields:
         The folder to write to. It is removed when the block raises; the target is then as it was.
 
     Raises:
-        ValueError: the target is there already and `overwrite` is not set, it is no folder, it holds the source, or
-            another run is writing it.
+        ValueError: the target is there already and `overwrite` is not set, it is no folder, it holds folders or the
+            source, or another run is writing it.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
@@ -52,8 +52,14 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
             for litter in (new, old):
                 if litter.exists():
                     shutil.rmtree(litter)
-            if target.exists() and any(target.iterdir()) and not overwrite:
+            content = sorted(target.iterdir()) if target.exists() else []
+            if content and not overwrite:
                 raise ValueError(f"target: {target} exists and is not an empty folder; pass --overwrite to replace it")
+            folders = [path.name for path in content if path.is_dir()]
+            if folders:  # a home, a checkout, a run: nothing that a script here has written whole
+                raise ValueError(
+                    f"target: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
+                )
             new.mkdir()
             yield new
             make_readable(new)

@@ -162,6 +162,19 @@ def test_a_target_that_holds_the_source_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("inside", [".git", "photos"])
+def test_overwrite_spares_a_folder_that_is_more_than_a_model(tmp_path, inside):
+    target = tmp_path / "checkout"
+    (target / inside).mkdir(parents=True)
+    (target / inside / "precious").write_text("kept")
+    (target / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"target: .*checkout holds the folder {inside}, and only a folder of files"):
+        with staging.staged_folder(target, overwrite=True):
+            raise AssertionError("the block ran")
+    assert (target / inside / "precious").read_text() == "kept" and (target / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkout"]
+
+
 def test_a_second_run_of_the_same_target_is_refused_while_the_first_writes(tmp_path):
     target = tmp_path / "target"
     with staging.staged_folder(target) as stage:
