@@ -22,7 +22,8 @@ def start_as_accelerators(self, *args, **kwargs):
 class CountingTrainer(pretraining.PretrainingTrainer):
     def training_step(self, model, *args, **kwargs):
         if self.state.global_step == 0:
-            print("parts", sum(isinstance(weight, DTensor) for weight in model.parameters()), flush=True)
+            parts = sum(isinstance(weight, DTensor) for weight in model.parameters())
+            print(f"parts {parts}\n", end="", flush=True)  # in one write, since two processes share the stream
         return super().training_step(model, *args, **kwargs)
 
 
