@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib.metadata
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,34 @@ def positive_share(text: str) -> float:
     return _number(text, lambda number: 0 < number <= 1, "a number above 0 and up to 1")
 
 
+def whole_number(text: str) -> int:
+    """Type of an option that takes 0 or a positive integer."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Type of an option that seeds all generators; NumPy's takes 32 bits."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 4294967295, got {text!r}")
+    return int(text)
+
+
+def old_file(text: str) -> Path:
+    """Type of an option that names a file to read."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
+    return Path(text)
+
+
+def new_file(text: str) -> str:
+    """Type of an option that names a file to write: it may be there already, its folder must be."""
+    if os.path.isdir(text) or not os.access(os.path.dirname(text) or ".", os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {text!r}")
+    return text
+
+
 def _number(text: str, accept: Callable[[float], bool], expected: str) -> float:
     with contextlib.suppress(ValueError):
         if accept(float(text)):
@@ -108,6 +137,18 @@ def truth(text: str) -> bool:
     return words[text.lower()]
 
 
+# Types of options of `TrainingArguments` that would fail late, or silently do nothing sensible.
+CHECKED = {
+    "adam_beta1": share,
+    "adam_beta2": share,
+    "adam_epsilon": not_negative,
+    "dataloader_num_workers": whole_number,
+    "gradient_accumulation_steps": whole_number,
+    "max_grad_norm": not_negative,
+    "per_device_eval_batch_size": positive_integer,
+    "per_device_train_batch_size": positive_integer,
+    "weight_decay": not_negative,
+}
 # What makes an option with true and false a flag.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
@@ -175,6 +216,7 @@ class TrainingParser(Parser):
         others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
         others.error = self.error
         for action in others._actions:
+            action.type = CHECKED.get(action.dest, action.type)
             if action.dest in self.refused or f"--{action.dest}" in self._option_string_actions:
                 action.help = argparse.SUPPRESS
         return others
@@ -192,6 +234,8 @@ def run(main: Callable[[], None], memory_hint: str = "") -> None:
     if "--traceback" in sys.argv[1:]:
         check_transformers()
         return main()
+    if not sys.stderr.isatty():  # loading and saving draw bars, which are litter in the log of a job
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         check_transformers()
         main()
@@ -229,12 +273,14 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    # importlib.metadata puts a sentence into the name
+    if isinstance(error, ModuleNotFoundError) and re.fullmatch(r"[\w.]+", error.name or ""):
         package = error.name.partition(".")[0]
         wanted = OTHER_PACKAGES.get(package, '".[scripts]"')
         return f"the package {package} is missing: pip install {wanted}"
-    # Only a package that was imported can have raised its errors.
-    named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"), ("httpx", "HTTPError"))
+    # Only a package that was imported can have raised its errors. huggingface_hub passes on those of its HTTP library.
+    named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"))
+    named += (("httpx", "HTTPError"), ("httpx2", "HTTPError"))
     memory, *others = (getattr(sys.modules.get(module), name, ()) for module, name in named)
     no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
     if no_memory or isinstance(error, (MemoryError, memory)):

@@ -143,19 +143,37 @@ def say_float32(folder: Path) -> None:
     write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
 
 
-def check_source(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> None:
-    """Raise ValueError where a folder, which is used as it is, cannot be a model's (or a tokenizer's).
+def load_from(load, source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",), **options):
+    """Call `from_pretrained` of a class for a folder, which is used as it is, or a Hub id.
 
     Args:
+        load: such as `AutoTokenizer.from_pretrained`.
         source: a folder or a Hub id.
         argument: what the user calls it.
-        files: the folder must hold one of these.
+        files: a folder must hold one of these.
+        **options: passed on.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        ValueError: the source is neither, or cannot be loaded.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in files):
-            raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+    check_source(source, argument)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
+        raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
+    try:
+        return load(source, **options)
+    except (ImportError, MemoryError):  # which `cli.explain` knows better
+        raise
+    except Exception as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
+        raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
+
+
+def check_source(source: str, argument: str) -> None:
+    """Raise ValueError where a source is no folder and cannot be a Hub id; `argument` is what the user calls it."""
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    if not source or (is_path and not Path(source).is_dir()):
         raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
 
 
@@ -177,9 +195,8 @@ def find_checkpoint(
         ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
     """
     folder = Path(source)
-    if not source or not folder.is_dir():
-        if not source or source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
-            raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
+    check_source(source, argument)
+    if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:

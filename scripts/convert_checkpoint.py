@@ -16,13 +16,13 @@ import argparse
 import re
 from pathlib import Path
 
-from cli import Parser, positive_integer, run
+from cli import Parser, old_file, positive_integer, run
 from staging import staged_folder
 
 
 def size(text: str) -> str:
     """Type of an option that takes a size of files, such as `5GB`."""
-    if not re.fullmatch(r"[0-9]+[KMGT]B", text):
+    if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", text):
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB, got {text!r}")
     return text
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json to use instead of the source's")
+    parser.add_argument("--config", type=old_file, metavar="FILE", help="config.json to use instead of the source's")
     parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
     parser.add_argument(
         "--pad_vocab", type=positive_integer, metavar="N", help="pad the vocabulary to a multiple of N, such as 64"

@@ -9,8 +9,17 @@ only those are scored. With several lengths only documents that fill the longest
 the same text. A model with learned positions is only measured up to the length that it has positions for.
 """
 
+import argparse
+
 import cli
 from common import REPOSITORY
+
+
+def picture(text: str) -> str:
+    """Type of an option that names a picture to write."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends with .png, got {text!r}")
+    return cli.new_file(text)
 
 
 def make_parser() -> cli.Parser:
@@ -52,8 +61,8 @@ def make_parser() -> cli.Parser:
         metavar="X",
         help="also measure with the ALiBi slopes multiplied by each of these",
     )
-    parser.add_argument("--csv", metavar="FILE", help="write the table to this file")
-    parser.add_argument("--png", metavar="FILE", help="draw the table to this file")
+    parser.add_argument("--csv", type=cli.new_file, metavar="FILE", help="write the table to this file")
+    parser.add_argument("--png", type=picture, metavar="FILE", help="draw the table to this file")
     return parser
 
 

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 from cli import one_line
-from common import check_source
+from common import load_from
 from records import read_texts
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -264,20 +264,15 @@ def evaluate(options) -> list[dict]:
         raise ValueError(f"name: expected {len(options.model)} names, got {len(names)}")
     if min(options.max_length) < SHORTEST_WINDOW + 2:
         raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
-    for source in options.model:
-        check_source(source)
     device = find_device(options.device)
-    for path in filter(None, (options.csv, options.png)):
-        if not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise OSError(f"{path} cannot be written: its folder is missing or read-only")
+    tokenizers = [load_from(AutoTokenizer.from_pretrained, source) for source in options.model]
     if options.png:
         import matplotlib  # noqa: F401  (found missing now rather than after the measurements)
 
     texts, rows = list(read_texts(options.data, options.text_field)), []
     print(",".join(COLUMNS))
-    for name, source in zip(names, options.model):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True)
+    for name, source, tokenizer in zip(names, options.model, tokenizers):
+        model = load_from(AutoModelForMaskedLM.from_pretrained, source, trust_remote_code=True)
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)

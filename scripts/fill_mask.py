@@ -4,7 +4,7 @@ python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
 import cli
-from common import REPOSITORY, check_source
+from common import REPOSITORY, load_from
 
 
 def main() -> None:
@@ -13,13 +13,12 @@ def main() -> None:
     parser.add_argument("text", help="a sentence with one [MASK]")
     parser.add_argument("--model", default=str(REPOSITORY), help="folder or Hub id (default: this repository)")
     options = parser.parse_args()
-    check_source(options.model)
     from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_from(AutoTokenizer.from_pretrained, options.model)
     if options.text.count(tokenizer.mask_token) != 1:
         raise ValueError(f"text must contain {tokenizer.mask_token} once, got {options.text!r}")
-    model = AutoModelForMaskedLM.from_pretrained(options.model, trust_remote_code=True)
+    model = load_from(AutoModelForMaskedLM.from_pretrained, options.model, trust_remote_code=True)
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
     for answer in fill(options.text):
         print(f"{answer['score']:6.3f}  {answer['sequence']}")

@@ -78,7 +78,12 @@ def make_parser() -> cli.TrainingParser:
     training = parser.add_argument_group("training")
     training.add_argument("--model", help="folder or Hub id to start from (default: this repository)")
     training.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="train once per seed and keep the best model"
+        "--seeds",
+        nargs="+",
+        type=cli.seed,
+        default=[0],
+        metavar="N",
+        help="train once per seed and keep the best model",
     )
     training.add_argument(
         "--learning_rate",

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from common import REPOSITORY, check_source, say_float32, write_card, write_json
-from records import RECORD_FILES, find_files, is_file_name, read_records
+from common import REPOSITORY, load_from, say_float32, write_card, write_json
+from records import RECORD_FILES, find_files, is_file_name, load_dataset, read_records
 from runs import STAGE, CarefulTrainer, Divergence, clear_results, is_finite, publish, start_folder
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,7 +36,7 @@ def load_examples(sources: list[str], options: argparse.Namespace, split: str) -
     Args:
         sources: files, patterns, or one `datasets` id as id[:config[:split]].
         options: of the command line; names the fields.
-        split: the split of a `datasets` id that names none.
+        split: `train` or `validation`: which option the sources come from, and the split of an id that names none.
 
     Returns:
         The texts of each example, and the labels.
@@ -57,8 +57,11 @@ def load_examples(sources: list[str], options: argparse.Namespace, split: str) -
         label = record[options.label_field]
         if label is None or label == "" or label != label:
             raise ValueError(f"{place}: {options.label_field!r} is empty")
-        if not isinstance(label, (str, int, float, list)):
-            raise ValueError(f"{place}: expected a name, a number or a list in {options.label_field!r}, got {label!r}")
+        parts = label if isinstance(label, list) else [label]
+        if not all(isinstance(part, (str, int, float)) for part in parts):
+            raise ValueError(
+                f"{place}: expected a name, a number or a list of these in {options.label_field!r}, got {label!r}"
+            )
         if options.label_separator:
             if not isinstance(label, str):
                 raise ValueError(f"{place}: label_separator needs a string in {options.label_field!r}, got {label!r}")
@@ -66,9 +69,13 @@ def load_examples(sources: list[str], options: argparse.Namespace, split: str) -
         texts.append(tuple(record[name] for name in options.text_fields))
         labels.append(label)
     if not labels:
-        raise ValueError(f"{', '.join(sources)}: there is no example")
-    is_csv = all(source.removesuffix(".gz").endswith(".csv") for source in sources)
-    return texts, numbers_of(labels) if is_csv else labels
+        raise ValueError(f"{split}_data: there is no example in {', '.join(sources)}")
+    if all(source.removesuffix(".gz").endswith(".csv") for source in sources):
+        labels = numbers_of(labels)
+    endless = [label for label in labels if isinstance(label, float) and not math.isfinite(label)]
+    if endless:
+        raise ValueError(f"{split}_data: expected finite numbers in {options.label_field!r}, got {endless[0]}")
+    return texts, labels
 
 
 def _read_examples(sources: list[str], split: str):
@@ -76,15 +83,14 @@ def _read_examples(sources: list[str], split: str):
     if len(sources) == 1 and not is_file_name(sources[0]):
         import datasets  # needed for the Hub alone
 
-        name, config, named_split = (*sources[0].split(":"), "", "")[:3]
-        examples = datasets.load_dataset(name, config or None, split=named_split or split)
+        examples = load_dataset(sources[0], split, f"{split}_data")
         names = {k: kind.names for k, kind in examples.features.items() if isinstance(kind, datasets.ClassLabel)}
         for number, example in enumerate(examples):
             # Test splits without labels hold -1.
             classes = {k: names[k][v] if v is not None and v >= 0 else None for k, v in example.items() if k in names}
             yield f"{sources[0]}, example {number}", {**example, **classes}
         return
-    for path in find_files(sources, RECORD_FILES):
+    for path in find_files(sources, RECORD_FILES, f"{split}_data"):
         for number, record in read_records(path):
             yield f"{path}, line {number}", record
 
@@ -147,8 +153,12 @@ def encode_labels(labels: list, problem: str, names: list[str]) -> np.ndarray:
         regression.
 
     Raises:
-        ValueError: a label that the training data lacks, or for a regression one that is no number.
+        ValueError: a label that the training data lacks, a list where that has none or the reverse, or for a
+            regression one that is no number.
     """
+    odd = next((label for label in labels if isinstance(label, list) != (problem == MULTI)), None)
+    if odd is not None:
+        raise ValueError(f"label_field: expected {'lists' if problem == MULTI else 'no lists'}, got {odd!r}")
     if problem == REGRESSION:
         if not all(map(is_number, labels)):
             raise ValueError(f"label_field: expected numbers, got {next(x for x in labels if not is_number(x))!r}")
@@ -298,8 +308,8 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         raise ValueError(f"fine-tuning runs in one process, got {arguments.world_size}: start it without torchrun")
     for package in ("sklearn", "matplotlib"):  # before the training rather than after it
         importlib.import_module(package)
-    model_name = options.model or str(REPOSITORY)
-    check_source(model_name)
+    model_name = str(REPOSITORY) if options.model is None else options.model
+    tokenizer = load_from(AutoTokenizer.from_pretrained, model_name)
     folder = Path(arguments.output_dir)
     start_folder(folder, options.overwrite)
     train = load_examples(options.train_data, options, "train")
@@ -327,7 +337,6 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         guess = fit_baseline(problem, texts[0], truth[0], texts[1])
         results["baseline"] = score(problem, guess, truth[1])
 
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
     sets = []
     for (texts, _), labels in zip((train, validation), truth):
         tokens = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=options.max_length)
@@ -400,8 +409,13 @@ def train_seed(
     """
     set_seed(seed)
     classes = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, trust_remote_code=True, problem_type=problem, num_labels=max(1, len(names)), **classes
+    model = load_from(
+        AutoModelForSequenceClassification.from_pretrained,
+        model_name,
+        trust_remote_code=True,
+        problem_type=problem,
+        num_labels=max(1, len(names)),
+        **classes,
     ).float()
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {model_name!r} hold NaN or infinity")
@@ -410,6 +424,7 @@ def train_seed(
     own = copy.copy(arguments)
     own.learning_rate = options.learning_rate or learning_rate
     own.num_train_epochs = options.num_train_epochs or epochs
+    own.gradient_accumulation_steps = max(1, arguments.gradient_accumulation_steps)
     own.seed, own.output_dir = seed, os.path.join(arguments.output_dir, f"seed-{seed}")
     own.eval_strategy = own.save_strategy = "epoch"
     own.load_best_model_at_end = True

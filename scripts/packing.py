@@ -18,7 +18,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
-from records import TEXT_FILES, find_files, is_file_name, read_texts
+from records import TEXT_FILES, find_files, is_file_name, load_dataset, read_texts
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -94,7 +94,8 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
     unique = {id(part): part for part in parts}
     sizes, owners = [], []
     try:
-        with open(stage / "tokens.bin", "wb") as file, tqdm(desc="tokenize", unit=" tokens", unit_scale=True) as bar:
+        progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
+        with open(stage / "tokens.bin", "wb") as file, progress as bar:
             texts = ((number, text) for number, part in unique.items() for text in part)
             for batch in _batches(texts):
                 ids = tokenizer(
@@ -168,11 +169,25 @@ def open_sources(sources: Sequence[str], text_field: str) -> list[_Source]:
     return found
 
 
-def _is_text_file(source: str) -> bool:
+def check_sources(sources: Sequence[str], argument: str) -> None:
+    """Raise ValueError, before anything is read, where a source is a file or folder that `load_documents` cannot read.
+
+    Args:
+        sources: as `load_documents` takes them.
+        argument: what the user calls them.
+    """
+    for source in sources:
+        if not Documents.is_in(source) and _is_text_file(source, argument):
+            find_files([source], TEXT_FILES, argument)
+
+
+def _is_text_file(source: str, argument: str = "data") -> bool:
     if os.path.isfile(os.path.join(source, "index.json")):
         return False
     if os.path.isdir(source):
-        raise ValueError(f"data: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'")
+        raise ValueError(
+            f"{argument}: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'"
+        )
     return is_file_name(source)
 
 
@@ -189,10 +204,7 @@ def _open_source(name: str, text_field: str) -> _Source:
 
 
 def _load_dataset(source: str, text_field: str, streaming: bool):
-    import datasets  # needed for the Hub and for streams alone
-
-    name, _, config = source.partition(":")
-    part = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
+    part = load_dataset(source, "train", streaming=streaming)
     if part.column_names is not None and text_field not in part.column_names:
         raise ValueError(f"text_field must be one of {part.column_names}, the fields of {source!r}, got {text_field!r}")
     part = part.select_columns(text_field)

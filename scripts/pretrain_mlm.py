@@ -177,11 +177,11 @@ def make_parser() -> cli.TrainingParser:
     training.add_argument("--use_cpu", **cli.FLAG, default=False, help="train on the CPU even where there is a GPU")
     training.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=cli.whole_number,
         metavar="N",
         help="processes that prepare batches (default: 2 with a GPU, otherwise none)",
     )
-    training.add_argument("--seed", type=int, default=42, metavar="N", help="of weights, order, masks and dropout")
+    training.add_argument("--seed", type=cli.seed, default=42, metavar="N", help="of weights, order, masks and dropout")
     training.add_argument(
         "--logging_steps", type=cli.positive_number, default=50, metavar="N", help="steps between two lines of the log"
     )

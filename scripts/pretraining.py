@@ -11,13 +11,14 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import broadcast_object_list
-from common import REPOSITORY, TOKENIZER_FILES, check_source, repository_class, say_float32, write_card
+from common import REPOSITORY, TOKENIZER_FILES, load_from, read_json, repository_class, say_float32, write_card
 from packing import (
     IGNORED,
     SHORTEST,
     Documents,
     PackedRows,
     StreamedRows,
+    check_sources,
     flatten_rows,
     load_sequences,
     open_sources,
@@ -187,14 +188,17 @@ def build_model(options: argparse.Namespace, vocabulary: int):
             does not fit, or the weights hold NaN or infinity.
     """
     fields = parse_fields(options.config_fields)
-    if options.model and options.config:
+    if options.model is not None and options.config is not None:
         raise ValueError("config must not be given with model, which brings its own")
-    if options.model:
-        check_source(options.model)
     config_class, model_class = repository_class("BertConfig"), repository_class("BertForMaskedLM")
-    source = options.model or options.config
-    config = config_class.from_pretrained(source) if source else config_class()
-    if not options.model:
+    source = options.config if options.model is None else options.model
+    if source is None:
+        config = config_class()
+    elif Path(source).is_file() and options.model is None:
+        config = config_class.from_dict(read_json(Path(source)))
+    else:
+        config = load_from(config_class.from_pretrained, source, "config" if options.model is None else "model")
+    if options.model is None:
         config.vocab_size = math.ceil(vocabulary / 64) * 64
     for name in fields:
         if not hasattr(config, name):
@@ -202,8 +206,11 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     config = config_class.from_dict({**config.to_dict(), **fields})  # checks the values
     if config.vocab_size < vocabulary:
         raise ValueError(f"vocab_size must be at least the tokenizer's {vocabulary} entries, got {config.vocab_size}")
-    model = model_class.from_pretrained(options.model, config=config) if options.model else model_class(config)
-    if options.model and not is_finite(*model.parameters()):
+    if options.model is None:
+        model = model_class(config)
+    else:
+        model = load_from(model_class.from_pretrained, options.model, config=config)
+    if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
     model.silence_dead_slots(vocabulary)
     return model.float()
@@ -215,11 +222,10 @@ def load_tokenizer(options: argparse.Namespace):
     Raises:
         ValueError: a folder holds no model or no tokenizer.
     """
-    if options.tokenizer:
-        check_source(options.tokenizer, "tokenizer", TOKENIZER_FILES)
-    elif options.model:
-        check_source(options.model)
-    return AutoTokenizer.from_pretrained(options.tokenizer or options.model or str(REPOSITORY))
+    load = AutoTokenizer.from_pretrained
+    if options.tokenizer is not None:
+        return load_from(load, options.tokenizer, "tokenizer", TOKENIZER_FILES)
+    return load_from(load, str(REPOSITORY) if options.model is None else options.model)
 
 
 def tokenize_only(options: argparse.Namespace) -> None:
@@ -231,6 +237,7 @@ def tokenize_only(options: argparse.Namespace) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and any(folder.iterdir()) and not (options.overwrite and Documents.is_in(folder)):
         raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
+    check_sources(options.train_data, "train_data")
     parts, tokenizer = open_sources(options.train_data, options.text_field), load_tokenizer(options)
     with staged_folder(folder, options.overwrite) as new:
         tokenize(parts, tokenizer, new)
@@ -265,6 +272,8 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     if options.compile_backend and options.compile_backend not in backends:
         raise ValueError(f"torch_compile must be one of {', '.join(backends)}, got {options.compile_backend!r}")
     shares = [share / sum(shares) for share in shares]
+    for argument in ("train_data", "validation_data"):
+        check_sources(getattr(options, argument), argument)
     folder = Path(arguments.output_dir)
     checkpoint = None
     if arguments.process_index == 0:
@@ -274,17 +283,21 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     set_seed(arguments.seed)
     model = build_model(options, len(tokenizer))
 
-    def rows(sources, lengths, shares, probability):
+    def rows(argument, lengths, shares, probability):
         load, kind = (stream_sequences, StreamedRows) if options.streaming else (load_sequences, PackedRows)
         settings = {} if options.streaming else {"cache_dir": options.cache_dir}
-        with arguments.main_process_first():
-            sequences = load(sources, tokenizer, lengths, shares, arguments.seed, options.text_field, **settings)
+        sources = getattr(options, argument)
+        try:
+            with arguments.main_process_first():
+                sequences = load(sources, tokenizer, lengths, shares, arguments.seed, options.text_field, **settings)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
         return kind(sequences, tokenizer, options.tokens_per_row, probability, arguments.seed, options.mask_token_share)
 
-    train_rows = rows(options.train_data, options.max_length, shares, options.mask_probability)
+    train_rows = rows("train_data", options.max_length, shares, options.mask_probability)
     eval_rows = {}
     for length in options.max_length if options.validation_data else ():
-        eval_rows[str(length)] = rows(options.validation_data, [length], [1.0], options.eval_mask_probability)
+        eval_rows[str(length)] = rows("validation_data", [length], [1.0], options.eval_mask_probability)
 
     if arguments.gradient_accumulation_steps == 0:
         tokens_a_round = options.tokens_per_row * arguments.per_device_train_batch_size * arguments.world_size

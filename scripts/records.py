@@ -6,9 +6,12 @@ import gzip
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from cli import one_line
 
 TEXT_FILES = (".jsonl", ".json", ".txt")
 RECORD_FILES = (".jsonl", ".json", ".csv")
@@ -41,6 +44,30 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
                 raise ValueError(f"{argument}: expected {', '.join(suffixes)} files, or these with .gz, got {path!r}")
         found += matches
     return found
+
+
+def load_dataset(source: str, split: str, argument: str = "data", **options):
+    """Load a part of a `datasets` dataset.
+
+    Args:
+        source: `id`, `id:config` or `id:config:split`.
+        split: the split of a source that names none.
+        argument: what the user calls `source`, for messages.
+        **options: of `datasets.load_dataset`.
+
+    Returns:
+        What `datasets.load_dataset` returns.
+
+    Raises:
+        ValueError: there is no such dataset, or it cannot be reached or read.
+    """
+    import datasets  # needed for the Hub and for streams alone
+
+    name, config, named_split = (*source.split(":"), "", "")[:3]
+    try:
+        return datasets.load_dataset(name, config or None, split=named_split or split, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{argument}: {source!r} is no file here and no dataset, {one_line(error)}") from error
 
 
 def is_file_name(source: str) -> bool:
@@ -85,21 +112,14 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
         path: `.jsonl` or `.json` (one object a line, or one array of objects), or `.csv` with a header.
 
     Yields:
-        The number of the line (of the object in an array), from 1, and the record.
+        The number of the line (of the object in an array) where it starts, from 1, and the record.
 
     Raises:
         ValueError: something is not a record; names file and line.
     """
     lines = read_lines(path)
     if kind_of(path) == ".csv":
-        numbered = csv.DictReader(line for _, line in lines)
-        try:
-            for record in numbered:
-                if None in record or None in record.values():
-                    raise ValueError(f"{path}, line {numbered.line_num}: expected {len(numbered.fieldnames)} columns")
-                yield numbered.line_num, record
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {numbered.line_num}: {error}") from error
+        yield from _read_rows(path, (line for _, line in lines))
         return
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
@@ -116,11 +136,34 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
         yield number, record
 
 
+def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(2**31 - 1)  # a text may be a book; the default is 131,072 characters
+    # Strict, or else a quote that is never closed takes all that follows for one text.
+    rows, number = csv.DictReader(lines, strict=True), 1
+    try:
+        names = list(filter(None, rows.fieldnames or ()))
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}, line 1: expected columns with names of their own, got {names}")
+        number = rows.line_num + 1
+        for record in rows:
+            if None in record or None in record.values():
+                raise ValueError(f"{path}, line {number}: expected {len(rows.fieldnames)} columns")
+            yield number, record
+            number = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: expected CSV, {error}") from error
+
+
 def _parse(path: str, number: int, text: str):
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character is valid JSON, and no text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+        return content
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number + error.lineno - 1}: expected JSON, {error.msg}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}, line {number}: expected valid Unicode, {error.reason}") from error
     except RecursionError as error:
         raise ValueError(f"{path}, line {number}: the JSON is nested too deeply") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from cli import one_line
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
@@ -44,22 +45,28 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, re
         The checkpoint to go on from; None: start at step 0.
 
     Raises:
-        ValueError: the folder holds results and neither is given, both are given, the run is over already, or the
-            checkpoint is not whole.
-        OSError: the folder cannot be written.
+        ValueError: the folder is none, cannot be written, or holds results and neither is given; both are given, the
+            run is over already, or the checkpoint is not whole.
     """
     if overwrite and resume:
         raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
-    results = [path.name for pattern in RESULTS for path in sorted(folder.glob(pattern))]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {folder} is a file, expected a folder")
+    found = [path for pattern in RESULTS for path in sorted(folder.glob(pattern))]
+    # A run that failed before its first checkpoint leaves an empty folder.
+    results = [path.name for path in found if not path.is_dir() or any(path.iterdir())]
     if results and not overwrite and not resume:
         choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
         raise ValueError(
             f"output_dir: {folder} holds {results[0]} of an earlier run; {choice}replace it with --overwrite"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{os.getpid()}.probe"
-    probe.touch()
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder} cannot be written, {one_line(error)}") from error
     shutil.rmtree(folder / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
     if resume != "last":
         fault = resume and find_fault(Path(resume))

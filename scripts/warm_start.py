@@ -341,7 +341,7 @@ def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> l
     if length < SHORTEST:
         raise ValueError(f"max_length: expected at least {SHORTEST} tokens, got {length}")
     windows = []
-    for path in tqdm(paths, desc="text", unit="file"):
+    for path in tqdm(paths, desc="text", unit="file", disable=None):
         quota = num_tokens / len(paths)
         for text in read_texts([path]):
             # Four windows a document, lest one book fill its file's share.

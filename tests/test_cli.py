@@ -18,6 +18,9 @@ def parser():
     made.add_argument("source", help="a folder")
     made.add_argument("--pad_vocab", type=cli.positive_integer, default=64, help="a multiple")
     made.add_argument("--license", help="for the card")
+    for flag, kind in (("seed", cli.seed), ("workers", cli.whole_number), ("config", cli.old_file)):
+        made.add_argument(f"--{flag}", type=kind)
+    made.add_argument("--csv", type=cli.new_file)
     return made
 
 
@@ -31,6 +34,12 @@ def parser():
         ([], "the following arguments are required: source"),
         (["x", "--pad_vocab", "0"], "argument --pad_vocab: expected a positive integer, got '0'"),
         (["x", "--pad_vocab", "-3"], "argument --pad_vocab: expected a positive integer, got '-3'"),
+        (["x", "--seed", "-1"], "argument --seed: expected an integer from 0 to 4294967295, got '-1'"),
+        (["x", "--seed", "4294967296"], "argument --seed: expected an integer from 0 to 4294967295, got"),
+        (["x", "--workers", "-1"], "argument --workers: expected 0 or a positive integer, got '-1'"),
+        (["x", "--config", "gone.json"], "argument --config: expected a file, got 'gone.json'"),
+        (["x", "--csv", "gone/x.csv"], "argument --csv: expected a file in a folder that can be written, got 'gone/x"),
+        (["x", "--csv", "."], "argument --csv: expected a file in a folder that can be written, got '.'"),
     ],
 )
 def test_a_wrong_call_ends_in_one_line(arguments, message, capsys):
@@ -63,6 +72,11 @@ class Refused(HfHubHTTPError):
         return "Invalid\n\ntoken"
 
 
+# What huggingface_hub passes on: requests raises OSErrors, its successors do not.
+HTTP_LIBRARY = next((sys.modules[name] for name in ("httpx2", "httpx") if name in sys.modules), None)
+NO_NETWORK = HTTP_LIBRARY.ConnectError("no such host") if HTTP_LIBRARY else OSError("no such host")
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -71,8 +85,10 @@ class Refused(HfHubHTTPError):
         (FileNotFoundError(2, "No such file or directory", "x.json"), "[Errno 2] No such file or directory: 'x.json'"),
         (Refused(), "Invalid token"),
         (SafetensorError("no space left"), "no space left"),
+        (NO_NETWORK, "no such host"),
         (ModuleNotFoundError("No module named 'datasets.x'", name="datasets.x"), "datasets is missing.*scripts"),
         (ModuleNotFoundError("No module named 'streaming'", name="streaming"), "pip install mosaicml-streaming"),
+        (ModuleNotFoundError("a is too old", name="a>=1 but found a==0"), "a is too old"),
         (ImportError("cannot import name 'x'"), "cannot import name 'x'"),
         (MemoryError(), "out of memory; take less"),
         (NoMemory("CUDA out of memory"), "out of memory; take less"),
@@ -127,6 +143,12 @@ def test_the_oldest_transformers_is_the_one_of_setup_cfg():
 SCRIPTS = [
     path.name for path in (ROOT / "scripts").glob("*.py") if re.search(r"run\(main[,)]", path.read_text("utf-8"))
 ]
+
+
+def test_the_log_of_a_job_holds_no_progress_bars():
+    command = [sys.executable, ROOT / "scripts" / "fill_mask.py", "She [MASK] a letter."]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(result.stdout.splitlines()) == 5 and result.stderr == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -310,11 +310,12 @@ def test_resizing_pads_with_dead_slots_and_revives_them(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--max_shard_size", "0GB"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got '0GB'"),
         (("--max_shard_size", "abc"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got 'abc'"),
         (("--pad_vocab", 0), "argument --pad_vocab: expected a positive integer, got '0'"),
         (("--tokenizer", "EMPTY"), "tokenizer: expected tokenizer.json, vocab.txt or vocab.json in "),
         (("--data", "EMPTY/no.txt"), "data: no file matches"),
-        (("--config", "EMPTY/no.json"), "No such file or directory"),
+        (("--config", "EMPTY/no.json"), "argument --config: expected a file, got '"),
         (("--revision", "main"), "revision: only a Hub id has revisions"),
     ],
 )

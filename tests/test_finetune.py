@@ -126,7 +126,10 @@ def test_training_stops_when_nothing_gets_better(start, tmp_path):
         ("a.jsonl", ['{"body": "ba", "label": 1}'], {}, "line 1: text_fields must be among .*'body'.*, got 'text'"),
         ("a.jsonl", ['{"text": "ba", "label": "x"}', '{"text": "be", "label": null}'], {}, "line 2: 'label' is empty"),
         ("a.jsonl", ['{"text": null, "label": "y"}'], {}, "line 1: expected a string in 'text', got null"),
-        ("a.jsonl", ['{"text": "ba", "label": {"a": 1}}'], {}, "expected a name, a number or a list in 'label', got"),
+        ("a.jsonl", ['{"text": "ba", "label": {"a": 1}}'], {}, "a list of these in 'label', got {'a': 1}"),
+        ("a.jsonl", ['{"text": "ba", "label": [["a"]]}'], {}, r"a list of these in 'label', got \[\['a'\]\]"),
+        ("a.jsonl", ['{"text": "ba", "label": 1e999}'], {}, "train_data: expected finite numbers in 'label', got inf"),
+        ("a.csv", ["text,label", "ba,1.5", "be,nan"], {}, "train_data: expected finite numbers in 'label', got nan"),
         ("a.csv", ["text,label", "ba,x", "be,"], {}, "a.csv, line 3: 'label' is empty"),
         ("a.jsonl", ['{"text": "ba", "label": 1}'], {"label_separator": "+"}, "label_separator needs a string in"),
         ("a.jsonl", ['{"text": "ba", "label": "x"}'] * 20, {}, "every training example has the label 'x'"),
@@ -138,9 +141,15 @@ def test_training_stops_when_nothing_gets_better(start, tmp_path):
             "some labels are lists",
         ),
         ("a.jsonl", ['{"text": "ba", "label": "x"}'], {}, "a single example cannot be split"),
-        ("a.jsonl", [], {}, "a.jsonl: there is no example"),
+        ("a.jsonl", [], {}, "train_data: there is no example in .*a.jsonl"),
         ("a.jsonl", [], {"text_fields": ["a", "b", "c"]}, "text_fields must name one or two fields"),
-        ("a.txt", ["ba"], {}, "expected .jsonl, .json, .csv files"),
+        ("a.txt", ["ba"], {}, "train_data: expected .jsonl, .json, .csv files"),
+        (
+            "a.jsonl",
+            ['{"text": "ba", "label": "x"}', '{"text": "be", "label": "y"}'],
+            {"validation_data": "gone.csv"},
+            "validation_data: no file matches 'gone.csv'",
+        ),
     ],
 )
 def test_bad_data_is_named(start, tmp_path, name, content, flags, message):
@@ -154,6 +163,10 @@ def test_labels_that_training_lacks_are_named():
         finetuning.encode_labels(["x", "z"], finetuning.SINGLE, ["x", "y"])
     with pytest.raises(ValueError, match="label_field: expected numbers, got 'high'"):
         finetuning.encode_labels([1.5, "high"], finetuning.REGRESSION, [])
+    with pytest.raises(ValueError, match="label_field: expected lists, got 'xy'"):
+        finetuning.encode_labels([["x"], "xy"], finetuning.MULTI, ["x", "y"])
+    with pytest.raises(ValueError, match=r"label_field: expected no lists, got \['x'\]"):
+        finetuning.encode_labels(["x", ["x"]], finetuning.SINGLE, ["x", "y"])
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,15 @@ def test_arguments_that_cannot_work_together_are_named(corpus, tokenizer, tmp_pa
         ({"max_seconds": "nan"}, "argument --max_seconds: expected a positive number, got 'nan'"),
         ({"bf16": "maybe"}, "argument --bf16: expected true or false, got 'maybe'"),
         ({"save_dtype": "bf16"}, "argument --save_dtype: invalid choice: 'bf16'"),
-        ({"adam_beta1": "x"}, "argument --adam_beta1.*: invalid float value: 'x'"),
+        ({"adam_beta1": "x"}, "argument --adam_beta1.*: expected a number from 0 to 1, got 'x'"),
+        ({"ddp_timeout": "x"}, "argument --ddp_timeout.*: invalid int value: 'x'"),
+        ({"seed": -1}, "argument --seed: expected an integer from 0 to 4294967295, got '-1'"),
+        (
+            {"gradient_accumulation_steps": -1},
+            "argument --gradient_accumulation_steps.*: expected 0 or a positive integer",
+        ),
+        ({"per_device_train_batch_size": 0}, "argument --per_device_train_batch_size.*: expected a positive integer"),
+        ({"weight_decay": -1}, "argument --weight_decay.*: expected a number of at least 0, got '-1'"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: label smoothing would give weight to"),
         ({"mask_probabilty": 0.3}, "there is no option --mask_probabilty; did you mean --mask_probability?"),
         ({"adam_beta3": 0.3}, "there is no option --adam_beta3; did you mean --adam_beta"),
@@ -407,8 +415,25 @@ def test_results_of_another_run_are_kept_unless_overwrite_is_given(corpus, token
 
 def test_an_output_folder_that_cannot_be_written_is_found_at_the_start(corpus, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        run(command_line(tmp_path / "unread", tokenizer, tmp_path / "file"))
+    for folder, reason in (("file", "is a file, expected a folder"), ("file/below", "cannot be written")):
+        with pytest.raises(ValueError, match=f"output_dir: .*{folder} {reason}"):
+            run(command_line(corpus, tokenizer, tmp_path / folder))
+
+
+def test_data_that_is_not_there_is_found_before_anything_is_written(corpus, tokenizer, tmp_path):
+    flags = command_line(corpus, tokenizer, tmp_path / "out")
+    for argument, name, message in (
+        ("train_data", "gone.txt", "no file matches 'gone.txt'"),
+        ("validation_data", "gone.txt", "no file matches 'gone.txt'"),
+        ("validation_data", __file__, "expected .jsonl, .json, .txt files"),
+        ("validation_data", str(tmp_path), "expected files, got the folder"),
+    ):
+        with pytest.raises(ValueError, match=f"{argument}: {message}"):
+            run([*flags, f"--{argument}", name])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "short.txt").write_text("hi")
+    with pytest.raises(ValueError, match="validation_data: the data holds no document of at least 8 tokens"):
+        run([*flags, "--validation_data", str(tmp_path / "short.txt")])
 
 
 def test_a_run_that_turns_nan_stops_and_keeps_the_last_good_checkpoint(corpus, tokenizer, tmp_path, monkeypatch):

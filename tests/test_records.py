@@ -11,19 +11,23 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\r\n\r\n{"text": "four"}\r\n{"text": " "}')
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'\n[{"text": "five"},\n {"text": "six"}]'))
-    (tmp_path / "d.json").write_text("")
-    expected = ["one\nstill one", "two", "three", "four", "five", "six"]
+    (tmp_path / "d.json").write_text(r'{"text": "\ud83d\ude00"}')
+    (tmp_path / "e.json").write_text("")
+    expected = ["one\nstill one", "two", "three", "four", "five", "six", "\N{GRINNING FACE}"]
     assert list(read_texts([str(tmp_path / "*.*")])) == expected
     assert list(read_texts([tmp_path / "b.jsonl", tmp_path / "b.jsonl"])) == expected[2:4] * 2
-    (tmp_path / "e.jsonl").write_text('{"body": "seven"}')
-    assert list(read_texts([tmp_path / "e.jsonl"], "body")) == ["seven"]
+    (tmp_path / "f.jsonl").write_text('{"body": "seven"}')
+    assert list(read_texts([tmp_path / "f.jsonl"], "body")) == ["seven"]
 
 
 def test_csv_records_are_read_with_their_line(tmp_path):
-    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",x\nb,y\n')
-    assert list(read_records(tmp_path / "a.csv")) == [
-        (3, {"text": "two\nlines", "label": "x"}),
-        (4, {"text": "b", "label": "y"}),
+    book = "word " * 40_000
+    (tmp_path / "a.csv").write_text(f'text,label\n"two\nlines",x\n\n"a ""b"", c",y\n{book},y\nd "e" f,x')
+    assert [(number, record["text"], record["label"]) for number, record in read_records(tmp_path / "a.csv")] == [
+        (2, "two\nlines", "x"),
+        (4, 'a "b", c', "y"),
+        (6, book, "y"),
+        (7, 'd "e" f', "x"),
     ]
 
 
@@ -34,6 +38,7 @@ def test_csv_records_are_read_with_their_line(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "x', "a.jsonl, line 3: expected JSON, Unterminated string"),
         ("a.jsonl", b'{"text": "x"}\n["text"]', r'a.jsonl, line 2: expected an object, got \["text"\]'),
         ("a.jsonl", b'{"id": 1, "body": "x"}', r"line 1: text_field must be one of \['body', 'id'\], got 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\uD800 x"}', "a.jsonl, line 2: expected valid Unicode, surrogates not"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: the JSON is nested too deeply"),
         ("a.json", b'[{"text": "x"},\n{"text": 3}]', "a.json, line 2: expected a string in 'text', got 3"),
         ("a.json", b'[{"text": "x"},\n{"text" 3}]', "a.json, line 2: expected JSON, Expecting ':' delimiter"),
@@ -49,10 +54,20 @@ def test_a_bad_text_file_is_named_with_its_line(tmp_path, name, content, message
         list(read_texts([tmp_path / name]))
 
 
-@pytest.mark.parametrize("row", ["only one", "one,two,three"])
-def test_a_csv_row_of_another_width_is_named_with_its_line(tmp_path, row):
-    (tmp_path / "a.csv").write_text(f"text,label\nx,y\n{row}\n")
-    with pytest.raises(ValueError, match="a.csv, line 3: expected 2 columns"):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("text,label\nx,y\nonly one\n", "a.csv, line 3: expected 2 columns"),
+        ("text,label\nx,y\none,two,three\n", "a.csv, line 3: expected 2 columns"),
+        ('label,text\ny,x\ny,"never closed\ny,x\ny,x\n', "a.csv, line 3: expected CSV, unexpected end of data"),
+        ('text,label\n"half" quoted,y\n', "a.csv, line 2: expected CSV, ',' expected after '\"'"),
+        ("text,label\rx,y\r", "a.csv, line 1: expected CSV, new-line character seen in unquoted field"),
+        ("text,text,label\nx,z,y\n", r"a.csv, line 1: expected columns with names of their own, got \['text', 'text'"),
+    ],
+)
+def test_csv_that_would_be_misread_is_named_with_the_line_where_the_record_starts(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
         list(read_records(tmp_path / "a.csv"))
 
 
