@@ -123,6 +123,8 @@ class PackedBatch:
         """
         self._check_sequences()
         if self.key_mask is not None:
+            if not packed.shape[1]:
+                return packed.sum(1)  # zeros: there is no place to look at
             first = self.key_mask.long().argmax(dim=1)
             taken = packed[torch.arange(self.shape[0], device=first.device), first]
             return taken.masked_fill(~self.key_mask.any(dim=1)[:, None], 0)

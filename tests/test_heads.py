@@ -4,6 +4,7 @@ import numerics
 import pytest
 import torch
 import torch.nn.functional as F
+from heads import HEADS, head, name_of, outputs
 from models import holed_batch, ragged_batch, tiny_model
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import (
 )
 
 from mosaicbert.bert_layers import (
+    BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -162,9 +164,20 @@ def test_an_answer_at_a_padded_place_does_not_count(traced):
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)], ids=str)
-def test_question_answering_of_nothing_is_empty(shape):
-    model = tiny_model(BertForQuestionAnswering)
-    ids, places = torch.ones(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)
-    output = model(ids, torch.ones_like(ids), start_positions=places, end_positions=places)
-    assert output.start_logits.shape == shape and output.loss.item() == 0.0
-    output.loss.backward()
+@pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
+def test_a_batch_of_nothing_is_answered_alike_with_and_without_padding(model_class, shape):
+    ids, rows = torch.ones(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)
+    per_token = model_class in (BertForMaskedLM, BertForTokenClassification)
+    answers = ("start_positions", "end_positions") if model_class is BertForQuestionAnswering else ("labels",)
+    labels = dict.fromkeys(answers, ids if per_token else rows)
+    ids = ids[:, None].expand(-1, 3, -1) if model_class is BertForMultipleChoice else ids
+    packed, padded = (
+        outputs(head(model_class, unpad_inputs=unpad), input_ids=ids, attention_mask=torch.ones_like(ids), **labels)
+        for unpad in (True, False)
+    )
+    for one, other in zip(packed, padded, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other)
+    is_labelled = len(rows) and not per_token and model_class is not BertForQuestionAnswering
+    assert (packed[0].item() > 0) if is_labelled else (packed[0].item() == 0.0)
+    packed[0].backward()
+    padded[0].backward()
