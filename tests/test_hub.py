@@ -95,56 +95,70 @@ def test_the_script_pushes_card_code_and_tokenizer_in_one_commit(pushed):
     assert repository.branches["long"] != repository.branches["main"]
 
 
-def test_revisions_branches_and_code_revisions_load_elsewhere(pushed, tmp_path):
-    """Two commits: `revision=` of the first still gives its numbers and its code; `code_revision` goes its own way."""
-    hub, output, expected = pushed
-    repository = hub.repositories["tester/bert"]
-    first, second = output.split()[0], repository.branches["main"]
-    ids, mask = ragged_batch([9, 4], vocab=26)
-    torch.save({"ids": ids, "mask": mask}, tmp_path / "batch.pt")
+# Arguments of `from_pretrained`, and whose weights and code of the three states they give: the first push came through
+# `save_pretrained`, whose code is the loaded folder's, state 0 as well.
+REVISIONS = {
+    "first": ({"revision": "FIRST"}, 0, 0),
+    "second": ({"revision": "SECOND"}, 1, 1),
+    "latest": ({}, 1, 1),
+    "branch": ({"revision": "long"}, 2, 2),
+    "old code": ({"code_revision": "FIRST"}, 1, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(pushed, tmp_path_factory):
+    """What a client elsewhere gets: logits and `STATE` by the name of a revision, and the answers of a pipeline; the
+    folder that the first commit was converted to; and that commit."""
+    hub, output, _ = pushed
+    home = tmp_path_factory.mktemp("loader")
+    commits = {"FIRST": output.split()[0], "SECOND": hub.repositories["tester/bert"].branches["main"]}
     calls = {
-        "first": {"revision": first},
-        "second": {"revision": second},
-        "latest": {},
-        "branch": {"revision": "long"},
-        "old code": {"code_revision": first},
+        name: {option: commits.get(value, value) for option, value in arguments.items()}
+        for name, (arguments, *_) in REVISIONS.items()
     }
+    ids, mask = ragged_batch([9, 4], vocab=26)
+    torch.save({"ids": ids, "mask": mask}, home / "batch.pt")
     client(
         hub,
-        tmp_path / "loader",
+        home,
         f"""
         import pathlib, sys, torch
         import conversion
         from transformers import AutoModelForMaskedLM, pipeline
 
-        batch = torch.load("{tmp_path}/batch.pt")
+        batch = torch.load("{home}/batch.pt")
         results = {{}}
         for name, arguments in {calls!r}.items():
             model = AutoModelForMaskedLM.from_pretrained("tester/bert", trust_remote_code=True, **arguments)
             logits = model(batch["ids"], batch["mask"]).logits.detach()
             results[name] = logits, getattr(sys.modules[type(model).__module__], "STATE", None)
         fill = pipeline("fill-mask", "tester/bert", trust_remote_code=True, device="cpu")
-        conversion.convert("tester/bert", pathlib.Path("{tmp_path}/converted"), revision="{first}")
+        conversion.convert("tester/bert", pathlib.Path("{home}/converted"), revision="{commits["FIRST"]}")
         results["answers"] = [answer["token_str"] for answer in fill("the [MASK] sat on the mat")]
-        torch.save(results, "{tmp_path}/results.pt")
+        torch.save(results, "{home}/results.pt")
         """,
         token=None,
     )
-    results = torch.load(tmp_path / "results.pt")
-    # The first push came through `save_pretrained`, whose code is the loaded folder's: state 0 as well.
-    for name, weights, code in (
-        ("first", 0, 0),
-        ("second", 1, 1),
-        ("latest", 1, 1),
-        ("branch", 2, 2),
-        ("old code", 1, 0),
-    ):
-        logits, state = results[name]
-        numerics.assert_same(logits, expected[weights], SAME, name)
-        assert state == code, name
-    assert len(results["answers"]) == 5
-    card = (tmp_path / "converted" / "README.md").read_text(encoding="utf-8")
-    assert "[tester/bert](https://huggingface.co/tester/bert)" in card and f"`{first}`" in card
+    return torch.load(home / "results.pt"), home / "converted", commits["FIRST"]
+
+
+@pytest.mark.parametrize("name", REVISIONS)
+def test_revisions_branches_and_code_revisions_load_elsewhere(pushed, loaded, name):
+    """`revision=` of the first commit still gives its numbers and its code; `code_revision` goes its own way."""
+    (logits, state), (_, weights, code) = loaded[0][name], REVISIONS[name]
+    numerics.assert_same(logits, pushed[2][weights], SAME, name)
+    assert state == code
+
+
+def test_a_pushed_model_answers_in_a_pipeline(loaded):
+    assert len(loaded[0]["answers"]) == 5
+
+
+def test_a_revision_that_is_converted_stands_in_the_card(loaded):
+    _, folder, commit = loaded
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "[tester/bert](https://huggingface.co/tester/bert)" in card and f"`{commit}`" in card
 
 
 def test_a_tokenizer_of_a_repository_without_owner_is_taken_and_nothing_else_is_fetched(tmp_path):
@@ -416,124 +430,119 @@ def test_only_what_belongs_to_the_model_is_pushed_and_images_of_the_card_show(tm
     assert files == {*CODE, *tokenizer, "config.json", "README.md", "model.safetensors", *images}
 
 
-def broken_folder(tmp_path, change):
-    """A complete repository, changed by `change(folder, config)`."""
-    folder = tmp_path / "model"
-    write_complete_repository(folder)
-    config = json.loads((folder / "config.json").read_text())
-    change(folder, config)
-    if (folder / "config.json").is_file():
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    """A complete repository, for a test to damage."""
+    write_complete_repository(tmp_path / "model")
+    return tmp_path / "model"
 
 
-def link(folder, name, place):
-    """Put a symbolic link into a folder, to a file beside the folder."""
-    (folder.parent / place).write_bytes((folder / name).read_bytes())
-    (folder / name).unlink()
-    (folder / name).symlink_to(folder.parent / place)
-
-
-def shards(folder, change):
-    """Turn a folder's weights into shards, and let `change` alter the index."""
-    model = BertForMaskedLM.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="40KB")
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-def append(path, text):
-    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def tokenizer_field(folder, **fields):
-    path = folder / "tokenizer_config.json"
+def set_fields(path, **fields):
+    """Change fields of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-BIAS, ELSEWHERE = "cls.predictions.decoder.bias", "leads to code or files outside of the repository: "
+def refuses(folder, message):
+    """Fail unless the folder is refused with this message."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        push_to_hub.files_to_push(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "message"),
     [
-        (lambda folder, config: (folder / "config.json").unlink(), "expected a config.json"),
-        (lambda folder, config: (folder / "bert_padding.py").unlink(), "missing bert_padding.py"),
-        (lambda folder, config: (folder / "README.md").unlink(), "missing README.md"),
-        (lambda folder, config: (folder / "model.safetensors").unlink(), "expected model.safetensors, or the index"),
-        (lambda folder, config: config["auto_map"].pop("AutoModel"), "auto_map in config.json lacks AutoModel"),
-        (lambda folder, config: config.update(auto_map=[None]), "auto_map in config.json lacks AutoConfig"),
-        (
-            lambda folder, config: config["auto_map"].update(AutoModel="a/b--bert_layers.BertModel"),
-            "config.json " + ELSEWHERE + "auto_map.AutoModel: 'a/b--bert_layers.BertModel'",
-        ),
-        (
-            lambda folder, config: config["auto_map"].update(AutoTokenizer=[None, "a/b--tokens.Fast"]),
-            ELSEWHERE + "auto_map.AutoTokenizer: 'a/b--tokens.Fast'",
-        ),
-        (
-            lambda folder, config: config["auto_map"].update(AutoTokenizer="tokens.Fast"),
-            ELSEWHERE + "auto_map.AutoTokenizer: 'tokens.Fast'",
-        ),
-        (
-            lambda folder, config: config.update(custom_pipelines={"x": {"impl": "a/b--pipe.Pipe"}}),
-            ELSEWHERE + "custom_pipelines: ",
-        ),
-        (lambda folder, config: config.update(attn_implementation="a/kernel"), "attn_implementation: 'a/kernel'"),
-        (lambda folder, config: config.update(_attn_implementation={"": "a/kernel"}), "_attn_implementation: "),
-        (lambda folder, config: config.update(quantization_config={"quant_method": "x"}), "quantization_config: "),
-        (
-            lambda folder, config: config.update(parts=[{"text": {"auto_map": {"AutoModel": "a/b--m.C"}}}]),
-            "parts[0].text.auto_map.AutoModel: 'a/b--m.C'",
-        ),
-        (lambda folder, config: config.update(anything=["a/b--module.Class"]), "anything[0]: 'a/b--module.Class'"),
-        (
-            lambda folder, config: tokenizer_field(folder, auto_map={"AutoTokenizer": ["a/b--tokens.Slow", None]}),
-            "tokenizer_config.json " + ELSEWHERE + "auto_map.AutoTokenizer: 'a/b--tokens.Slow'",
-        ),
-        (lambda folder, config: tokenizer_field(folder, vocab_file="/etc/passwd"), "vocab_file: '/etc/passwd'"),
-        (lambda folder, config: cut(folder / "model.safetensors"), "model.safetensors is damaged"),
-        (lambda folder, config: config.update(num_hidden_layers=3), "but layer 2 is missing from the weights"),
-        (lambda folder, config: (folder / "README.md").write_bytes(b"\xff"), "README.md: expected UTF-8"),
-        (
-            lambda folder, config: (folder / "tokenizer_config.json").write_text("[]"),
-            "expected a JSON object, got '[]'",
-        ),
-        (lambda folder, config: link(folder, "vocab.txt", "key"), "leads out of the folder"),
-        (lambda folder, config: link(folder, "model.safetensors", "weights"), "leads out of the folder"),
-        (lambda folder, config: shards(folder, lambda shard_of: shard_of.pop(BIAS)), f"disagree about {BIAS}"),
-        (
-            lambda folder, config: shards(folder, lambda shard_of: shard_of.update({BIAS: "model-9.safetensors"})),
-            "names shards that are not there: model-9.safetensors",
-        ),
-        (
-            lambda folder, config: shards(folder, lambda shard_of: shard_of.update({BIAS: "../m.safetensors"})),
-            "expected plain names of .safetensors files, got '../m.safetensors'",
-        ),
-        (
-            lambda folder, config: append(folder / "README.md", "![](no.png)"),
-            "README.md shows no.png, which is no image in the folder",
-        ),
-        (
-            lambda folder, config: append(folder / "README.md", "<img src='../key.png'>"),
-            "README.md shows ../key.png, which is no image in the folder",
-        ),
-        (
-            lambda folder, config: append(folder / "README.md", "![](training_args.bin)"),
-            "README.md shows training_args.bin, which is no image in the folder",
-        ),
+        ("config.json", "expected a config.json"),
+        ("bert_padding.py", "missing bert_padding.py"),
+        ("README.md", "missing README.md"),
+        ("model.safetensors", "expected model.safetensors, or the index"),
     ],
 )
-def test_a_folder_that_is_incomplete_or_leads_elsewhere_is_not_pushed(tmp_path, change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        push_to_hub.files_to_push(broken_folder(tmp_path, change))
+def test_a_folder_that_lacks_a_file_is_not_pushed(folder, name, message):
+    (folder / name).unlink()
+    refuses(folder, message)
+
+
+ELSEWHERE = "leads to code or files outside of the repository: "
+WITHOUT_MODEL = {name: reference for name, reference in AUTO_MAP.items() if name != "AutoModel"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"auto_map": WITHOUT_MODEL}, "auto_map in config.json lacks AutoModel"),
+        ({"auto_map": [None]}, "auto_map in config.json lacks AutoConfig"),
+        ({"auto_map": {**AUTO_MAP, "AutoModel": "a/b--m.C"}}, f"config.json {ELSEWHERE}auto_map.AutoModel: 'a/b--m.C'"),
+        ({"auto_map": {**AUTO_MAP, "AutoTokenizer": [None, "a/b--m.C"]}}, ELSEWHERE + "auto_map.AutoTokenizer: 'a/b--"),
+        ({"auto_map": {**AUTO_MAP, "AutoTokenizer": "tokens.C"}}, ELSEWHERE + "auto_map.AutoTokenizer: 'tokens.C'"),
+        ({"custom_pipelines": {"x": {"impl": "a/b--pipe.Pipe"}}}, ELSEWHERE + "custom_pipelines: "),
+        ({"attn_implementation": "a/kernel"}, "attn_implementation: 'a/kernel'"),
+        ({"_attn_implementation": {"": "a/kernel"}}, "_attn_implementation: "),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config: "),
+        (
+            {"parts": [{"text": {"auto_map": {"AutoModel": "a/b--m.C"}}}]},
+            "parts[0].text.auto_map.AutoModel: 'a/b--m.C'",
+        ),
+        ({"anything": ["a/b--module.Class"]}, "anything[0]: 'a/b--module.Class'"),
+        ({"num_hidden_layers": 3}, "but layer 2 is missing from the weights"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_config_that_is_incomplete_or_leads_elsewhere_is_not_pushed(folder, fields, message):
+    set_fields(folder / "config.json", **fields)
+    refuses(folder, message)
+
+
+def test_a_tokenizer_config_that_leads_elsewhere_is_not_pushed(folder):
+    path = folder / "tokenizer_config.json"
+    set_fields(path, auto_map={"AutoTokenizer": ["a/b--tokens.Slow", None]})
+    refuses(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'a/b--tokens.Slow'")
+    set_fields(path, auto_map={}, vocab_file="/etc/passwd")
+    refuses(folder, "vocab_file: '/etc/passwd'")
+    path.write_text("[]")
+    refuses(folder, "expected a JSON object, got '[]'")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "model.safetensors"])
+def test_a_link_that_leads_out_of_the_folder_is_not_pushed(folder, name):
+    (folder / name).rename(folder.parent / "outside")
+    (folder / name).symlink_to(folder.parent / "outside")
+    refuses(folder, "leads out of the folder")
+
+
+def test_weights_that_are_damaged_or_incomplete_are_not_pushed(folder):
+    model, path, bias = (
+        BertForMaskedLM.from_pretrained(folder),
+        folder / "model.safetensors",
+        "cls.predictions.decoder.bias",
+    )
+    path.write_bytes(path.read_bytes()[:-100])
+    refuses(folder, "model.safetensors is damaged")
+    path.unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    index = folder / "model.safetensors.index.json"
+    shard_of = json.loads(index.read_text())["weight_map"]
+    set_fields(index, weight_map={name: shard for name, shard in shard_of.items() if name != bias})
+    refuses(folder, f"disagree about {bias}")
+    set_fields(index, weight_map={**shard_of, bias: "model-9.safetensors"})
+    refuses(folder, "names shards that are not there: model-9.safetensors")
+    set_fields(index, weight_map={**shard_of, bias: "../m.safetensors"})
+    refuses(folder, "expected plain names of .safetensors files, got '../m.safetensors'")
+
+
+@pytest.mark.parametrize(
+    ("image", "link"),
+    [("![](no.png)", "no.png"), ("<img src='../key.png'>", "../key.png"), ("![](key.bin)", "key.bin")],
+)
+def test_a_card_that_shows_what_is_no_image_in_the_folder_is_not_pushed(folder, image, link):
+    for path in (folder / "key.bin", folder.parent / "key.png"):
+        path.write_bytes(b"secret")
+    (folder / "README.md").write_text(image, encoding="utf-8")
+    refuses(folder, f"README.md shows {link}, which is no image in the folder")
+
+
+def test_a_card_that_is_not_utf8_is_not_pushed(folder):
+    (folder / "README.md").write_bytes(b"\xff")
+    refuses(folder, "README.md: expected UTF-8")
 
 
 def test_this_repository_can_be_pushed():
