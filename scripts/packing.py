@@ -148,12 +148,13 @@ class _Source:
         return self.read()
 
 
-def open_sources(sources: Sequence[str], text_field: str) -> list[_Source]:
+def open_sources(sources: Sequence[str], text_field: str, argument: str = "data") -> list[_Source]:
     """Find the text that sources name, one entry a file.
 
     Args:
         sources: names or patterns of `TEXT_FILES`, folders of MDS shards, or `datasets` ids (`id` or `id:config`).
         text_field: name of the field that holds the text.
+        argument: what the user calls `sources`, for messages.
 
     Raises:
         ValueError: no file matches, or there is no such text field.
@@ -161,7 +162,8 @@ def open_sources(sources: Sequence[str], text_field: str) -> list[_Source]:
     opened = {}
     found = []
     for source in sources:
-        names = find_files([source], TEXT_FILES) if _is_text_file(source) else [source]
+        is_file = _is_text_file(source, argument)
+        names = find_files([source], TEXT_FILES, argument) if is_file else [source]
         for name in names:
             if name not in opened:
                 opened[name] = _open_source(name, text_field)

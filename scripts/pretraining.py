@@ -26,7 +26,7 @@ from packing import (
     tokenize,
 )
 from recipe import LinearSchedule, count_flops, measure_matmul_flops
-from runs import STAGE, CarefulTrainer, clear_results, is_finite, publish, start_folder
+from runs import STAGE, CarefulTrainer, check_is_folder, clear_results, is_finite, publish, start_folder
 from staging import staged_folder
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
@@ -235,10 +235,11 @@ def tokenize_only(options: argparse.Namespace) -> None:
         ValueError: the folder is there already and `overwrite` is not set, or see `open_sources` and `tokenize`.
     """
     folder = Path(options.output_dir)
+    check_is_folder(folder)
     if folder.exists() and any(folder.iterdir()) and not (options.overwrite and Documents.is_in(folder)):
         raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
-    check_sources(options.train_data, "train_data")
-    parts, tokenizer = open_sources(options.train_data, options.text_field), load_tokenizer(options)
+    parts = open_sources(options.train_data, options.text_field, "train_data")
+    tokenizer = load_tokenizer(options)
     with staged_folder(folder, options.overwrite) as new:
         tokenize(parts, tokenizer, new)
 

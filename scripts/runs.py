@@ -50,8 +50,7 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, re
     """
     if overwrite and resume:
         raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir: {folder} is a file, expected a folder")
+    check_is_folder(folder)
     found = [path for pattern in RESULTS for path in sorted(folder.glob(pattern))]
     # A run that failed before its first checkpoint leaves an empty folder.
     results = [path.name for path in found if not path.is_dir() or any(path.iterdir())]
@@ -83,6 +82,12 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, re
             )
         print(f"{folder} holds no whole checkpoint: starting at step 0", flush=True)
     return checkpoint
+
+
+def check_is_folder(folder: Path) -> None:
+    """Raise ValueError where an output folder is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {folder} is a file, expected a folder")
 
 
 def clear_results(folder: Path) -> None:

@@ -548,6 +548,20 @@ def test_each_layer_is_compiled_by_itself(corpus, tokenizer, tmp_path):
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(tmp_path / "plain/model.safetensors").keys()
 
 
+def test_tokenizing_names_the_option_that_is_wrong(corpus, tokenizer, tmp_path):
+    def tokenize(output_dir=tmp_path / "tokens", **flags):
+        pretraining.tokenize_only(pretrain_mlm.parse(command_line(corpus, tokenizer, output_dir, **flags))[0])
+
+    with pytest.raises(ValueError, match=f"output_dir: {corpus} is a file, expected a folder"):
+        tokenize(output_dir=corpus)
+    with pytest.raises(ValueError, match="train_data: no file matches 'gone.txt'"):
+        tokenize(train_data="gone.txt")
+    tokenize()
+    with pytest.raises(ValueError, match="train_data: expected files, got the folder '.*tokens'"):
+        tokenize(train_data=tmp_path / "tokens", output_dir=tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens"]
+
+
 def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tmp_path, monkeypatch):
     flags = ["--train_data", str(corpus), "--tokenizer", tokenizer.name_or_path, "--tokenize_only"]
     monkeypatch.setattr(sys, "argv", ["pretrain_mlm.py", *flags, "--output_dir", str(tmp_path / "tokens")])
