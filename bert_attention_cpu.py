@@ -432,6 +432,6 @@ class CPUAttention(torch.autograd.Function):
                     grad_k[:, keys] += part_k.transpose(1, 2)
                     grad_v[:, keys] += part_v.transpose(1, 2)
             for place, part in ((1, grad_k), (2, grad_v)):
-                group.rows(grad_qkv[:, place])[:, :, heads] = part
+                group.rows(grad_qkv[:, place])[:, :, heads] = part.to(qkv.dtype)  # a list of heads casts nothing
         grad_qkv[:, 0] = grad_query.index_select(0, reversal)
         return grad_qkv, None, None, None, None

@@ -67,11 +67,17 @@ def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, nor
     numerics.assert_no_worse(got, plain_attention(*arguments), expected, numerics.FORWARD)
 
 
-def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(band_for_all, formula):
+@pytest.mark.parametrize("heads", [8, 12], ids="{} heads".format)
+def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(monkeypatch, band_for_all, formula, heads):
+    """Of 8 heads neighbours reach about equally far, of 12 others do too: a list chooses the heads of a band."""
+    monkeypatch.setattr(bert_attention_cpu, "BAND_GROWTH", 3.0)
     packed = batch([130, 97, 97])
-    inputs = tensors(packed, heads=8, norm=0.05, dtype=torch.bfloat16)
+    inputs = tensors(packed, heads=heads, norm=0.05, dtype=torch.bfloat16)
+    reach = head_reach(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(heads)), 0.25)
+    bands = [group for group in bert_attention_cpu.plan_calls(packed.lengths, reach) if not group.is_whole]
+    assert bands and any(isinstance(group.selection, list) for group in bands) == (heads == 12)
     assert_as_good_as_plain(cpu_attention, packed, inputs)
-    arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(8)), 0.25, 0.0)
+    arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(heads)), 0.25, 0.0)
     expected = truth(packed, *inputs)[0]
     numerics.assert_no_worse(cpu_attention(*arguments), eager_attention(*arguments), expected, numerics.FORWARD)
 
