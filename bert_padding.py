@@ -110,7 +110,8 @@ class PackedBatch:
         if self.indices is not None:
             places = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
             packed = places.index_copy(0, self.indices, packed)
-        return packed.unflatten(0, self.shape)
+        # Not unflatten, whose result torch's older ONNX exporter takes for one of a fixed shape.
+        return packed.reshape(*self.shape, *packed.shape[1:])
 
     def first_tokens(self, packed: torch.Tensor) -> torch.Tensor:
         """The first token of each sequence.
@@ -188,9 +189,9 @@ class PackedBatch:
             [*rows, ...] in the same dtype.
         """
         if self.has_full_rows:
-            return packed.unflatten(0, self.rows)
+            return packed.reshape(*self.rows, *packed.shape[1:])
         rows = packed.new_zeros(self.num_sequences * self.row_length, *packed.shape[1:])
-        return rows.index_copy(0, self.row_indices, packed).unflatten(0, self.rows)
+        return rows.index_copy(0, self.row_indices, packed).reshape(*self.rows, *packed.shape[1:])
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_rows`: [*rows, ...] to [T, ...]."""

@@ -21,6 +21,7 @@ class Exported(torch.nn.Module):
         return self.model(input_ids, attention_mask=attention_mask, return_dict=False)[0]
 
 
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize(
     ("model_class", "attention"),
     [
@@ -29,22 +30,27 @@ class Exported(torch.nn.Module):
         (BertForSequenceClassification, "auto"),
     ],
 )
-def test_onnx_runtime_agrees_beyond_the_traced_sizes(tmp_path, model_class, attention):
+def test_onnx_runtime_agrees_beyond_the_traced_sizes(tmp_path, model_class, attention, dynamo):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = tiny_model(model_class, attn_implementation=attention)
     ids, mask = ragged_batch([9, 4])
-    batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=4096)
+    names = ["input_ids", "attention_mask"]
+    if dynamo:
+        axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=4096)}
+        dynamic = {"dynamic_shapes": (axes, axes)}
+    else:
+        dynamic = {"dynamic_axes": {name: {0: "batch", 1: "length"} for name in (*names, "output")}}
     path = tmp_path / "model.onnx"
     torch.onnx.export(
-        Exported(model),
+        Exported(model).eval(),
         (ids, mask),
         path,
-        dynamo=True,
-        input_names=["input_ids", "attention_mask"],
+        dynamo=dynamo,
+        input_names=names,
         output_names=["output"],
-        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+        **dynamic,
     )
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for lengths in ([9, 4], [17], [40, 3, 22], [1, 1, 1, 130, 64]):
