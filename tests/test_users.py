@@ -114,6 +114,27 @@ def test_quantize_dynamic_quantizes_every_linear_layer():
     numerics.assert_same(logits, expected, numerics.QUANTIZED)
 
 
+def test_eight_bit_weights_of_the_shipped_checkpoint_keep_its_answers():
+    """As weight-only quantizers round them (torchao, quanto, bitsandbytes): 127 steps a row of each linear layer."""
+    model = BertForMaskedLM.from_pretrained(ROOT).eval()
+    batch = AutoTokenizer.from_pretrained(ROOT)(
+        ["Yesterday she [MASK] a letter.", "Tea, bread and butter."], padding=True, return_tensors="pt"
+    )
+    keep = batch["attention_mask"].bool()
+
+    def answers():
+        with torch.inference_mode():
+            return model.bert(**batch).last_hidden_state[keep], model(**batch).logits[keep]
+
+    expected = answers()
+    for layer in linear_layers(model.bert).values():
+        step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        layer.weight.data = (layer.weight / step).round().detach() * step
+    for got, before in zip(answers(), expected):
+        assert not torch.equal(got, before)
+        assert F.cosine_similarity(got, before, dim=-1).mean() > 0.99
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM], ids=name_of)
 def test_hooks_on_linear_layers_are_called_once_with_the_product(model_class, grad):
