@@ -78,8 +78,18 @@ FIELD_CHECKS = {
         ("sparse_prediction", "low_precision_layernorm", "unpad_inputs"),
         (lambda value: isinstance(value, bool), "True or False"),
     ),
-    **dict.fromkeys(("is_decoder", "add_cross_attention"), (lambda value: not value, "False: this is an encoder")),
+    **dict.fromkeys(
+        ("is_decoder", "add_cross_attention"),
+        (lambda value: not value, "False: MosaicBERT is a bidirectional encoder and has no decoder"),
+    ),
 }
+
+
+def check_field(name: str, value) -> None:
+    """Raise ValueError when no MosaicBERT can have this value of a field; what is no field is ignored."""
+    passes, words = FIELD_CHECKS.get(name, (None, None))
+    if passes and not passes(value):
+        raise ValueError(f"{name} must be {words}, got {value!r}")
 
 
 def check_fields(fields: dict) -> None:
@@ -91,9 +101,8 @@ def check_fields(fields: dict) -> None:
     Raises:
         ValueError: no MosaicBERT can have the value of a field; the message names it.
     """
-    for name, (passes, words) in FIELD_CHECKS.items():
-        if name in fields and not passes(fields[name]):
-            raise ValueError(f"{name} must be {words}, got {fields[name]!r}")
+    for name, value in fields.items():
+        check_field(name, value)
     size, heads, layers = (fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if size % heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {size} and {heads}")
@@ -192,6 +201,11 @@ class BertConfig(StockBertConfig):
         self.low_precision_layernorm = low_precision_layernorm
         self.classifier_pooling = classifier_pooling
         self.unpad_inputs = unpad_inputs
+
+    def __setattr__(self, name, value):
+        """Set a field; `EncoderDecoderModel` makes a decoder this way before it builds stock BERT from the fields."""
+        check_field(name, value)
+        super().__setattr__(name, value)
 
     @property
     def output_attentions(self) -> bool:

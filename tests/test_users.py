@@ -401,6 +401,21 @@ def test_every_auto_class_of_stock_bert_is_ours_or_refuses():
     assert not autos - set(known) - deprecated
 
 
+@pytest.mark.parametrize("name", ["is_decoder", "add_cross_attention"])
+def test_a_config_made_a_decoder_after_loading_is_refused(repository, name):
+    config = transformers.AutoConfig.from_pretrained(repository, **REMOTE)
+    setattr(config, name, False)
+    with pytest.raises(ValueError, match=f"{name} must be False: MosaicBERT is a bidirectional encoder .* got True"):
+        setattr(config, name, True)
+
+
+def test_an_encoder_decoder_of_two_mosaicberts_is_refused_instead_of_built_from_stock_bert(repository):
+    remote = {"encoder_trust_remote_code": True, "decoder_trust_remote_code": True}
+    # 4.54 stops earlier: it drops the flag for the encoder.
+    with pytest.raises(ValueError, match="MosaicBERT is a bidirectional encoder|trust_remote_code"):
+        transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(repository, repository, **remote)
+
+
 # Losses
 
 
