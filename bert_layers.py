@@ -23,7 +23,7 @@ tensors are [B, S, ...] instead of [T, ...].
 """
 
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -259,7 +259,7 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = BertLayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids, inputs_embeds, token_type_ids):
+    def forward(self, input_ids=None, token_type_ids=None, *, inputs_embeds=None):
         """[T] ids or [T, E] embeddings, and [T] token types or None (all 0), to hidden states [T, E]."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
@@ -280,18 +280,17 @@ class BertSelfAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, hidden, packed, slopes, output_attentions):
-        """[T, E] to a context [T, E] and weights [N, H, M, M] or None."""
+        """[T, E] to a context [T, E] and, where they are asked for, weights [N, H, M, M]."""
         # torch.export cannot split rows again that it merged, so it gets new ones from the product.
         hidden = hidden.flatten(0, -2) if is_traced() else hidden
         qkv = linear(self.Wqkv, hidden).reshape(-1, 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_rate if self.training else 0.0
-        weights = None
         if output_attentions:
             context, weights = eager_attention(qkv, packed, slopes, self.scale, dropout_p, return_weights=True)
-        else:
-            attend = choose_attention(self.config._attn_implementation, qkv, packed, dropout_p)
-            context = attend(qkv, packed, slopes, self.scale, dropout_p)
-        return context.reshape(hidden.shape), weights
+            return context.reshape(hidden.shape), weights
+        attend = choose_attention(self.config._attn_implementation, qkv, packed, dropout_p)
+        # Tools that attribute copy every output of a module, so none of them is None.
+        return (attend(qkv, packed, slopes, self.scale, dropout_p).reshape(hidden.shape),)
 
 
 class BertSelfOutput(nn.Module):
@@ -317,8 +316,8 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, hidden, packed, slopes, output_attentions):
-        context, weights = self.self(hidden, packed, slopes, output_attentions)
-        return self.output(context, hidden), weights
+        context, *weights = self.self(hidden, packed, slopes, output_attentions)
+        return self.output(context, hidden), *weights
 
 
 class BertGatedMLP(nn.Module):
@@ -352,8 +351,8 @@ class BertLayer(nn.Module):
         self.mlp = BertGatedMLP(config)
 
     def forward(self, hidden, packed, slopes, output_attentions):
-        hidden, weights = self.attention(hidden, packed, slopes, output_attentions)
-        return self.mlp(hidden), weights
+        hidden, *weights = self.attention(hidden, packed, slopes, output_attentions)
+        return self.mlp(hidden), *weights
 
 
 class BertEncoder(nn.Module):
@@ -370,31 +369,30 @@ class BertEncoder(nn.Module):
         None for what was not asked for."""
         slopes = slopes_on(hidden.device, self.num_heads, torch.promote_types(hidden.dtype, torch.float32))
         states = (hidden,) if output_hidden_states else None
-        weights = () if output_attentions else None
+        weights = ()
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
-                hidden, attention = self._gradient_checkpointing_func(
+                hidden, *attention = self._gradient_checkpointing_func(
                     layer.__call__, hidden, packed, slopes, output_attentions
                 )
             else:
-                hidden, attention = layer(hidden, packed, slopes, output_attentions)
+                hidden, *attention = layer(hidden, packed, slopes, output_attentions)
             if output_hidden_states:
                 states += (hidden,)
-            if output_attentions:
-                weights += (attention,)
-        return hidden, states, weights
+            weights += (*attention,)
+        return hidden, states, weights if output_attentions else None
 
 
 class BertPooler(nn.Module):
-    """tanh of a projection of each sequence's first token."""
+    """tanh of a projection of each sequence's first token, or of each row's first place."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first):
-        """[N, E] to [N, E]."""
-        return torch.tanh(self.dense(first))
+    def forward(self, hidden):
+        """First tokens [N, E] to [N, E], or hidden states [B, S, E], as stock BERT's pooler takes them, to [B, E]."""
+        return torch.tanh(self.dense(hidden[:, 0] if hidden.dim() == 3 else hidden))
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -475,7 +473,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         self.config._attn_implementation_internal = attn_implementation
 
     def encode_rows(self, *arguments, **kwargs) -> "Encoded":
-        """`BertModel.encode`, for heads that need one text per row.
+        """What the encoder hands to a head that needs one text per row.
 
         Raises:
             ValueError: a row holds several texts, by its `cu_seq_lens_q` or its `position_ids`.
@@ -483,7 +481,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         message = f"%s cannot be served by {type(self).__name__}, which needs one row a text"
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(message % "cu_seq_lens_q")
-        encoded = self.bert.encode(*arguments, **kwargs)
+        encoded = self.bert(*arguments, packed_output=True, **kwargs)
         packed, message = encoded.packed, message % "position_ids that restart"
         if packed.restarts is not None and is_traced():
             torch._assert_async(~packed.restarts, message)
@@ -492,8 +490,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         return encoded
 
 
-@dataclass
-class Encoded:
+class Encoded(NamedTuple):
     """What the encoder hands to a head.
 
     Attributes:
@@ -550,17 +547,21 @@ class BertModel(BertPreTrainedModel):
             *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seq_lens_q, max_length_q),
             keep_padding=not config.unpad_inputs,
         )
+        words, types = self.embeddings.word_embeddings, self.embeddings.token_type_embeddings
         if input_ids is not None:
             input_ids = as_integers("input_ids", input_ids)
-            check_ids("input_ids", input_ids, config.vocab_size)
+            check_ids("input_ids", input_ids, getattr(words, "num_embeddings", config.vocab_size))
         else:
             self.check_embeddings(inputs_embeds)
         if token_type_ids is not None:
             token_type_ids = as_integers("token_type_ids", token_type_ids)
-            check_ids("token_type_ids", token_type_ids, config.type_vocab_size)
-        tokens = (None if x is None else packed.pack(x) for x in (input_ids, inputs_embeds, token_type_ids))
+            check_ids("token_type_ids", token_type_ids, getattr(types, "num_embeddings", config.type_vocab_size))
+        if input_ids is not None and not (packed.keeps_padding or is_plain(words, nn.Embedding)):
+            # Noise, attributions and adapters on the input embeddings count on [B, S, E].
+            input_ids, inputs_embeds = None, words(input_ids)
+        ids, types, embeds = (None if x is None else packed.pack(x) for x in (input_ids, token_type_ids, inputs_embeds))
         hidden, states, attentions = self.encoder(
-            self.embeddings(*tokens), packed, output_hidden_states, output_attentions
+            self.embeddings(ids, types, inputs_embeds=embeds), packed, output_hidden_states, output_attentions
         )
         if states is not None:
             states = tuple(packed.unpack(state) for state in states)
@@ -582,6 +583,7 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
+        packed_output: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Hidden states of a padded batch, or of sequences concatenated in a row.
@@ -595,6 +597,7 @@ class BertModel(BertPreTrainedModel):
                 not follow that of the token before starts a new sequence, as transformers'
                 `DataCollatorWithFlattening` writes it. Rows of several sequences have no padding.
             inputs_embeds: floating [B, S, E] in place of `input_ids`.
+            packed_output: return `Encoded`, which heads ask for by a call, so that hooks on the encoder run.
             **kwargs: `output_attentions` (bool): also return the attention weights, [B, H, S, S] per layer, served by
                 eager attention. `output_hidden_states` (bool): also return L + 1 hidden states [B, S, E], zero at
                 padding. `return_dict` (bool): False returns a tuple. `cu_seq_lens_q` (int32 or int64 [N + 1]): where
@@ -603,7 +606,7 @@ class BertModel(BertPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: last_hidden_state [B, S, E], zero at padding; pooler_output [B, E] ([N, E]
-            for concatenated sequences), None without a pooler.
+            for concatenated sequences), None without a pooler. With `packed_output`: `Encoded`.
 
         Raises:
             ValueError: an argument with a wrong shape, rank, or value; the message names it.
@@ -611,6 +614,8 @@ class BertModel(BertPreTrainedModel):
         Source: https://arxiv.org/abs/2312.17482.
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        if packed_output:
+            return encoded
         first = encoded.packed.first_tokens(encoded.hidden) if self.pooler is not None else None
         return BaseModelOutputWithPooling(
             last_hidden_state=encoded.packed.unpack(encoded.hidden),
@@ -672,7 +677,9 @@ class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
         """
         if masked_lm_positions is not None and attention_mask is not None:
             raise ValueError("masked_lm_positions needs a batch without padding, got an attention_mask beside it")
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.bert(
+            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
+        )
         hidden, packed = encoded.hidden, encoded.packed
         if labels is None:
             return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
@@ -738,7 +745,9 @@ class BertForSequenceClassification(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; labels of another shape, or an unknown `problem_type`.
         """
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.bert(
+            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
+        )
         if self.bert.pooler is None:
             pooled = encoded.packed.mean_tokens(encoded.hidden)
         else:
@@ -794,7 +803,9 @@ class BertForTokenClassification(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; labels of another shape.
         """
-        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        encoded = self.bert(
+            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
+        )
         logits = self.classifier(self.dropout(encoded.hidden))
         loss = None
         if labels is not None:

@@ -239,10 +239,56 @@ def test_hooks_that_replace_an_output_reach_the_answer(inner):
     seen = []
     handle = model.get_submodule(inner).register_forward_hook(lambda m, a, out: seen.append(out) or out * 2)
     after = model(**call).last_hidden_state
-    assert seen[0].shape == (11, 48)
+    # Input embeddings are seen in the caller's layout, inner layers packed.
+    assert seen[0].shape == ((2, 7, 48) if "embeddings" in inner else (11, 48))
     assert numerics.relative_error(after, before) > 1e-3
     handle.remove()
     numerics.assert_same(model(**call).last_hidden_state, before, 0.0)
+
+
+@pytest.mark.parametrize("model_class", HEADS, ids=name_of)
+def test_inner_modules_return_tensors_only(model_class):
+    """Captum clones every output of the layer that it attributes to."""
+    model = head(model_class)
+    seen = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] not in ("", "bert", "encoder"):
+            module.register_forward_hook(lambda m, a, out: seen.extend(out if isinstance(out, tuple) else (out,)))
+    for weights in (False, True):
+        model(**call_of(model_class), output_attentions=weights)
+    assert seen and all(torch.is_tensor(x) for x in seen)
+
+
+@pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
+def test_hooks_on_the_encoder_of_a_head_run_once_a_call(model_class):
+    model = head(model_class)
+    seen = []
+    model.bert.register_forward_pre_hook(lambda m, a: seen.append("before"))
+    model.bert.register_forward_hook(lambda m, a, out: seen.append(out[0].shape[-1]))
+    model(**call_of(model_class))
+    assert seen == ["before", 48]
+
+
+@pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
+def test_an_encoder_compiled_inside_its_head_is_what_the_head_runs(model_class):
+    torch._dynamo.reset()
+    graphs = []
+    model, call = head(model_class, num_hidden_layers=1), call_of(model_class)
+    expected = outputs(model, **call)
+    model.bert = torch.compile(model.bert, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    assert_equal_outputs(outputs(model, **call), expected)
+    assert graphs
+
+
+def test_noise_on_the_input_embeddings_counts_on_their_padded_shape():
+    """As NEFTune adds it: a hook whose scale is the square root of S * E."""
+    model = head(BertModel)
+    ids, mask = ragged_batch([7, 4])
+    noise = torch.linspace(-1, 1, 7 * 48).view(7, 48)
+    words = model.get_input_embeddings()
+    expected = model(inputs_embeds=words(ids) + noise / (7 * 48) ** 0.5, attention_mask=mask).last_hidden_state
+    words.register_forward_hook(lambda m, a, out: out + noise / (out.size(1) * out.size(2)) ** 0.5)
+    numerics.assert_same(model(ids, mask).last_hidden_state, expected, 0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -416,6 +416,35 @@ def test_an_encoder_decoder_of_two_mosaicberts_is_refused_instead_of_built_from_
         transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(repository, repository, **remote)
 
 
+# Parts called or replaced one by one
+
+
+def test_embeddings_and_pooler_called_alone_take_what_stock_berts_take():
+    model = head(BertModel)
+    ids, mask = ragged_batch([7, 7])
+    types = ids % 2
+    output = model(ids, token_type_ids=types, output_hidden_states=True)
+    numerics.assert_same(model.embeddings(ids, types), output.hidden_states[0], SAME)
+    numerics.assert_same(model.embeddings(input_ids=ids), model(ids, output_hidden_states=True).hidden_states[0], SAME)
+    numerics.assert_same(model.pooler(output.last_hidden_state), output.pooler_output, SAME)
+
+
+@pytest.mark.parametrize("kind", ["word", "token_type"])
+def test_larger_embeddings_put_in_the_place_of_the_models_take_their_ids(kind):
+    model = head(BertModel)
+    old = getattr(model.embeddings, f"{kind}_embeddings")
+    new = nn.Embedding(old.num_embeddings + 2, old.embedding_dim)
+    new.weight.data[-1] = old.weight[1]
+    setattr(model.embeddings, f"{kind}_embeddings", new)
+    new.weight.data[: old.num_embeddings] = old.weight
+    name, first, last = {"word": "input_ids", "token_type": "token_type_ids"}[kind], 1, old.num_embeddings + 1
+    call = {"input_ids": torch.tensor([[1, 1, 1]])}
+    known, added = ({**call, name: torch.full((1, 3), number)} for number in (first, last))
+    numerics.assert_same(model(**added).last_hidden_state, model(**known).last_hidden_state, 0.0)
+    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, {last + 1}\), got {last + 1}"):
+        model(**{**call, name: torch.full((1, 3), last + 1)})
+
+
 # Losses
 
 
