@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
+from cli import one_line
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs that write the same target at once are not noticed
@@ -34,15 +36,18 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
         The folder to write to. It is removed when the block raises; the target is then as it was.
 
     Raises:
-        ValueError: the target is there already and `overwrite` is not set, it is no folder, it holds folders or the
-            source, or another run is writing it.
+        ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
+            folders or the source, or another run is writing it.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: {target} is a file, expected a folder")
     if source is not None and Path(source).exists() and target in Path(source).resolve().parents:
         raise ValueError(f"target: {target} holds the source {source}, expected another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"target: {target.parent} cannot be made, {one_line(error)}") from error
     stage = target.parent / f".{target.name}.stage"
     with _locked(stage, target):
         new, old = stage / "new", stage / "old"

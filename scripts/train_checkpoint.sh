@@ -11,7 +11,7 @@
 # (--model). Training has no dropout; the shipped config keeps hidden_dropout_prob at 0.1 for fine-tuning.
 set -euo pipefail
 
-if [ $# -lt 3 ]; then
+if [ $# -lt 3 ] || ! [[ $3 =~ ^[0-9]+$ ]]; then
     sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi

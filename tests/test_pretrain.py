@@ -596,13 +596,15 @@ def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenize
         command += ["--model", tmp_path / "start"]
         return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=180)
 
+    assert call("soon").returncode == 2 and not (tmp_path / "out").exists()
     short = call(1)
     assert short.returncode == 1 and "1 seconds are used up after tokenizing" in short.stderr
     bounds = np.load(tmp_path / "out/tokens/bounds.npy")
     assert len(bounds) == 60 * (4 + 4 + 3 + 1) and len(np.unique(bounds, axis=0)) == 60 * 4
+    written = (tmp_path / "out/tokens").stat().st_mtime_ns
     done = call(100_000)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "tokenize" not in done.stderr and len(losses(tmp_path / "out/run")) == 2
+    assert (tmp_path / "out/tokens").stat().st_mtime_ns == written and len(losses(tmp_path / "out/run")) == 2
 
 
 @pytest.mark.parametrize(

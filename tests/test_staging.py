@@ -139,6 +139,9 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     with pytest.raises(ValueError, match="notes is a file, expected a folder"):
         with staging.staged_folder(tmp_path / "notes", overwrite=True):
             pass
+    with pytest.raises(ValueError, match="target: .*notes cannot be made"):
+        with staging.staged_folder(tmp_path / "notes" / "model"):
+            pass
     assert (tmp_path / "notes").read_text() == "mine"
 
 
