@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from cli import one_line
 from huggingface_hub.constants import HF_HOME
 from records import TEXT_FILES, find_files, is_file_name, load_dataset, read_texts
 from tqdm import tqdm
@@ -86,11 +87,14 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
         folder: where to write; it appears when it is complete.
 
     Raises:
-        ValueError: no document has `SHORTEST` tokens.
+        ValueError: no document has `SHORTEST` tokens, or the folder cannot be made.
     """
     dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
     stage = folder.with_name(f".{folder.name}.{os.getpid()}")
-    stage.mkdir(parents=True)
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cache_dir: {folder.parent} cannot be written, {one_line(error)}") from error
     unique = {id(part): part for part in parts}
     sizes, owners = [], []
     try:

@@ -78,8 +78,12 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
 def _locked(stage: Path, target: Path) -> Iterator[None]:
     """Make the stage and hold a lock on it, which ends with the process."""
     while True:
-        with contextlib.suppress(FileExistsError):  # exist_ok would raise where a run that ends removes it meanwhile
+        try:
             stage.mkdir()
+        except FileExistsError:  # exist_ok would raise where a run that ends removes it meanwhile
+            pass
+        except PermissionError as error:
+            raise ValueError(f"target: {target.parent} cannot be written, {one_line(error)}") from error
         if fcntl is None:
             break
         try:

@@ -209,6 +209,8 @@ def test_tokenizing_that_fails_leaves_nothing(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="a.jsonl, line 2: expected a string in 'text', got null"):
         sequences_of(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(ValueError, match="cache_dir: .*a.jsonl cannot be written"):
+        sequences_of(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

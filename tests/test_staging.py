@@ -145,6 +145,17 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+def test_a_target_without_the_right_to_write_is_named(tmp_path, monkeypatch):
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="target: .* cannot be written, .*denied"):
+        patch.setattr(staging.Path, "mkdir", lambda path, *_, **options: None if options else denied(path))
+        with staging.staged_folder(tmp_path / "model"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_to_itself_is_no_target(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError), staging.staged_folder(tmp_path / "loop", overwrite=True):
