@@ -7,6 +7,7 @@ recomputes mean and variance. The gradients of weight and bias are summed by row
 Letters: T tokens, E hidden size.
 """
 
+import functools
 from typing import Optional
 
 import torch
@@ -130,6 +131,7 @@ def _backward_kernel(
     tl.store(sums + size, bias_sum, mask=exists)
 
 
+@functools.cache
 def _tile(size: int) -> Tile:
     """A row at a time: 8 numbers a thread up to size 1,024, then 16 and more."""
     block = max(16, triton.next_power_of_2(size))
@@ -137,7 +139,7 @@ def _tile(size: int) -> Tile:
 
 
 def _forward(x, residual, weight, bias, seed, eps: float, dropout_p: float, dtype: torch.dtype) -> torch.Tensor:
-    out = x.new_empty(x.shape, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype)  # contiguous, even where the rows of x lie apart
     if out.numel():
         total, size = x.shape
         tensors, tile = (x, residual, weight, bias, out, seed), _tile(size)
