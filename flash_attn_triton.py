@@ -210,8 +210,8 @@ def _steps(begin, diagonal, leave, stop, OTHER: tl.constexpr, IS_FAR: tl.constex
 def _visit(step, first, begin, diagonal, leave, OTHER: tl.constexpr, IS_FAR: tl.constexpr):
     """First row of the tile that a walk visits at a step, and its row next to the diagonal (on it, any row nearby)."""
     if IS_FAR:
-        before = (diagonal - begin) // OTHER
-        other = tl.where(step < before, begin + step * OTHER, leave + (step - before) * OTHER)
+        other = begin + step * OTHER
+        other += tl.where(other < diagonal, 0, leave - diagonal)
         return other, tl.where(other < first, other + OTHER - 1, other)
     else:
         return diagonal + step * OTHER, first
@@ -219,39 +219,42 @@ def _visit(step, first, begin, diagonal, leave, OTHER: tl.constexpr, IS_FAR: tl.
 
 @triton.jit
 def _read(base, stride, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """The tile of ROWS rows from `first` of the sequence at `start`, with zeros in channels beyond the head.
+    """The tile of ROWS rows from `first` of the sequence at `start`, zero beyond the sequence and beyond the head.
 
-    Rows beyond the sequence repeat its last one and must get no weight; a mask would cost registers. Offsets have 64
-    bits: T * 3 * H * D may pass 2^31.
+    Offsets have 64 bits: T * 3 * H * D may pass 2^31. What a walk does not change comes first in their sum.
     """
-    rows = tl.minimum(first + tl.arange(0, ROWS), length - 1).to(tl.int64) * stride  # [ROWS]
+    rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_DIM)
-    pointers = base + start.to(tl.int64) * stride + rows[:, None] + channels[None, :]  # [ROWS, BLOCK_DIM]
-    if HEAD_DIM == BLOCK_DIM:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+    pointers = (base + start.to(tl.int64) * stride + channels)[None, :] + rows.to(tl.int64)[:, None] * stride
+    exists = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
+    return tl.load(pointers, mask=exists, other=0.0)
 
 
 @triton.jit
 def _write(
     tile, base, stride, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):
-    """Store the rows that the sequence has and the channels that the head has, in the dtype of the output."""
-    rows = first + tl.arange(0, ROWS)
+    """Store the rows that the sequence has and the channels that the head has, in the dtype of the output.
+
+    Rows count from `first`: the sums that `_read` needed would otherwise be kept in registers during the whole walk.
+    """
+    rows = tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_DIM)
-    pointers = base + start.to(tl.int64) * stride + rows.to(tl.int64)[:, None] * stride + channels[None, :]
-    exists = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
+    pointers = base + (start + first).to(tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    exists = (rows < length - first)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _positions(positions, start, rows, exists):
-    """Column of each token in its padded row: read where the mask has holes, else the token's number."""
+def _positions(positions, start, rows, length):
+    """Column of each token in its padded row: read where the mask has holes, else the token's number.
+
+    Rows beyond the sequence get the column of its last one, so that no distance has the wrong sign.
+    """
     if positions is None:
         return rows
     else:
-        return tl.load(positions + start + rows, mask=exists, other=0).to(tl.int32)
+        return tl.load(positions + start + tl.minimum(rows, length - 1)).to(tl.int32)
 
 
 @triton.jit
@@ -306,9 +309,9 @@ def _scores(
     """
     scores = tl.dot(own_tile, tl.trans(other_tile), input_precision="ieee")  # [OWN, OTHER]
     others = other + tl.arange(0, OTHER)
-    nearest = _positions(positions, start, near, True)
+    nearest = _positions(positions, start, near, length)
     row = (own_positions - nearest).to(tl.float32)  # [OWN]
-    column = (_positions(positions, start, others, others < length) - nearest).to(tl.float32)  # [OTHER]
+    column = (_positions(positions, start, others, length) - nearest).to(tl.float32)  # [OTHER]
     if IS_FAR:
         side = tl.where(other < first, slope, -slope)
         return scores * factor + (extra + column * side)[None, :], row * -side
@@ -414,7 +417,7 @@ def _forward_kernel(
     value = key + part_stride
     factor = scale * LOG2E
     rows = first + tl.arange(0, OWN)
-    own_positions = _positions(positions, start, rows, rows < length)
+    own_positions = _positions(positions, start, rows, length)
     q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
     row_max = tl.full((OWN,), LOWEST, tl.float32)
@@ -500,7 +503,7 @@ def _query_gradient_kernel(
     factor = scale * LOG2E
     rows = first + tl.arange(0, OWN)
     valid = rows < length
-    own_positions = _positions(positions, start, rows, valid)
+    own_positions = _positions(positions, start, rows, length)
     q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
     do = _read(out_gradient, out_gradient_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
     o = _read(out, out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
@@ -576,9 +579,11 @@ def _key_value_gradient_kernel(
     out_gradient += head * out_gradient_head_stride
     lse += head * total + start
     delta += head * total + start
+    part = tl.num_programs(1) * HEAD_DIM
+    gradient += head * HEAD_DIM + part
     factor = scale * LOG2E
     rows = first + tl.arange(0, OWN)
-    own_positions = _positions(positions, start, rows, rows < length)
+    own_positions = _positions(positions, start, rows, length)
     k = _read(key, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
     v = _read(value, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
@@ -590,7 +595,8 @@ def _key_value_gradient_kernel(
             others = other + tl.arange(0, OTHER)
             q = _read(query, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
             do = _read(out_gradient, out_gradient_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            extra = -tl.load(lse + others, mask=others < length, other=float("inf"))  # [OTHER]
+            # Queries beyond the sequence need no mask: they weigh exp2(bias), at most 1, and multiply zeros.
+            extra = -tl.load(lse + others, mask=others < length, other=0.0)  # [OTHER]
             scores, row_bias = _scores(
                 k, q, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
             )
@@ -609,8 +615,6 @@ def _key_value_gradient_kernel(
             dscores = weights * (dweights - column_delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
 
-    part = tl.num_programs(1) * HEAD_DIM
-    gradient += head * HEAD_DIM + part
     _write(dk * scale, gradient, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
     _write(dv, gradient + part, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
 
@@ -618,7 +622,7 @@ def _key_value_gradient_kernel(
 # Tile sizes to try, by what they are for. The first of each is safe on any card, and runs where nothing can be timed.
 # The others of "usual" were the fastest of 37 sizes at lengths 2,048 and 8,192 (H100, bfloat16, D = 64), the first ones
 # of the gradients at 512; no size with 8 warps was among the best three. The rest follows from the compiler's report:
-# the largest that keep everything, or all but a few bytes, in registers.
+# the largest that keep everything in registers on sm_90 (Triton 3.7.1).
 _TILES = {
     _forward_kernel: {
         "usual": [Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)],

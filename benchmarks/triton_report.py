@@ -11,6 +11,7 @@ import argparse
 import csv
 import gzip
 import importlib
+import itertools
 import json
 import os
 import re
@@ -43,28 +44,17 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = ("_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel")
 
-# What the sweep compiles for every target: dtype, head size, extras.
-VARIANTS = [
-    (torch.bfloat16, 64, ()),
-    (torch.float32, 64, ()),
-    (torch.bfloat16, 64, ("dropout",)),
-]
-# What it compiles for sm_90 as well.
-OTHER_HEADS = [
-    (torch.bfloat16, 32, ()),
-    (torch.bfloat16, 128, ()),
-    (torch.bfloat16, 128, ("dropout",)),
-]
+# What is compiled of the attention kernels: dtype, head size, extras.
+VARIANTS = [(torch.float32, 64, ())]
+VARIANTS += [(torch.bfloat16, head_dim, extras) for head_dim in (32, 64, 128) for extras in ((), ("dropout",))]
+# What is compiled of the fused layers, at the base size: file, extras.
+FUSED_KERNELS = ("_forward_kernel", "_backward_kernel")
+FUSED = [("geglu_triton", ()), ("layer_norm_triton", ()), ("layer_norm_triton", ("dropout",))]
 # The arguments that are None without an extra.
 OPTIONAL = {"dropout": "seed", "holes": "positions", "masked": "key_mask"}
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BOUNDS = (0, 5, 10, 20)
-
-
-def variants_for(target: str) -> list:
-    """The dtypes, head sizes and extras that are compiled for a target."""
-    return VARIANTS + OTHER_HEADS * (target == "sm_90")
 
 
 def tiles_for(name: str, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> list:
@@ -86,20 +76,23 @@ def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
     return pointers.get(name, "*" + DTYPES[dtype])
 
 
-def compile_function(function, constants: dict, target: str, dtype: torch.dtype, warps=4, stages=3) -> dict:
+def compile_function(function, constants: dict, target: str, dtype: torch.dtype, warps=4, stages=3, extras=()) -> dict:
     """Compile a kernel and read the compiler's report.
 
     Args:
         function: a triton.jit function of one of the Triton files.
-        constants: its constexpr arguments and those that are None.
+        constants: its constexpr arguments.
         target: a key of `TARGETS`.
         dtype: a key of `DTYPES`.
         warps: warps of a block.
         stages: stages of the pipeline.
+        extras: of "dropout", "holes" and "masked", those that are on; the arguments of the others are None.
 
     Returns:
         Registers a thread, bytes a thread spilled, bytes of shared memory a block.
     """
+    absent = {name for extra, name in OPTIONAL.items() if extra not in extras}
+    constants = {**constants, **{name: None for name in function.arg_names if name in absent}}
     signature = {name: argument_type(name, dtype, constants) for name in function.arg_names}
     # torch aligns what it allocates, and strides and sizes are multiples of 16 for any usual model.
     aligned = {
@@ -135,9 +128,17 @@ def compile_kernel(name: str, tile, target: str, dtype: torch.dtype, head_dim: i
         "MEASURED": kernels.MEASURED_TOKENS,
         "OWN": tile.own,
         "OTHER": tile.other,
-        **{argument: None for extra, argument in OPTIONAL.items() if extra not in extras},
     }
-    return compile_function(getattr(kernels, name), constants, target, dtype, tile.warps, tile.stages)
+    return compile_function(getattr(kernels, name), constants, target, dtype, tile.warps, tile.stages, extras)
+
+
+def compile_fused(file: str, name: str, target: str, extras=()) -> tuple:
+    """Compile a kernel of a fused layer in bfloat16 at the base size; returns its tile size and the report."""
+    leaf = importlib.import_module(f"{PACKAGE}.{file}")
+    tile = leaf.TILE if file == "geglu_triton" else leaf._tile(768)
+    constants = {"BLOCK": tile.other}
+    arguments = (constants, target, torch.bfloat16, tile.warps, tile.stages, extras)
+    return tile, compile_function(getattr(leaf, name), *arguments)
 
 
 def usage_on_nvidia(compiled) -> tuple:
@@ -159,20 +160,20 @@ def usage_on_amd(compiled) -> tuple:
 
 def compile_rows(targets):
     """One row of the table for each kernel, tile size, variant and target."""
+
+    def row(kernel, dtype, head_dim, extras, tile, usage):
+        what = {"triton": triton.__version__, "target": target, "kernel": kernel, "dtype": DTYPES[dtype]}
+        return {**what, "head_dim": head_dim, "extras": "+".join(extras), **tile._asdict(), **usage}
+
     for target in targets:
-        for dtype, head_dim, extras in variants_for(target):
+        for dtype, head_dim, extras in VARIANTS:
             for name in KERNELS:
                 for tile in tiles_for(name, target, dtype, head_dim, extras):
-                    yield {
-                        "triton": triton.__version__,
-                        "target": target,
-                        "kernel": name.strip("_"),
-                        "dtype": DTYPES[dtype],
-                        "head_dim": head_dim,
-                        "extras": "+".join(extras),
-                        **tile._asdict(),
-                        **compile_kernel(name, tile, target, dtype, head_dim, extras),
-                    }
+                    usage = compile_kernel(name, tile, target, dtype, head_dim, extras)
+                    yield row(name.strip("_"), dtype, head_dim, extras, tile, usage)
+        for (file, extras), name in itertools.product(FUSED, FUSED_KERNELS):
+            kernel = file.removesuffix("_triton") + name
+            yield row(kernel, torch.bfloat16, None, extras, *compile_fused(file, name, target, extras))
 
 
 _window, _radius = kernels._window, kernels._radius
@@ -302,7 +303,7 @@ def main():
         write_table(
             RESULTS / "triton_compile.csv",
             compile_rows(targets),
-            keep=lambda row: row["triton"] != triton.__version__ or row["target"] not in targets,
+            keep=lambda row: row["target"] not in targets,
         )
     elif (arguments.checkpoint is None) != (arguments.text is None):
         parser.error("--checkpoint and --text go together")

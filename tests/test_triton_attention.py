@@ -82,14 +82,16 @@ def test_without_slopes_there_is_no_bias_and_a_scale_is_taken_as_given():
 
 
 @on_kernels
-def test_holes_and_left_padding_keep_their_distances():
-    mask = torch.zeros(5, 80, dtype=torch.long, device=DEVICE)
+@pytest.mark.parametrize("left", [0, 4000])  # far to the right, a position read beyond a sequence must not be 0
+def test_holes_and_left_padding_keep_their_distances(left):
+    whole_mask = torch.zeros(5, left + 80, dtype=torch.long, device=DEVICE)
+    mask = whole_mask[:, left:]
     mask[0, 30:] = 1  # left padding
     mask[1, :70] = 1
     mask[1, 10:45] = 0  # a hole wider than a tile
     mask[2, ::2] = 1
     mask[3, 79] = 1  # one token; row 4 has none
-    packed = pack_padded(mask, mask.shape, mask.device)
+    packed = pack_padded(whole_mask, whole_mask.shape, mask.device)
     total = packed.positions.shape[0]
     assert packed.has_holes
     qkv, _ = packed_input([total], 2, 16)
