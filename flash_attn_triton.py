@@ -701,7 +701,8 @@ def _run(kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers) -
         if qkv.is_cuda and torch.cuda.is_current_stream_capturing():
             return run(tile)  # nothing can be timed while a graph is captured
         if qkv.is_cuda and len(tiles) > 1:
-            tile = fastest(tiles, run)
+            with torch.cuda.device(qkv.get_device()):  # the current device is the one whose time is taken
+                tile = fastest(tiles, run)
         _chosen[key] = tile
     run(tile)
 

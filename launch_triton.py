@@ -63,6 +63,8 @@ def launch(kernel, grid, tensors, strides, numbers, constants, tile: Tile) -> No
     with torch.cuda.device(device):
         kinds = tuple([x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors])
         key = (kernel, device, kinds, strides, constants, tile)
+        if torch.version.hip:  # Triton addresses what lies within 2 GiB by 32 bits there
+            key += tuple([x is not None and x.untyped_storage().nbytes() < 2**31 for x in tensors])
         compiled = _compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *strides, *numbers, *constants)

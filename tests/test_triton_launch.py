@@ -1,13 +1,19 @@
 """Which tile size runs, how kernels start, and devices that cannot run them."""
 
+import contextlib
+import itertools
 import logging
+import math
 
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 from triton_kernels import INTERPRETED, KERNELS, leaf, packed_input, slopes_of
 
-from mosaicbert import launch_triton
+from mosaicbert import geglu_triton, launch_triton, layer_norm_triton
 
 FORWARD, QUERY, KEY_VALUE = KERNELS
 ON_H100 = 232_448  # bytes of shared memory a block
@@ -71,7 +77,16 @@ def test_one_kernel_runs_forward_two_where_something_may_be_skipped_and_two_back
 def test_tiles_are_timed_once_for_each_range_of_lengths(monkeypatch, launches):
     timed = []
 
+    current = []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
     def fastest(tiles, run):
+        assert current == [-1], "the device of the tensors, which need not be the current one, is timed"
         timed.append(tiles)
         for tile in tiles:
             run(tile)
@@ -80,6 +95,7 @@ def test_tiles_are_timed_once_for_each_range_of_lengths(monkeypatch, launches):
     monkeypatch.setattr(leaf, "fastest", fastest)
     monkeypatch.setattr(leaf, "shared_memory", lambda device: ON_H100)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for max_seqlen, times in ((40, 1), (50, 1), (300, 2), (256, 2)):
         forward_of(max_seqlen)
@@ -148,6 +164,55 @@ def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its
     assert len(kernel.dispatched) == 1 + len(other)
     assert len(kernel.ran) == 2 + len(other)
     assert kernel.ran[0] == ((3, 2, 1), (x, None, 16, 2, 0.25, 64))
+
+
+class Specialized:
+    """Stands for a kernel, and for what it compiles to: checks that Triton itself would run that again."""
+
+    def __init__(self, kernel, target, compiled_for=None):
+        self.kernel, self.target, self.compiled_for = kernel, target, compiled_for
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            bind = create_function_from_signature(self.kernel.signature, self.kernel.params, make_backend(self.target))
+            _, specialization, _ = bind(*arguments)
+            if options:
+                return Specialized(self.kernel, self.target, specialization)
+            assert specialization == self.compiled_for
+            runs.append(self.kernel)
+
+        return run
+
+
+runs = []
+
+
+@pytest.mark.skipif(INTERPRETED or not launch_triton._RUNS_COMPILED, reason="nothing compiled runs again")
+@pytest.mark.parametrize("target", [("cuda", 90, 32), ("hip", "gfx942", 64)])
+def test_no_compiled_kernel_runs_for_what_triton_would_compile_anew(monkeypatch, target):
+    recorded = []
+    for module in (leaf, geglu_triton, layer_norm_triton):
+        monkeypatch.setattr(module, "launch", lambda *arguments: recorded.append(arguments))
+    # 2 GiB that are never written, so that they take no memory.
+    reserve = torch.empty(2**30, dtype=torch.bfloat16)
+    for start, storage in ((0, reserve[: 2**20].clone()), (1, reserve[: 2**20].clone()), (0, reserve)):
+        for lengths, size in itertools.product(([1], [16], [40, 25]), (16, 24)):
+            shape = (sum(lengths), 3, 1, size)
+            qkv = storage[start : start + math.prod(shape)].view(shape).requires_grad_()
+            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+            for max_seqlen in (512, 513):
+                leaf._attend(qkv, cu_seqlens, max_seqlen, torch.ones(1), 1.0, 0.0).sum().backward()
+            rows = qkv.flatten(1)
+            geglu_triton.triton_geglu(rows[:, : 2 * size]).sum().backward()
+            layer_norm_triton.triton_add_layer_norm(rows, rows, rows[0], rows[0], 1e-12).sum().backward()
+    monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
+    monkeypatch.setattr(launch_triton, "_compiled", {})
+    monkeypatch.setattr(torch.version, "hip", target[0] == "hip" or None)
+    kernels = {kernel: Specialized(kernel, GPUTarget(*target)) for kernel, *_ in recorded}
+    runs.clear()
+    for kernel, *arguments in recorded:
+        launch_triton.launch(kernels[kernel], *arguments)
+    assert len(kernels) == 8 and set(runs) == set(kernels)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter serves CPU tensors")
