@@ -442,7 +442,7 @@ def set_fields(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def refuses(folder, message):
+def assert_refused(folder, message):
     """Fail unless the folder is refused with this message."""
     with pytest.raises(ValueError, match=re.escape(message)):
         push_to_hub.files_to_push(folder)
@@ -459,7 +459,7 @@ def refuses(folder, message):
 )
 def test_a_folder_that_lacks_a_file_is_not_pushed(folder, name, message):
     (folder / name).unlink()
-    refuses(folder, message)
+    assert_refused(folder, message)
 
 
 ELSEWHERE = "leads to code or files outside of the repository: "
@@ -489,44 +489,41 @@ WITHOUT_MODEL = {name: reference for name, reference in AUTO_MAP.items() if name
 )
 def test_a_config_that_is_incomplete_or_leads_elsewhere_is_not_pushed(folder, fields, message):
     set_fields(folder / "config.json", **fields)
-    refuses(folder, message)
+    assert_refused(folder, message)
 
 
 def test_a_tokenizer_config_that_leads_elsewhere_is_not_pushed(folder):
     path = folder / "tokenizer_config.json"
     set_fields(path, auto_map={"AutoTokenizer": ["a/b--tokens.Slow", None]})
-    refuses(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'a/b--tokens.Slow'")
+    assert_refused(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'a/b--tokens.Slow'")
     set_fields(path, auto_map={}, vocab_file="/etc/passwd")
-    refuses(folder, "vocab_file: '/etc/passwd'")
+    assert_refused(folder, "vocab_file: '/etc/passwd'")
     path.write_text("[]")
-    refuses(folder, "expected a JSON object, got '[]'")
+    assert_refused(folder, "expected a JSON object, got '[]'")
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "model.safetensors"])
 def test_a_link_that_leads_out_of_the_folder_is_not_pushed(folder, name):
     (folder / name).rename(folder.parent / "outside")
     (folder / name).symlink_to(folder.parent / "outside")
-    refuses(folder, "leads out of the folder")
+    assert_refused(folder, "leads out of the folder")
 
 
 def test_weights_that_are_damaged_or_incomplete_are_not_pushed(folder):
-    model, path, bias = (
-        BertForMaskedLM.from_pretrained(folder),
-        folder / "model.safetensors",
-        "cls.predictions.decoder.bias",
-    )
+    model = BertForMaskedLM.from_pretrained(folder)
+    path, bias = folder / "model.safetensors", "cls.predictions.decoder.bias"
     path.write_bytes(path.read_bytes()[:-100])
-    refuses(folder, "model.safetensors is damaged")
+    assert_refused(folder, "model.safetensors is damaged")
     path.unlink()
     model.save_pretrained(folder, max_shard_size="40KB")
     index = folder / "model.safetensors.index.json"
     shard_of = json.loads(index.read_text())["weight_map"]
     set_fields(index, weight_map={name: shard for name, shard in shard_of.items() if name != bias})
-    refuses(folder, f"disagree about {bias}")
+    assert_refused(folder, f"disagree about {bias}")
     set_fields(index, weight_map={**shard_of, bias: "model-9.safetensors"})
-    refuses(folder, "names shards that are not there: model-9.safetensors")
+    assert_refused(folder, "names shards that are not there: model-9.safetensors")
     set_fields(index, weight_map={**shard_of, bias: "../m.safetensors"})
-    refuses(folder, "expected plain names of .safetensors files, got '../m.safetensors'")
+    assert_refused(folder, "expected plain names of .safetensors files, got '../m.safetensors'")
 
 
 @pytest.mark.parametrize(
@@ -537,12 +534,12 @@ def test_a_card_that_shows_what_is_no_image_in_the_folder_is_not_pushed(folder, 
     for path in (folder / "key.bin", folder.parent / "key.png"):
         path.write_bytes(b"secret")
     (folder / "README.md").write_text(image, encoding="utf-8")
-    refuses(folder, f"README.md shows {link}, which is no image in the folder")
+    assert_refused(folder, f"README.md shows {link}, which is no image in the folder")
 
 
 def test_a_card_that_is_not_utf8_is_not_pushed(folder):
     (folder / "README.md").write_bytes(b"\xff")
-    refuses(folder, "README.md: expected UTF-8")
+    assert_refused(folder, "README.md: expected UTF-8")
 
 
 def test_this_repository_can_be_pushed():
