@@ -411,7 +411,7 @@ def test_nothing_is_stored_but_parameters():
         BertForMaskedLM(copy.deepcopy(model.config))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend, dynamic", [("auto", None), *((backend, True) for backend in CPU_BACKENDS)])
 def test_compiled_without_a_graph_break_agrees(backend, dynamic):
     torch._dynamo.reset()
     ids, mask = holed_batch()

@@ -251,9 +251,8 @@ def packed_call(lengths=(5, 1, 8), boundaries=False):
     return {"input_ids": flat, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}, (ids, mask)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("boundaries", [False, True], ids=["position_ids", "cu_seq_lens_q"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, dynamic", [("auto", None), *((backend, True) for backend in BACKENDS)])
 def test_packed_rows_under_compile_stay_apart(backend, boundaries, dynamic):
     torch._dynamo.reset()
     model = head(BertForMaskedLM, num_hidden_layers=1, attn_implementation=backend).requires_grad_(False)
