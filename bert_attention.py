@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .bert_padding import is_traced
+from .bert_checks import is_traced
 
 # Scores in one SDPA call, heads and rows together, which bounds the memory of the bias: 16 MiB in float32 on the CPU;
 # elsewhere 128 MiB in bfloat16, since a card needs larger calls to be busy.

@@ -16,8 +16,8 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .bert_cpu import is_amd_with_bfloat16
-from .bert_padding import is_traced
+from .bert_checks import is_traced
+from .bert_linear_cpu import is_amd_with_bfloat16
 
 # Queries per call where a head looks at its band only. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
 # fast and 512 costs 1.15 times as much: too many keys then lie outside a steep head's reach.

@@ -5,10 +5,11 @@
 The hub: backend table, modules in execution order, models and heads. It imports every other file directly:
 
     configuration_bert.py   fields and their checks
+    bert_checks.py          checks that several files share
     bert_padding.py         from the arguments of a call to one `PackedBatch`
     bert_attention.py       ALiBi; eager and SDPA attention, for any device
     bert_attention_cpu.py   attention on the CPU without a tensor of S x S
-    bert_cpu.py             faster products on the CPU
+    bert_linear_cpu.py      faster linear layers on the CPU
     bert_loss.py            losses of the heads
     bert_vocabulary.py      slots of the vocabulary without a token
     bert_compat.py          loading, tying and saving across releases of transformers
@@ -42,10 +43,11 @@ from transformers.utils import can_return_tuple
 
 from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
+from .bert_checks import as_integers, check_ids, check_shape, check_tensor, is_plain, is_traced
 from .bert_compat import CompatiblePreTrainedModel
-from .bert_cpu import in_parts, is_plain, linear
+from .bert_linear_cpu import in_parts, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
-from .bert_padding import PackedBatch, as_integers, check_ids, check_shape, check_tensor, is_traced, pack_batch
+from .bert_padding import PackedBatch, pack_batch
 from .bert_vocabulary import PaddedVocabulary
 from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields
 

@@ -6,7 +6,8 @@ Letters: B batch, S padded length, N sequences, C classes.
 import torch
 import torch.nn.functional as F
 
-from .bert_padding import PackedBatch, as_integers, check_ids, check_shape
+from .bert_checks import as_integers, check_ids, check_shape
+from .bert_padding import PackedBatch
 
 
 def mean_loss(total: torch.Tensor, count, num_items_in_batch) -> torch.Tensor:

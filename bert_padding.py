@@ -9,10 +9,7 @@ from typing import Optional
 
 import torch
 
-
-def is_traced() -> bool:
-    """Whether torch.compile, export, a trace or torch.func is at work, so that nothing may depend on data."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+from .bert_checks import as_integers, check_boundaries, check_shape, check_tensor, is_traced
 
 
 @dataclass(frozen=True)
@@ -218,55 +215,6 @@ class PackedBatch:
         return together if mask is None else together & mask
 
 
-def check_shape(name: str, tensor: torch.Tensor, expected: tuple) -> None:
-    """Raise ValueError unless `tensor` has the `expected` shape; the message names it."""
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
-
-
-def check_tensor(name: str, tensor) -> None:
-    """Raise TypeError unless `tensor` is a tensor; the message names it."""
-    if not torch.is_tensor(tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-
-
-def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as int64, in which -100 and any number of classes have a place.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: its dtype is no integer's; the message names it.
-    """
-    check_tensor(name, tensor)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
-    return tensor.long()
-
-
-def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
-    """Raise ValueError when a value lies outside [0, size) and is not `ignored`.
-
-    Only on the CPU, where it costs nothing next to the model; a device would have to wait for the answer.
-
-    Args:
-        name: the argument to name.
-        ids: integers of any shape.
-        size: exclusive upper bound.
-        ignored: another value that is allowed.
-    """
-    if ids.device.type != "cpu" or ids.numel() == 0 or is_traced():
-        return
-    low, high = ids.aminmax()
-    if low >= 0 and high < size:
-        return
-    outside = (ids < 0) | (ids >= size)
-    if ignored is not None:
-        outside &= ids != ignored
-    if outside.any():
-        place = outside.nonzero()[0].tolist()
-        raise ValueError(f"{name} must lie in [0, {size}), got {ids[tuple(place)].item()} at {place}")
-
-
 def pack_batch(
     input_ids: Optional[torch.Tensor] = None,
     attention_mask: Optional[torch.Tensor] = None,
@@ -333,22 +281,6 @@ def pack_batch(
             starts = starts.flatten().nonzero().flatten()
             return pack_flattened(torch.cat((starts, starts.new_tensor([shape[0] * shape[1]]))), None, shape)
     return pack_rows(attention_mask, shape, device) if keep_padding else pack_padded(attention_mask, shape, device)
-
-
-def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], total: int) -> None:
-    """Raise ValueError unless `cu_seq_lens_q` and `max_length_q` describe `total` tokens; values on the CPU only."""
-    if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point() or cu_seq_lens_q.shape[0] < 1:
-        raise ValueError(
-            f"cu_seq_lens_q must be integers of shape [N + 1], got {cu_seq_lens_q.dtype} {list(cu_seq_lens_q.shape)}"
-        )
-    if cu_seq_lens_q.device.type != "cpu" or is_traced():
-        return
-    bounds = cu_seq_lens_q.tolist()
-    if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
-        raise ValueError(f"cu_seq_lens_q must rise from 0 to the {total} tokens given, got {bounds}")
-    longest = max((end - start for start, end in zip(bounds, bounds[1:])), default=0)
-    if max_length_q is not None and max_length_q < longest:
-        raise ValueError(f"max_length_q must be at least the longest sequence, {longest} tokens, got {max_length_q}")
 
 
 def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], device) -> PackedBatch:

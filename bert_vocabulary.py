@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .bert_padding import is_traced
+from .bert_checks import is_traced
 
 # Decoder bias of a vocabulary slot without a token: finite in every dtype, and no softmax leaves anything of it.
 DEAD_SLOT_BIAS = -10_000.0

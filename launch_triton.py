@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .bert_padding import is_traced
+from .bert_checks import is_traced
 
 try:
     import triton

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_cases import LAYOUTS, assert_as_good_as_plain, attend, batch, plain_attention, tensors, truth
 
-from mosaicbert import bert_attention_cpu, bert_cpu
+from mosaicbert import bert_attention_cpu, bert_linear_cpu
 from mosaicbert.bert_attention import alibi_slopes, eager_attention
 from mosaicbert.bert_attention_cpu import HeadGroup, cpu_attention, cpu_declines, head_reach
 from mosaicbert.bert_padding import pack_padded, pack_rows
@@ -46,7 +46,7 @@ PROCESSORS = {"kernel": ("", frozenset()), "products": ("AuthenticAMD", frozense
 @pytest.fixture(params=PROCESSORS)
 def formula(request, monkeypatch):
     """Which formula serves bfloat16 on the CPU, whatever the processor here."""
-    monkeypatch.setattr(bert_cpu, "processor", lambda: PROCESSORS[request.param])
+    monkeypatch.setattr(bert_linear_cpu, "processor", lambda: PROCESSORS[request.param])
     return request.param
 
 
@@ -116,7 +116,7 @@ def test_products_in_parts_equal_the_whole(monkeypatch, most):
     ],
 )
 def test_the_processor_decides_the_formula(monkeypatch, vendor, flags, dtype, count, length, trained, by_products):
-    monkeypatch.setattr(bert_cpu, "processor", lambda: (vendor, frozenset(flags)))
+    monkeypatch.setattr(bert_linear_cpu, "processor", lambda: (vendor, frozenset(flags)))
     group = HeadGroup(start=0, count=count, length=length, heads=list(range(12)), reach=length)
     formula = bert_attention_cpu.formula_for(dtype, group, trained)
     assert (formula.forward is bert_attention_cpu.attend_by_products) is by_products

@@ -10,8 +10,8 @@ from models import ragged_batch, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mosaicbert import bert_cpu
-from mosaicbert.bert_cpu import float32_product, linear, onednn_product, processor, product_for
+from mosaicbert import bert_linear_cpu
+from mosaicbert.bert_linear_cpu import float32_product, linear, onednn_product, processor, product_for
 
 
 def products(dtype):
@@ -44,7 +44,7 @@ def taken(monkeypatch):
         shapes.append(tuple(x.shape))
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows: product)
+    monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows: product)
     return shapes
 
 
@@ -137,7 +137,7 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
             raise FileNotFoundError(path)
         return cpuinfo
 
-    monkeypatch.setattr(bert_cpu.Path, "read_text", read_text)
+    monkeypatch.setattr(bert_linear_cpu.Path, "read_text", read_text)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
@@ -155,7 +155,7 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         model.to(dtype)
         results = []
         for product in (F.linear, *products(dtype)):
-            monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows, product=product: product)
+            monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows, product=product: product)
             results.append(model(ids, mask).logits)
     for result in results[1:]:
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
@@ -164,7 +164,7 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "x", "weight"])
 def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
-    monkeypatch.setattr(bert_cpu, "product_for", lambda dtype, rows: onednn_product)
+    monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows: onednn_product)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(48, 96, bias=bias).requires_grad_(trained != "x")
     x = torch.randn(3, 70, 48, generator=generator, requires_grad=trained != "weight")
@@ -184,10 +184,10 @@ def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, tra
 
 @torch.no_grad()
 def test_in_parts_gives_what_the_whole_gives(monkeypatch):
-    monkeypatch.setattr(bert_cpu, "PART_BYTES", 10 * 8 * 4)
+    monkeypatch.setattr(bert_linear_cpu, "PART_BYTES", 10 * 8 * 4)
     rows = []
     x = torch.randn(37, 8)
-    result = bert_cpu.in_parts(lambda part: rows.append(len(part)) or part * 2, x, width=8)
+    result = bert_linear_cpu.in_parts(lambda part: rows.append(len(part)) or part * 2, x, width=8)
     assert torch.equal(result, x * 2) and rows == [10, 10, 10, 7]
     with torch.enable_grad():
-        assert bert_cpu.in_parts(len, x, width=8) == 37
+        assert bert_linear_cpu.in_parts(len, x, width=8) == 37

@@ -13,17 +13,18 @@ from conftest import ROOT
 # What each model file may import: packages, and files of ours.
 MAY_IMPORT = {
     "configuration_bert.py": {"transformers"},
-    "bert_padding.py": {"torch"},
-    "bert_attention.py": {"torch", ".bert_padding"},
-    "bert_cpu.py": {"torch", ".bert_padding"},
-    "bert_attention_cpu.py": {"torch", ".bert_padding", ".bert_cpu"},
-    "bert_loss.py": {"torch", ".bert_padding"},
-    "bert_vocabulary.py": {"torch", ".bert_padding"},
+    "bert_checks.py": {"torch"},
+    "bert_padding.py": {"torch", ".bert_checks"},
+    "bert_attention.py": {"torch", ".bert_padding", ".bert_checks"},
+    "bert_linear_cpu.py": {"torch", ".bert_padding", ".bert_checks"},
+    "bert_attention_cpu.py": {"torch", ".bert_padding", ".bert_checks", ".bert_linear_cpu"},
+    "bert_loss.py": {"torch", ".bert_padding", ".bert_checks"},
+    "bert_vocabulary.py": {"torch", ".bert_checks"},
     "bert_compat.py": {"torch", "transformers"},
-    "launch_triton.py": {"torch", "triton", ".bert_padding"},
-    "flash_attn_triton.py": {"torch", "triton", ".launch_triton"},
-    "geglu_triton.py": {"torch", "triton", ".launch_triton"},
-    "layer_norm_triton.py": {"torch", "triton", ".launch_triton"},
+    **dict.fromkeys(
+        ("launch_triton.py", "flash_attn_triton.py", "geglu_triton.py", "layer_norm_triton.py"),
+        {"torch", "triton", ".bert_checks", ".launch_triton"},
+    ),
     "bert_layers.py": {"torch", "transformers", *(f".{name.removesuffix('.py')}" for name in CODE_FILES)},
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import VOCAB, holed_batch, ragged_batch, tiny_model
 
-from mosaicbert import bert_cpu
+from mosaicbert import bert_linear_cpu
 from mosaicbert.bert_layers import (
     ATTENTION_BACKENDS,
     BertForMaskedLM,
@@ -464,7 +464,7 @@ def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkey
     whole = layer(hidden)
     seen = []
     layer.gated_layers.register_forward_hook(lambda module, arguments, output: seen.append((output, output.clone())))
-    monkeypatch.setattr(bert_cpu, "PART_BYTES", 10 * 80 * 4)
+    monkeypatch.setattr(bert_linear_cpu, "PART_BYTES", 10 * 80 * 4)
     with torch.no_grad():
         numerics.assert_same(layer(hidden), whole, numerics.SAME[torch.float32])
     assert [len(output) for output, _ in seen] == [10, 10, 10, 7]

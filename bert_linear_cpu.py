@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .bert_padding import is_traced
+from .bert_checks import is_plain, is_traced
 
 # Fewest rows of a product that is worth a choice.
 FEWEST_ROWS = 128
@@ -103,17 +103,6 @@ def product_for(dtype: torch.dtype, rows: int) -> Callable:
     if dtype == torch.bfloat16 and vendor == "GenuineIntel" and "amx_tile" not in flags:
         return float32_product
     return F.linear
-
-
-def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
-    """Whether a layer is an untouched `kind`: no subclass, hook, replaced forward, quantized or sharded weight."""
-    return (
-        type(layer) is kind
-        and type(layer.weight) in (nn.Parameter, torch.Tensor)
-        and "forward" not in vars(layer)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
