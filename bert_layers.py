@@ -49,7 +49,7 @@ from .bert_linear_cpu import in_parts, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
 from .bert_padding import PackedBatch, pack_batch
 from .bert_vocabulary import PaddedVocabulary
-from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields
+from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields, cover_starting_size
 
 try:
     from .flash_attn_triton import triton_attention
@@ -456,10 +456,16 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
             {name: getattr(config, name) for name in FIELD_CHECKS if hasattr(config, name)}
             | {"pad_token_id": config.pad_token_id}
         )
+        cover_starting_size(config)
         if config._attn_implementation_internal is None:
             config._attn_implementation_internal = AUTOMATIC
         super().__init__(config, *inputs, **kwargs)
         check_attention_name(config._attn_implementation)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save a complete repository; transformers' own config does not notice when `alibi_starting_size` is set."""
+        cover_starting_size(self.config)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
         """Choose the attention implementation of all layers.

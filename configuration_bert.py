@@ -64,6 +64,7 @@ FIELD_CHECKS = {
             "intermediate_size",
             "type_vocab_size",
             "alibi_starting_size",
+            "max_position_embeddings",
             "num_labels",
         ),
         (is_size, "a positive integer"),
@@ -113,6 +114,17 @@ def check_fields(fields: dict) -> None:
         raise ValueError(f"pad_token_id must be None or lie in [0, {vocabulary}), got {pad!r}")
 
 
+def cover_starting_size(config) -> None:
+    """Raise `max_position_embeddings`, where other libraries cut a text, to `alibi_starting_size` where it is below.
+
+    Args:
+        config: our `BertConfig` or transformers' `BertConfig`.
+    """
+    size = getattr(config, "alibi_starting_size", 0)
+    if config.max_position_embeddings < size:
+        config.max_position_embeddings = size
+
+
 class BertConfig(StockBertConfig):
     """Configuration of a MosaicBERT: transformers' BertConfig plus the fields below.
 
@@ -135,7 +147,8 @@ class BertConfig(StockBertConfig):
         layer_norm_eps: epsilon of every LayerNorm but the MLM head's, which is 1e-12 in all checkpoints.
         pad_token_id: the embedding row that stays zero; None: no such row.
         classifier_dropout: dropout rate before a classifier; None: `hidden_dropout_prob`.
-        alibi_starting_size: tokens that the position bias is prepared for. Any length works whatever it says.
+        alibi_starting_size: tokens that the model is meant for. Any length works without touching it, and nothing is
+            prepared; `max_position_embeddings` is never below it.
         sparse_prediction: with labels, return logits [M, V] of the M labelled tokens instead of [B, S, V].
         low_precision_layernorm: under autocast, run LayerNorm in the autocast dtype instead of float32.
         classifier_pooling: what a sequence classifier reads: "cls", the pooled first token, as in published
@@ -143,7 +156,8 @@ class BertConfig(StockBertConfig):
         unpad_inputs: drop padding before the layers, which then see [T, E]. False keeps it, for tools that need the
             batch dimension (per-sample gradients, attributions): layers see [B, S, E].
         max_position_embeddings: tokens after which other libraries cut a text, sentence-transformers among them. The
-            model has no limit and does not read it.
+            model has no limit and does not read it. Below `alibi_starting_size`, as in published configs, it becomes
+            that.
         **kwargs: any other field of a transformers config.
 
     Raises:
@@ -206,6 +220,8 @@ class BertConfig(StockBertConfig):
         """Set a field; `EncoderDecoderModel` makes a decoder this way before it builds stock BERT from the fields."""
         check_field(name, value)
         super().__setattr__(name, value)
+        if name in ("alibi_starting_size", "max_position_embeddings"):
+            cover_starting_size(self)
 
     @property
     def output_attentions(self) -> bool:

@@ -263,6 +263,7 @@ def test_multiple_choice_names_the_shape_that_it_was_given():
         "intermediate_size",
         "type_vocab_size",
         "alibi_starting_size",
+        "max_position_embeddings",
     ],
 )
 def test_a_config_names_a_size_that_is_no_positive_integer(name, value):

@@ -91,13 +91,36 @@ def test_loads_with_every_config_people_pass(repository):
     assert_loads(repository, config=bare)
 
 
-def test_alibi_starting_size_can_be_raised_the_card_way(repository):
+def saved_limit(model_or_config, folder):
+    """What other libraries read as the longest text in a saved config.json."""
+    model_or_config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
+def test_other_libraries_read_no_limit_below_alibi_starting_size(tmp_path, repository):
+    assert published_config()["max_position_embeddings"] == 512
+    built = BertConfig(**published_config(alibi_starting_size=1024))
+    assert built.max_position_embeddings == saved_limit(built, tmp_path / "config") == 1024
+    built.alibi_starting_size = 2048
+    assert built.max_position_embeddings == 2048
+    built.max_position_embeddings = 600
+    assert built.max_position_embeddings == 2048
+    built.max_position_embeddings = 9000
+    assert built.max_position_embeddings == 9000
+    loaded = AutoConfig.from_pretrained(repository, alibi_starting_size=3000, **REMOTE)
+    assert loaded.max_position_embeddings == 3000
+    assert AutoConfig.from_pretrained(tmp_path / "config", **REMOTE).max_position_embeddings == 1024
+
+
+def test_alibi_starting_size_can_be_raised_the_card_way(tmp_path, repository):
     config = transformers.BertConfig.from_pretrained(repository)
     config.alibi_starting_size = 2048
     model = assert_loads(repository, config=config)
-    assert model.config.alibi_starting_size == 2048
+    assert model.config.alibi_starting_size == model.config.max_position_embeddings == 2048
     ids, _ = ragged_batch([600])
     numerics.assert_same(model(ids).logits, assert_loads(repository)(ids).logits, 0.0)
+    model.config.alibi_starting_size = 4096
+    assert saved_limit(model, tmp_path / "saved") == 4096
 
 
 def test_from_config_makes_the_same_class(repository):
