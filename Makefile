@@ -3,9 +3,9 @@ PYTHON ?= python3
 PIP = pip install --disable-pip-version-check --constraint constraints.txt
 RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
-MATRIX_TESTS = tests/test_loading.py tests/test_save_formats.py tests/test_reference.py tests/test_padding.py \
-	tests/test_heads.py tests/test_errors.py tests/test_model.py tests/test_trainer.py \
-	tests/test_convert.py tests/test_hub.py tests/test_users.py tests/test_tools.py tests/test_vocabulary.py
+MATRIX_TESTS = tests/loading/test_loading.py tests/loading/test_save_formats.py tests/model/test_reference.py tests/model/test_padding.py \
+	tests/model/test_heads.py tests/model/test_errors.py tests/model/test_model.py tests/loading/test_trainer.py \
+	tests/scripts/test_checkpoint_conversion.py tests/scripts/test_hub.py tests/model/test_users.py tests/model/test_tools.py tests/model/test_vocabulary.py
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 

@@ -10,10 +10,23 @@ atomics nor a float32 buffer for the query gradient.
 **The bias** slope * |i - j| costs one addition a score. In a tile on one side of the diagonal it splits into a part of
 the row and a part of the column; only tiles on the diagonal need the absolute value.
 
-**Skipping.** Tiles beyond the radius within which keys weigh anything are not visited; bert_attention.py proves the
-bound. Here it is taken for a whole sequence and head: C from the largest norms, and `own` from the query with the
-lowest score with itself, or 0 where none is negative. Both come from one pass over the queries and keys, which short
-sequences do without (see `LONGEST_UNSKIPPED`).
+**What is skipped** (see `_radius`). A query's largest score is at least its score with itself, scale * q_i.k_i, where
+the distance is 0. Let `low` be the most negative of these in a sequence and head (0 if none is negative), and
+C = |scale| * max|q| * max|k|, which bounds every product (Cauchy-Schwarz). Two bounds hold for the weight of all keys
+beyond distance r, as a share of the row:
+
+- 2 * exp(C + low - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
+  occurs at most twice, and the row weighs at least exp(-low).
+- 2 * exp(2 * C - slope * r). No product is below -C, and as a key r tokens nearer is at least r positions nearer, the
+  keys beyond r are at most the share exp(-slope * r) of those on their side of the query, which are all in the row.
+  (Not where keys are masked: the nearer key may be one.)
+
+The smaller counts. It is 2^-24, half a unit in the last place of a float32 sum, at
+r = min(C + low + 24 ln 2 + ln(2 / (1 - exp(-slope))), 2 * C + 25 ln 2) / slope.
+Distances are symmetric and each key meets each distance at most twice as well, so the same r bounds what a key
+gathers in backward. Where a mask has holes, distances in positions are at least distances in token numbers, and r stays
+valid when it is counted in tokens. C and low come from one pass over the queries and keys, which short sequences do
+without (see `LONGEST_UNSKIPPED`).
 
 Letters: B batch, S padded length, T tokens, N sequences, H heads, D head size. In the kernels, OWN and OTHER are the
 rows of the tile that a program owns and of those that it walks over, and BLOCK_DIM is D rounded up to a power of two.
@@ -115,7 +128,7 @@ def _peaks(peaks, sequence, start, length, head, ROWS: tl.constexpr):
 
 @triton.jit
 def _radius(query_peak, key_peak, low, slope, scale, MASKED: tl.constexpr):
-    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; bert_attention.py has the proof.
+    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; the proof stands at the top.
 
     Args:
         query_peak: largest |q|^2 of the sequence and head.

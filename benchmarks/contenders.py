@@ -74,8 +74,8 @@ def shipped_sizes() -> Sizes:
 
 SIZES = {"base": BASE, "shipped": shipped_sizes()}
 
-numerics = load_file("tests/numerics.py")
-count_flops = load_file("scripts/recipe.py").count_flops
+numerics = load_file("tests/support/numerics.py")
+count_flops = load_file("scripts/lib/recipe.py").count_flops
 layers = load_checkout(ROOT)
 attention = importlib.import_module(f"{layers.__package__}.bert_attention")
 padding = importlib.import_module(f"{layers.__package__}.bert_padding")
@@ -131,7 +131,7 @@ class Judge(PublishedModel):
 
 
 def check(got, plain, truth, factor, what):
-    """Compare one result by the rules of tests/numerics.py.
+    """Compare one result by the rules of tests/support/numerics.py.
 
     Args:
         got: our result.

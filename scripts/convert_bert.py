@@ -21,10 +21,10 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 
 from pathlib import Path
 
-from cli import Parser, not_negative, positive_integer, run
-from common import find_checkpoint, write_card
-from records import find_files
-from staging import staged_folder
+from lib.cli import Parser, not_negative, positive_integer, run
+from lib.common import find_checkpoint, write_card
+from lib.records import find_files
+from lib.staging import staged_folder
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     args = parser.parse_args()
     files = find_files(args.data)
-    from warm_start import convert
+    from lib.bert_conversion import convert
 
     with staged_folder(args.target, args.overwrite, args.source) as stage:
         folder, commit = find_checkpoint(args.source, args.revision)

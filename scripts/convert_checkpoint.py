@@ -16,8 +16,8 @@ import argparse
 import re
 from pathlib import Path
 
-from cli import Parser, old_file, positive_integer, run
-from staging import staged_folder
+from lib.cli import Parser, old_file, positive_integer, run
+from lib.staging import staged_folder
 
 
 def size(text: str) -> str:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", metavar="FILE", help="verify on this text instead of random tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     args = parser.parse_args()
-    from conversion import convert
+    from lib.checkpoint_conversion import convert
 
     with staged_folder(args.target, args.overwrite, args.source) as stage:
         lines = convert(

@@ -11,8 +11,8 @@ the same text. A model with learned positions is only measured up to the length 
 
 import argparse
 
-import cli
-from common import REPOSITORY
+from lib import cli
+from lib.common import REPOSITORY
 
 
 def picture(text: str) -> str:
@@ -69,7 +69,7 @@ def make_parser() -> cli.Parser:
 def main() -> None:
     """Parse the command line, measure, print the table, and write what was asked for."""
     options = make_parser().parse_args()
-    import evaluation  # after the parser, so that --help need not wait for torch
+    from lib import evaluation  # after the parser, so that --help need not wait for torch
 
     evaluation.evaluate(options)
 

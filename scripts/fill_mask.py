@@ -3,8 +3,8 @@
 python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
-import cli
-from common import REPOSITORY, load_from
+from lib import cli
+from lib.common import REPOSITORY, load_from
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Optional
 
-import cli
+from lib import cli
 
 # Defaults of TrainingArguments that --help does not show.
 RECIPE = {
@@ -134,7 +134,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
 def main() -> None:
     """Parse the command line, fine-tune and print the results."""
     options, arguments = parse()
-    import finetuning  # after the parser, so that --help need not wait for torch
+    from lib import finetuning  # after the parser, so that --help need not wait for torch
 
     finetuning.finetune(options, arguments)
 

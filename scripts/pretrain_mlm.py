@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Optional
 
-import cli
+from lib import cli
 
 # Defaults of TrainingArguments that --help does not show.
 RECIPE = {
@@ -221,7 +221,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
 def main() -> None:
     """Parse the command line, then tokenize or train."""
     options, arguments = parse()
-    import pretraining  # after the parser, so that --help need not wait for torch
+    from lib import pretraining  # after the parser, so that --help need not wait for torch
 
     if options.tokenize_only:
         pretraining.tokenize_only(options)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Optional
 from urllib.parse import unquote
 
-from cli import Parser, one_line, run
-from common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, check_layers, file_inside, read_json, weight_files
-from references import foreign_references
+from lib.cli import Parser, one_line, run
+from lib.common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, check_layers, file_inside, read_json, weight_files
+from lib.references import foreign_references
 
 OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import cli
 import pytest
+from lib import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,466 @@
+"""From any BERT to a MosaicBERT to train on from: the layers, the fit of the gated feed-forward blocks, the head.
+
+`convert_bert.py` says how the function of the source is kept.
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from .common import (
+    check_layers,
+    copy_tokenizer,
+    empty_model,
+    file_inside,
+    foreign_config,
+    load_tokenizer,
+    load_weights,
+    read_json,
+    repository_class,
+    say_float32,
+    vocabulary_size,
+    write_json,
+)
+from .records import find_files, read_texts
+
+Weights = dict[str, torch.Tensor]
+
+SHORTEST = 8  # tokens of a window: with fewer, [CLS] and [SEP] are most of what the blocks are fitted on
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one feed-forward block kept its function, on text that the fit has not seen.
+
+    Attributes:
+        layer: number of the layer in the source.
+        mean: of v·x over the tokens; 1 would be exact.
+        std: of v·x over the tokens; 0 would be exact.
+        inner_error: ‖new − old‖ / ‖old‖ of the feed-forward output, before residual and LayerNorm.
+        block_error: the same after them, which is what the next layer sees.
+    """
+
+    layer: int
+    mean: float
+    std: float
+    inner_error: float
+    block_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer:2d}: v·x {self.mean:.4f} ± {self.std:.4f}, relative error "
+            f"{self.inner_error:.4f} before and {self.block_error:.4f} after residual and LayerNorm"
+        )
+
+
+def read_source(weights: Weights, config: dict) -> Weights:
+    """Give a BERT state dict the names that this script reads, and check its shapes.
+
+    Args:
+        weights: as `load_weights` returns it, with or without `bert.`.
+        config: the source's config.json.
+
+    Returns:
+        float32 tensors; encoder names without `bert.`, the MLM head as `cls.predictions.…`.
+
+    Raises:
+        ValueError: this is no BERT, or a part of one, or a shape is not what the config says; names what is wrong.
+    """
+    for size in ("hidden_size", "intermediate_size", "vocab_size"):
+        value = config.get(size)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json: {size} must be a positive integer, got {value!r}")
+    named = {name.removeprefix("module.").removeprefix("bert."): weights[name].float() for name in weights}
+    check_layers(named, config.get("num_hidden_layers"), "encoder.layer.")
+    expected = source_shapes(config, "cls.predictions.transform.dense.weight" in named)
+    missing = [name for name in expected if name not in named]
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(f"source: expected the weights of a BERT, but it lacks {', '.join(missing[:8])}{more}")
+    vocabulary = {"cls.predictions.decoder.weight": "VE", "cls.predictions.decoder.bias": "V"}
+    expected |= {name: shape for name, shape in {**vocabulary, "cls.predictions.bias": "V"}.items() if name in named}
+    sizes = {"E": config["hidden_size"], "F": config["intermediate_size"], "V": config["vocab_size"]}
+    for name, letters in expected.items():
+        # How many positions and token types there are is the source's own affair.
+        free = named[name].shape[0] if named[name].dim() else 0
+        shape = [sizes.get(letter, free) for letter in letters]
+        if list(named[name].shape) != shape:
+            raise ValueError(f"source: {name} must have shape {shape}, got {list(named[name].shape)}")
+    return named
+
+
+def source_shapes(config: dict, has_head: bool) -> dict[str, str]:
+    """Names and shapes of the weights that a BERT must have.
+
+    Args:
+        config: the source's config.json.
+        has_head: whether it has an MLM head.
+
+    Returns:
+        Name to shape, in the letters E (hidden), F (intermediate), V (vocabulary) and * (any).
+    """
+    modules = {"embeddings.LayerNorm": "E"}
+    for layer in range(config["num_hidden_layers"]):
+        inner = {f"attention.self.{part}": "EE" for part in ("query", "key", "value")}
+        inner |= {"attention.output.dense": "EE", "attention.output.LayerNorm": "E"}
+        inner |= {"intermediate.dense": "FE", "output.dense": "EF", "output.LayerNorm": "E"}
+        modules |= {f"encoder.layer.{layer}.{name}": shape for name, shape in inner.items()}
+    if has_head:
+        modules |= {"cls.predictions.transform.dense": "EE", "cls.predictions.transform.LayerNorm": "E"}
+    shapes = {f"embeddings.{kind}_embeddings.weight": "*E" for kind in ("position", "token_type")}
+    shapes["embeddings.word_embeddings.weight"] = "VE"
+    for name, shape in modules.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[0]}
+    return shapes
+
+
+def convert_embeddings(source: Weights) -> Weights:
+    """Take the embeddings over, the mean position embedding added to each token type.
+
+    Args:
+        source: as `read_source` returns it.
+
+    Returns:
+        The embeddings' tensors under the target's names.
+    """
+    kept = ("word_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+    converted = {f"bert.embeddings.{name}": source[f"embeddings.{name}"] for name in kept}
+    mean_position = source["embeddings.position_embeddings.weight"].mean(dim=0)
+    types = "bert.embeddings.token_type_embeddings.weight"
+    converted[types] = converted[types] + mean_position
+    return converted
+
+
+def convert_layer(source: Weights, old: int, new: int) -> Weights:
+    """Convert all of an encoder layer but its feed-forward gate and value.
+
+    Args:
+        source: as `read_source` returns it.
+        old: number of the layer in the source.
+        new: number of the layer in the target.
+
+    Returns:
+        The layer's tensors under the target's names, `mlp.gated_layers.weight` missing.
+    """
+    there, here = f"encoder.layer.{old}.", f"bert.encoder.layer.{new}."
+    converted = {}
+    for kind in ("weight", "bias"):
+        qkv = [source[f"{there}attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+        converted[f"{here}attention.self.Wqkv.{kind}"] = torch.cat(qkv)
+        for name in ("attention.output.dense", "attention.output.LayerNorm"):
+            converted[f"{here}{name}.{kind}"] = source[f"{there}{name}.{kind}"]
+        converted[f"{here}mlp.wo.{kind}"] = source[f"{there}output.dense.{kind}"]
+        converted[f"{here}mlp.layernorm.{kind}"] = source[f"{there}output.LayerNorm.{kind}"]
+    return converted
+
+
+def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Find the vector v whose product with every input is as close to 1 as can be, by least squares.
+
+    An exact solution exists: (x − b) / w sums to zero over the channels of a LayerNorm output x with weight w and bias
+    b, so v = (1/w) / Σ(b/w). Where Σ(b/w) is near zero that v is long, and long value rows are no good start for
+    training: in MiniLM's fourth layer its length is 138, while with a ridge of 1e-6 it is 16 and misses 1 by 0.03.
+
+    Args:
+        inputs: float32 [T, E].
+        ridge: added to the diagonal of the normal equations, in units of its mean; 0 asks for the exact solution.
+
+    Returns:
+        float32 [E]. Solved in float64.
+
+    Raises:
+        ValueError: without a ridge there is no single solution.
+
+    Source: ours.
+    """
+    inputs = inputs.double()
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    try:
+        return torch.linalg.solve(gram, inputs.sum(dim=0)).float()
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"ridge: {ridge} leaves no single solution on {len(inputs)} tokens of text") from error
+
+
+def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Build the bias-free gate and value rows: gate = W1 + b1 vᵀ, value = v.
+
+    Args:
+        weight: float32 [F, E], W1.
+        bias: float32 [F], b1.
+        constant: float32 [E], v.
+
+    Returns:
+        float32 [2F, E], `gated_layers.weight`.
+    """
+    return torch.cat((weight + torch.outer(bias, constant), constant.expand_as(weight)))
+
+
+class GatedLayerFit:
+    """Fits a feed-forward block when its first input arrives, then lets it run: a forward pre-hook.
+
+    Args:
+        layer: number of the layer in the source.
+        weight: float32 [F, E], W1.
+        bias: float32 [F], b1.
+        held_out: bool [T], the tokens to report on; the others are fitted.
+        ridge: see `fit_constant`.
+    """
+
+    def __init__(self, layer: int, weight: torch.Tensor, bias: torch.Tensor, held_out: torch.Tensor, ridge: float):
+        self.layer, self.weight, self.bias, self.held_out, self.ridge = layer, weight, bias, held_out, ridge
+        self.report: Optional[LayerReport] = None
+
+    def __call__(self, mlp, args) -> None:
+        (hidden,) = args  # [T, E]
+        constant = fit_constant(hidden[~self.held_out], self.ridge)
+        mlp.gated_layers.weight.copy_(fold_bias(self.weight, self.bias, constant))
+        hidden = hidden[self.held_out]
+        gate, value = mlp.gated_layers(hidden).chunk(2, dim=-1)
+        new = mlp.wo(F.gelu(gate) * value)
+        old = mlp.wo(F.gelu(F.linear(hidden, self.weight, self.bias)))
+        products = hidden @ constant
+        self.report = LayerReport(
+            self.layer,
+            products.mean().item(),
+            products.std().item(),
+            relative_error(new, old),
+            relative_error(mlp.layernorm(new + hidden), mlp.layernorm(old + hidden)),
+        )
+
+
+@torch.no_grad()
+def fit_encoder(
+    model, source: Weights, layers: list[int], windows: list[torch.Tensor], ridge: float
+) -> list[LayerReport]:
+    """Run the model on text once, and fit each feed-forward block on what reaches it.
+
+    Args:
+        model: a MosaicBERT with all of the source's weights but the gated layers'; in eval mode.
+        source: as `read_source` returns it.
+        layers: which layer of the source each layer of the model comes from.
+        windows: int64 [S] token ids each; every fifth is kept out of the fit.
+        ridge: see `fit_constant`.
+
+    Returns:
+        A report a layer.
+    """
+    ids = pad_sequence(windows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True).bool()
+    held_out = (torch.arange(len(windows)) % 5 == 0)[:, None].expand(mask.shape)[mask]
+    fits = []
+    for old, layer in zip(layers, model.bert.encoder.layer):
+        dense = f"encoder.layer.{old}.intermediate.dense."
+        fits.append(GatedLayerFit(old, source[f"{dense}weight"], source[f"{dense}bias"], held_out, ridge))
+        layer.mlp.register_forward_pre_hook(fits[-1])
+    model.bert(ids, attention_mask=mask)
+    return [fit.report for fit in fits]
+
+
+def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
+    """‖new − old‖ / ‖old‖ over all elements."""
+    return ((new - old).norm() / old.norm()).item()
+
+
+def convert_head(source: Weights) -> Weights:
+    """Take the source's MLM head over.
+
+    Args:
+        source: as `read_source` returns it, with a head.
+
+    Returns:
+        The target's `cls.…` tensors.
+
+    Raises:
+        ValueError: the source's decoder is not tied to its embeddings.
+    """
+    embeddings = source["embeddings.word_embeddings.weight"]
+    if not torch.equal(source.get("cls.predictions.decoder.weight", embeddings), embeddings):
+        raise ValueError("source: its MLM decoder is not tied to its embeddings; MosaicBERT's is")
+    bias = source.get("cls.predictions.bias", source.get("cls.predictions.decoder.bias"))
+    head = {"cls.predictions.decoder.weight": embeddings}
+    head["cls.predictions.decoder.bias"] = torch.zeros(len(embeddings)) if bias is None else bias
+    for name in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
+        head[f"cls.predictions.transform.{name}"] = source[f"cls.predictions.transform.{name}"]
+    return head
+
+
+def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
+    """Make an MLM head to start from.
+
+    Args:
+        embeddings: float32 [V, E], the word embeddings.
+        counts: int64 [V], how often each token occurs in the text.
+
+    Returns:
+        The target's `cls.…` tensors.
+    """
+    width = embeddings.shape[1]
+    return {
+        "cls.predictions.decoder.weight": embeddings,
+        "cls.predictions.decoder.bias": ((counts + 1) / (counts + 1).sum()).log().float(),
+        "cls.predictions.transform.dense.weight": torch.eye(width),
+        "cls.predictions.transform.dense.bias": torch.zeros(width),
+        "cls.predictions.transform.LayerNorm.weight": torch.full((width,), 0.3),
+        "cls.predictions.transform.LayerNorm.bias": torch.zeros(width),
+    }
+
+
+def count_tokens(paths: list[str], tokenizer, length: int, num_tokens: int, vocab_size: int) -> torch.Tensor:
+    """Count how often each token occurs in text; arguments as for `read_windows`, and V.
+
+    Returns:
+        int64 [V], zero for special tokens.
+    """
+    windows = read_windows(paths, tokenizer, length, num_tokens)
+    counts = torch.bincount(torch.tensor(list(itertools.chain(*windows))), minlength=vocab_size)
+    counts[tokenizer.all_special_ids] = 0
+    return counts
+
+
+def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> list[list[int]]:
+    """Cut text into windows, an equal share from every file.
+
+    Args:
+        paths: files for `read_texts`.
+        tokenizer: a fast tokenizer.
+        length: tokens a window at most, special tokens included.
+        num_tokens: how many to read, about.
+
+    Returns:
+        Token ids of each window, special tokens included.
+
+    Raises:
+        ValueError: the files hold too little text, or `length` leaves no room for any.
+    """
+    if length < SHORTEST:
+        raise ValueError(f"max_length: expected at least {SHORTEST} tokens, got {length}")
+    windows = []
+    for path in tqdm(paths, desc="text", unit="file", disable=None):
+        quota = num_tokens / len(paths)
+        for text in read_texts([path]):
+            # Four windows a document, lest one book fill its file's share.
+            encoded = tokenizer(
+                text[: 40 * length], max_length=length, truncation=True, return_overflowing_tokens=True, verbose=False
+            )
+            windows += encoded["input_ids"][:4]
+            quota -= sum(map(len, encoded["input_ids"][:4]))
+            if quota <= 0:
+                break
+    if len(windows) < 5:
+        raise ValueError(f"data: expected at least 5 windows of text to fit on, got {len(windows)}")
+    return windows
+
+
+def convert_config(config: dict, num_layers: int, vocab_size: int, num_types: int) -> dict:
+    """Choose the fields of the target's config.
+
+    Args:
+        config: the source's config.json.
+        num_layers: L.
+        vocab_size: V, padded.
+        num_types: token types.
+
+    Returns:
+        Arguments for MosaicBERT's `BertConfig`.
+
+    Raises:
+        ValueError: the source has another feed-forward activation than the exact GELU, or other positions than learned
+            absolute ones.
+    """
+    for name, expected in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if config.get(name, expected) != expected:
+            raise ValueError(f"source: expected {name} {expected}, got {config[name]!r}")
+    kept = ("attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout_prob", "hidden_size")
+    kept += ("initializer_range", "intermediate_size", "layer_norm_eps", "num_attention_heads", "pad_token_id")
+    fields = {name: config[name] for name in kept if name in config}
+    return {**fields, "num_hidden_layers": num_layers, "vocab_size": vocab_size, "type_vocab_size": num_types}
+
+
+@torch.no_grad()
+def load_rows(model, weights: Weights) -> None:
+    """Copy weights into a model whose vocabulary may be longer; its further rows become zero.
+
+    Args:
+        model: a MosaicBERT.
+        weights: some of its tensors, by name.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in weights.items():
+        parameters[name].zero_()[: len(tensor)].copy_(tensor)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    texts: list[str],
+    layers: Optional[list[int]] = None,
+    multiple: int = 64,
+    length: int = 128,
+    tokens: int = 25_000,
+    ridge: float = 1e-6,
+) -> list[LayerReport]:
+    """Convert one model folder into another.
+
+    Args:
+        source: a BERT's folder with its tokenizer.
+        target: folder to fill; made when it does not exist.
+        texts: files for `read_texts`.
+        layers: which encoder layers to keep; None: all.
+        multiple: the vocabulary size becomes a multiple of this.
+        length: tokens a window of text at most.
+        tokens: how many tokens to fit and report on, about.
+        ridge: see `fit_constant`.
+
+    Returns:
+        A report a layer.
+
+    Raises:
+        ValueError: the source is no BERT that can be converted, or `layers` names one that it lacks.
+    """
+    texts = find_files(texts)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"source: expected a config.json in {source}")
+    config = read_json(file_inside(source, "config.json"))
+    weights = read_source(load_weights(source), config)
+    layers = list(range(config["num_hidden_layers"])) if layers is None else layers
+    if not layers or min(layers) < 0 or max(layers) >= config["num_hidden_layers"]:
+        raise ValueError(f"layers: expected numbers from 0 to {config['num_hidden_layers'] - 1}, got {layers}")
+    target.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(source, target)
+    write_json(target / "config.json", {"model_type": "bert"})  # for tokenizers that do not name their class
+    tokenizer = load_tokenizer(target)
+    entries = vocabulary_size(tokenizer)
+    if entries > config["vocab_size"]:
+        raise ValueError(
+            f"source: its tokenizer has {entries} entries, more than the {config['vocab_size']} rows of the model's "
+            "vocabulary"
+        )
+    vocab_size = -(-config["vocab_size"] // multiple) * multiple
+    num_types = len(weights["embeddings.token_type_embeddings.weight"])
+    new_config = foreign_config(convert_config(config, len(layers), vocab_size, num_types))
+    empty_model("BertForMaskedLM", new_config)
+    model = repository_class("BertForMaskedLM")(new_config).eval()
+
+    if "cls.predictions.transform.dense.weight" in weights:
+        head = convert_head(weights)
+    else:  # frequencies need more text than the fit of E numbers
+        counts = count_tokens(texts, tokenizer, length, 40 * tokens, config["vocab_size"])
+        head = new_head(weights["embeddings.word_embeddings.weight"], counts)
+    converted = {**convert_embeddings(weights), **head}
+    for new, old in enumerate(layers):
+        converted.update(convert_layer(weights, old, new))
+    load_rows(model, converted)
+    model.silence_dead_slots(entries)
+    windows = [torch.tensor(window) for window in read_windows(texts, tokenizer, length, tokens)]
+    reports = fit_encoder(model, weights, layers, windows, ridge)
+
+    model.save_pretrained(target)
+    say_float32(target)
+    return reports

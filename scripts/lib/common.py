@@ -1,0 +1,500 @@
+"""What several scripts need: reading checkpoints, tokenizer files, cards.
+
+torch and transformers are imported in the functions that use them, so that a script's `--help` need not wait for them.
+"""
+
+import inspect
+import json
+import pickle
+import re
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional, get_args
+
+from .cli import one_line
+from .references import without_references
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# The code of a model repository: the entry file and what it imports, as transformers copies them.
+CODE_FILES = (
+    "bert_layers.py",
+    *(
+        f"{leaf}.py"
+        for leaf in re.findall(r"^\s*from \.(\w+) import", (REPOSITORY / "bert_layers.py").read_text(), re.M)
+    ),
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+# What is fetched of a repository on the Hub, which may hold the same weights in a dozen other formats.
+SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
+# Of what a model repository holds, the JSON files in which transformers looks for code.
+REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+LICENSE_NAME = re.compile(r"\w[\w.+-]*")
+# The limits on length in tokenizer files: ALiBi has no longest input, and padding is the caller's choice.
+LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
+
+
+def repository_class(name: str):
+    """A class of this repository's model code, loaded the way the Hub's clients load it.
+
+    Args:
+        name: `BertConfig` or a model class.
+
+    Returns:
+        The class.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    module = "configuration_bert" if name == "BertConfig" else "bert_layers"
+    return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
+
+
+def foreign_config(fields: dict):
+    """Make a `BertConfig` of fields that come from elsewhere.
+
+    Raises:
+        ValueError: a value is none that its field can have.
+    """
+    config_class = repository_class("BertConfig")
+    for name, parameter in inspect.signature(config_class.__init__).parameters.items():
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        if name in fields and not _is_of(fields[name], kinds):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
+    try:
+        return config_class(**fields)
+    except Exception as error:  # any type of value may stand there
+        raise ValueError(f"config.json: {one_line(error)}") from error
+
+
+def _is_of(value, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, (int, float)) and float in kinds:
+        return abs(value) < 1e300  # an integer in JSON may be too large for a float
+    return isinstance(value, kinds)
+
+
+def empty_model(name: str, config):
+    """Build a model whose weights have shapes but take no memory: a config may ask for more than there is.
+
+    Args:
+        name: of the model class.
+        config: as `foreign_config` returns it.
+
+    Returns:
+        The model in eval mode, on the meta device.
+
+    Raises:
+        ValueError: the config describes no such model.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return repository_class(name)(config).eval()
+    except Exception as error:  # any type of value may stand in the config
+        raise ValueError(f"config.json describes no {name}, {one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:60]!r}")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file as transformers does: sorted, two spaces, a newline at the end."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        path.write_bytes(text.encode("utf-8"))
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\\ud800"
+        raise ValueError(f"{path.name}: expected valid Unicode, {one_line(error)}") from error
+
+
+def say_float32(folder: Path) -> None:
+    """Let a folder's config ask for float32, whatever dtype its weights are stored in.
+
+    transformers 5 loads in the dtype that the config names; earlier releases do so in a pipeline and with "auto". They
+    read it from `torch_dtype` before 4.56.
+    """
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
+
+
+def load_from(load, source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",), **options):
+    """Call `from_pretrained` of a class for a folder, which is used as it is, or a Hub id.
+
+    Args:
+        load: such as `AutoTokenizer.from_pretrained`.
+        source: a folder or a Hub id.
+        argument: what the user calls it.
+        files: a folder must hold one of these.
+        **options: passed on.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        ValueError: the source is neither, or cannot be loaded.
+    """
+    check_source(source, argument)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
+        raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
+    try:
+        return load(source, **options)
+    except (ImportError, MemoryError):  # which `cli.explain` knows better
+        raise
+    except Exception as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
+        raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
+
+
+def check_source(source: str, argument: str) -> None:
+    """Raise ValueError where a source is no folder and cannot be a Hub id; `argument` is what the user calls it."""
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    if not source or (is_path and not Path(source).is_dir()):
+        raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
+
+
+def find_checkpoint(
+    source: str, revision: Optional[str] = None, argument: str = "source", patterns: tuple[str, ...] = SOURCE_PATTERNS
+) -> tuple[Path, Optional[str]]:
+    """Bring a model repository to this machine.
+
+    Args:
+        source: a folder, or a Hub id (`owner/name`, or the `name` of an old repository without owner).
+        revision: branch, tag or commit of a Hub id.
+        argument: what the user calls `source`, for messages.
+        patterns: names of the files that are fetched from the Hub.
+
+    Returns:
+        The folder, and the commit that it holds (None for a folder that is no Hub snapshot).
+
+    Raises:
+        ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
+    """
+    folder = Path(source)
+    check_source(source, argument)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+        except Exception as error:  # its HTTP library's errors change from release to release
+            raise ValueError(
+                f"{argument}: {source!r} is no folder here, and the Hub does not give it: {one_line(error)}"
+            ) from error
+    elif revision is not None:
+        raise ValueError(f"revision: only a Hub id has revisions, but {source!r} is a folder")
+    home = folder.resolve()
+    is_commit = home.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", home.name)
+    return folder, home.name if is_commit else None
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file of a model folder, for reading.
+
+    Args:
+        folder: a model folder, or a snapshot in the Hub's cache, whose files are links to `../../blobs`.
+        name: of the file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: it is a symbolic link that leads out of the folder.
+    """
+    home, path = folder.resolve(), (folder / name).resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{folder / name}: leads out of the folder, to {path}; put the file itself there")
+    return folder / name
+
+
+def weight_files(folder: Path, kinds: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")) -> list[str]:
+    """Find the weights that loaders take from a model folder.
+
+    Args:
+        folder: holds one of `kinds`, or the `.index.json` of one with its shards.
+        kinds: names of whole weight files, best first.
+
+    Returns:
+        Names of the weight files; where they are shards, the index is the first.
+
+    Raises:
+        ValueError: there are no weights, a shard is missing, or the index is malformed.
+    """
+    for kind in kinds:
+        index = f"{kind}.index.json"
+        if (folder / kind).is_file():
+            names = [kind]
+        elif (folder / index).is_file():
+            shards = read_json(file_inside(folder, index)).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{folder / index}: expected a weight_map from names to shards, got {shards!r}")
+            for shard in shards.values():
+                plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard)
+                if not plain or not shard.endswith(Path(kind).suffix):
+                    raise ValueError(
+                        f"{folder / index}: expected plain names of {Path(kind).suffix} files, got {shard!r}"
+                    )
+            names = [index, *sorted(set(shards.values()))]
+        else:
+            continue
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: {index} names shards that are not there: {', '.join(missing)}")
+        for name in names:
+            file_inside(folder, name)
+        return names
+    either = " or ".join(kinds)
+    raise ValueError(f"{folder}: expected {either}, or the index of their shards")
+
+
+def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
+    """Read the weights of a model folder, sharded or whole, safetensors before pickle.
+
+    Args:
+        folder: see `weight_files`.
+
+    Returns:
+        Name to tensor, as `check_weights` lets pass; a LayerNorm's are `weight` and `bias` where old files say `gamma`
+        and `beta`. Pickles are opened with `weights_only=True`.
+
+    Raises:
+        ValueError: no weights, a shard is missing, or a file is damaged or holds more than a model's weights.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    weights = {}
+    for name in weight_files(folder):
+        path = folder / name
+        if name.endswith(".index.json"):
+            continue
+        try:
+            if name.endswith(".safetensors"):
+                content = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises whatever it likes
+            raise ValueError(f"{path}: cannot be read, {unpickling_problem(error)}") from error
+        weights.update(check_weights(content, str(path)))
+    legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    for old, new in legacy.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def unpickling_problem(error: Exception) -> str:
+    """Why a pickle of weights was not opened: torch's own message advises to open it all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds {found[1]}, which is more than tensors"
+    return "it is damaged or no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+
+
+def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
+    """Make sure that what a file held are the weights of a model.
+
+    Args:
+        content: of the file.
+        where: the file's name, for messages.
+
+    Returns:
+        The tensors by name, without buffers of older code (`position_ids`, `alibi`).
+
+    Raises:
+        ValueError: there are none, or there is something besides dense floating tensors with finite values; names it.
+    """
+    import torch
+
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{where}: expected tensors by name, got {type(content).__name__} {str(content)[:40]!r}")
+    weights = {}
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{where}: expected tensors by name, got {type(tensor).__name__} under {str(name)[:60]!r}")
+        if name.endswith(("position_ids", ".alibi")):
+            continue
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        # A tensor that is larger than what is stored of it repeats itself, and may be too large for any memory.
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{where}: {name} is no dense tensor")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} holds values that are not finite")
+        weights[name] = tensor
+    return weights
+
+
+def check_layers(weights, num_layers: int, prefix: str) -> None:
+    """Compare the encoder layers that a config asks for with those that are there, before a model is built.
+
+    Args:
+        weights: names of the weights.
+        num_layers: `num_hidden_layers` of the config.
+        prefix: what stands before a layer's number, such as `bert.encoder.layer.`.
+
+    Raises:
+        ValueError: `num_layers` is no positive integer, or layers are missing; names them.
+    """
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"config.json: num_hidden_layers must be a positive integer, got {num_layers!r}")
+    numbers = (name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix))
+    there = {int(number) for number in numbers if re.fullmatch(r"[0-9]{1,9}", number)}
+    first = next((layer for layer in range(num_layers) if layer not in there), None)
+    if first is None:
+        return
+    gap = first == num_layers - 1 or any(first < layer < num_layers for layer in there)
+    missing = f"layer {first} is" if gap else f"layers {first} to {num_layers - 1} are"
+    raise ValueError(
+        f"config.json says num_hidden_layers {num_layers}, but {missing} missing from the weights, which hold "
+        f"{len(there)} layers"
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files that exist, without references to code and without limits on length."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            write_tokenizer_file(target / name, file_inside(source, name).read_bytes())
+
+
+def write_tokenizer_file(path: Path, content: bytes) -> None:
+    """Write a tokenizer file, without references to code and without limits on length.
+
+    Args:
+        path: of the new file; its name says what it holds.
+        content: of the old one.
+
+    Raises:
+        ValueError: a JSON file is malformed.
+    """
+    path.write_bytes(content)
+    if path.suffix == ".json":
+        fields = read_json(path)
+        for limit in LIMITS.get(path.name, ()):
+            fields.pop(limit, None)
+        # The others are vocabularies, in which any word may be an entry.
+        write_json(path, without_references(fields) if path.name in REFERRING_FILES else fields)
+
+
+def load_tokenizer(folder: Path, argument: str = "source"):
+    """Load the tokenizer of a folder, without running code from it and without asking.
+
+    Args:
+        folder: with tokenizer files that were written by `write_tokenizer_file`, and a config.json.
+        argument: what the user calls the source of these files, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("A word, and ☃.")  # some of what a damaged one lacks is only missed here
+        return tokenizer
+    except Exception as error:  # the tokenizers package raises plain exceptions
+        raise ValueError(f"{argument}: its tokenizer cannot be used, {one_line(error)}") from error
+
+
+def vocabulary_size(tokenizer) -> int:
+    """How many rows of an embedding a tokenizer needs: its largest id and one."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def write_card(
+    target: Path,
+    made: str,
+    source: Optional[str] = None,
+    folder: Optional[Path] = None,
+    revision: Optional[str] = None,
+    license: Optional[str] = None,
+    title: Optional[str] = None,
+    notes: str = "",
+) -> None:
+    """Write the README.md of a model.
+
+    Args:
+        target: the new model's folder.
+        made: how it was made, one sentence of Markdown.
+        source: Hub id, folder or file of the model that it was made from; of a local path only the name is told. None:
+            it was trained from random weights.
+        folder: where the source's own README.md may lie.
+        revision: commit of the source, None when unknown.
+        license: identifier such as `apache-2.0`; None: what the source's card says, or `unknown`.
+        title: None: the name of the source.
+        notes: Markdown to end with.
+
+    Raises:
+        ValueError: `license` is no identifier.
+    """
+    import yaml
+
+    if license is not None and not LICENSE_NAME.fullmatch(license):
+        raise ValueError(f"license: expected an identifier such as apache-2.0, got {license!r}")
+    is_hub_id = source is not None and not Path(source).exists()
+    name = "random weights" if source is None else source if is_hub_id else Path(source).resolve().name
+    name = re.sub(r"[^\w .+/-]", "_", name)  # a name from elsewhere must stay text in Markdown and YAML
+    stated = stated_license(folder) if folder is not None and license is None else None
+    license = license or stated or "unknown"
+    metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **({"base_model": name} if is_hub_id else {})}
+    if license != "unknown":
+        metadata["license"] = license
+    if source is None:
+        origin = "none: trained from random weights"
+    else:
+        origin = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder"
+    template = string.Template((Path(__file__).with_name("card_template.md")).read_text(encoding="utf-8"))
+    text = template.substitute(
+        metadata=yaml.safe_dump(metadata, sort_keys=True).strip(),
+        title=title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT"),
+        source=origin,
+        revision=f"`{revision}`" if revision else "unknown",
+        license=license,
+        made=made,
+        notes=f"\n{notes.strip()}\n" if notes else "",
+    )
+    (target / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def stated_license(folder: Path) -> Optional[str]:
+    """The licence that the card in a folder states, or None where there is no identifier."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    if not (folder / "README.md").is_file():
+        return None
+    try:
+        stated = metadata_load(file_inside(folder, "README.md"))
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
+    license = stated.get("license") if isinstance(stated, dict) else None
+    return license if isinstance(license, str) and LICENSE_NAME.fullmatch(license) else None

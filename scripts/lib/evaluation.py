@@ -1,0 +1,290 @@
+"""Masked language models measured by sequence length: what evaluate_mlm.py does once it has parsed its command line."""
+
+import contextlib
+import csv
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from .cli import one_line
+from .common import load_from
+from .records import read_texts
+
+MASKED_SHARE = 0.15
+SHORTEST_DOCUMENT, SHORTEST_WINDOW = 16, 8  # tokens
+COLUMNS = ("model", "length", "windows", "masked", "loss", "perplexity", "top1", "tokens_per_second", "peak_mib")
+
+
+def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, tokens: int) -> list[list[int]]:
+    """Choose what is read: documents in a seeded order until there are enough tokens.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the model.
+        longest: the longest length that is measured, in tokens.
+        several: whether other lengths are measured too; documents shorter than `longest` are then left out, and of
+            each only four times `longest` is read (otherwise sixteen times), so that no book fills the sample.
+        tokens: tokens wanted.
+
+    Returns:
+        The tokens of each document, without special tokens.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    chosen, total = [], 0
+    for index in torch.randperm(len(texts), generator=torch.Generator().manual_seed(7)).tolist():
+        ids = tokenizer(texts[index], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        if len(ids) < max(longest if several else 0, SHORTEST_DOCUMENT):
+            continue
+        chosen.append(ids[: longest * (4 if several else 16)])
+        total += len(chosen[-1])
+        if total >= tokens:
+            break
+    if not chosen:
+        raise ValueError(f"data holds no document of at least {longest if several else SHORTEST_DOCUMENT} tokens")
+    return chosen
+
+
+def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tokens: int) -> Iterator[dict]:
+    """Cut documents into windows and mask them, the same tokens at every length.
+
+    Args:
+        documents: what `sample_documents` returns.
+        tokenizer: of the model.
+        length: tokens of a window with [CLS] and [SEP].
+        batch_tokens: tokens of a batch, about.
+
+    Yields:
+        `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 where nothing is masked.
+    """
+    body = length - 2
+    generator = torch.Generator().manual_seed(13)
+    windows = []
+    for ids in documents:
+        chosen = torch.rand(len(ids), generator=generator) < MASKED_SHARE
+        windows += zip(torch.tensor(ids).split(body), chosen.split(body))
+    windows = [(ids, chosen) for ids, chosen in windows if len(ids) >= SHORTEST_WINDOW]
+    size = max(1, batch_tokens // length)
+    for start in range(0, len(windows), size):
+        chunk = windows[start : start + size]
+        rows = [torch.tensor([tokenizer.cls_token_id, *ids.tolist(), tokenizer.sep_token_id]) for ids, _ in chunk]
+        choices = [torch.tensor([False, *chosen.tolist(), False]) for _, chosen in chunk]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        chosen = torch.nn.utils.rnn.pad_sequence(choices, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        yield {
+            "input_ids": input_ids.masked_fill(chosen, tokenizer.mask_token_id),
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "labels": input_ids.masked_fill(~chosen, -100),
+        }
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict]:
+    """Measure the most memory in use while the block runs.
+
+    Args:
+        device: a CUDA device (tensors), or the CPU (the process, on Linux; elsewhere nothing is measured).
+
+    Yields:
+        A dict that holds `mib` after the block, in MiB; NaN where nothing could be measured.
+    """
+    result = {"mib": math.nan}
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif status.exists():
+        with contextlib.suppress(PermissionError):  # in some containers; the peak is then that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
+    yield result
+    if device.type == "cuda":
+        result["mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    elif status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        result["mib"] = int(line.split()[1]) / 2**10
+
+
+def longest_input(config) -> float:
+    """Wordpieces that a model can read: infinity for a MosaicBERT, the size of the position table otherwise."""
+    return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
+
+
+@contextlib.contextmanager
+def scaled_slopes(model, scale: float) -> Iterator[None]:
+    """Multiply the ALiBi slopes of a MosaicBERT while the block runs; other models must not be scaled.
+
+    Below 1 every head looks farther, as has been proposed for reading beyond the trained length.
+
+    Args:
+        model: a model with a head; its layers are handed their slopes as the third argument.
+        scale: positive.
+
+    Raises:
+        ValueError: the model has no ALiBi.
+    """
+    if scale == 1:
+        yield
+        return
+    if not hasattr(model.config, "alibi_starting_size"):
+        raise ValueError("slope_scales must be 1 for a model without ALiBi")
+
+    def hand_over(layer, arguments):
+        hidden, packed, slopes, *others = arguments
+        return (hidden, packed, slopes * scale, *others)
+
+    hooks = [layer.register_forward_pre_hook(hand_over) for layer in model.bert.encoder.layer]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tokens: int) -> dict:
+    """Score a model on windows of one length.
+
+    Args:
+        model: a masked language model in `eval()`.
+        tokenizer: its tokenizer.
+        documents: what `sample_documents` returns.
+        length: tokens of a window.
+        batch_tokens: tokens of a batch, about.
+
+    Returns:
+        windows, masked (tokens scored), loss (nats), perplexity, top1 (share), tokens_per_second (the model's
+        time alone), peak_mib (see `peak_memory`).
+    """
+    loss, hits, masked, windows, tokens, seconds = 0.0, 0, 0, 0, 0, 0.0
+    sparse = hasattr(model.config, "sparse_prediction")
+    if sparse:
+        model.config.sparse_prediction = True  # scores of the masked tokens alone
+    with peak_memory(model.device) as memory:
+        batches = masked_batches(documents, tokenizer, length, batch_tokens)
+        for batch in tqdm(batches, desc=f"length {length}", unit=" batches", leave=False, disable=None):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            began = time.perf_counter()
+            if sparse:
+                logits = model(**batch, labels=labels).logits.float().cpu()
+            else:
+                logits = model(**batch).logits[labels != -100].float().cpu()
+            seconds += time.perf_counter() - began
+            truth = labels[labels != -100].cpu()
+            loss += torch.nn.functional.cross_entropy(logits, truth, reduction="sum").item()
+            hits += (logits.argmax(-1) == truth).sum().item()
+            masked += len(truth)
+            windows += len(labels)
+            tokens += batch["attention_mask"].sum().item()
+    if not masked:
+        raise ValueError(f"tokens: too few were read for one of them to be masked at length {length}")
+    loss /= masked
+    return {
+        "windows": windows,
+        "masked": masked,
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 2),
+        "top1": round(hits / masked, 4),
+        "tokens_per_second": round(tokens / seconds),
+        "peak_mib": round(memory["mib"]) if math.isfinite(memory["mib"]) else "",
+    }
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """Save a picture of loss, accuracy, speed and memory by length, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {
+        "loss": "loss (nats)",
+        "top1": "top-1 accuracy",
+        "tokens_per_second": "tokens per second",
+        "peak_mib": "peak memory (MiB)",
+    }
+    # Memory is not measured on every system.
+    titles = {column: title for column, title in titles.items() if any(row[column] != "" for row in rows)}
+    figure, panels = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), layout="constrained")
+    for (column, title), axes in zip(titles.items(), panels):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name and row[column] != ""]
+            axes.plot([row["length"] for row in own], [row[column] for row in own], marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("sequence length (tokens)")
+        axes.set_title(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write_table(rows: list[dict], path: str) -> None:
+    """Write measurements as CSV, beside and then in place."""
+    with open(path + ".new", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".new", path)
+
+
+def find_device(name: Optional[str]) -> torch.device:
+    """The device of a name; None: the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used, {one_line(error)}") from error
+    return device
+
+
+def evaluate(options) -> list[dict]:
+    """Measure the models that the options of evaluate_mlm.py name, and print and write the table.
+
+    Returns:
+        One dict a row of the table, see `COLUMNS`.
+
+    Raises:
+        ValueError: options that do not fit each other, the data or a model.
+        OSError: a file cannot be read or written.
+    """
+    names = options.name or [Path(model).resolve().name for model in options.model]
+    if len(names) != len(options.model):
+        raise ValueError(f"name: expected {len(options.model)} names, got {len(names)}")
+    if min(options.max_length) < SHORTEST_WINDOW + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
+    device = find_device(options.device)
+    tokenizers = [load_from(AutoTokenizer.from_pretrained, source) for source in options.model]
+    if options.png:
+        import matplotlib  # noqa: F401  (found missing now rather than after the measurements)
+
+    texts, rows = list(read_texts(options.data, options.text_field)), []
+    print(",".join(COLUMNS))
+    for name, source, tokenizer in zip(names, options.model, tokenizers):
+        model = load_from(AutoModelForMaskedLM.from_pretrained, source, trust_remote_code=True)
+        model.to(device, getattr(torch, options.dtype)).eval()
+        several = len(options.max_length) > 1
+        documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)
+        for scale, length in itertools.product(options.slope_scales, options.max_length):
+            if length <= longest_input(model.config):
+                with scaled_slopes(model, scale):
+                    row = measure(model, tokenizer, documents, length, options.batch_tokens)
+                rows.append({"model": name if scale == 1 else f"{name}; slopes x {scale:g}", "length": length, **row})
+                print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
+    if options.csv:
+        write_table(rows, options.csv)
+    if options.png:
+        draw(rows, options.png)
+    return rows

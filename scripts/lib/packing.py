@@ -1,0 +1,613 @@
+"""From text to rows for masked language modelling: tokenize once, cut, mask and pack without padding.
+
+Text becomes a folder of tokenized documents (`Documents`): one file of token ids and one of bounds. Documents are cut
+into sequences, and sequences are packed into rows, by number: nothing is copied before a row is needed. A stream is
+tokenized while it is read.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .cli import one_line
+from .records import TEXT_FILES, find_files, is_file_name, load_dataset, read_texts
+
+IGNORED = -100  # label of a token that is not predicted
+SHORTEST = 8  # tokens without [CLS] and [SEP]: what is left of a document below this is dropped
+SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
+BATCH_CHARACTERS = 4_000_000  # text handed to the tokenizer at once, enough to occupy all cores
+TOO_SHORT = f"the data holds no document of at least {SHORTEST} tokens"
+
+
+class Documents:
+    """Tokenized documents in a folder that `tokenize` wrote; the folder can be copied to another machine.
+
+    Args:
+        folder: holds `tokens.bin`, `bounds.npy` and `documents.json`.
+        tokenizer: must have the vocabulary that the documents were tokenized with; None: not checked.
+
+    Attributes:
+        tokens: uint16 or int32 [T], the token ids of all documents, mapped from the file.
+        bounds: int64 [N, 2], where each document starts and ends. A document may be there more than once.
+
+    Raises:
+        ValueError: the folder is not complete, or the vocabulary is another one.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Optional[PreTrainedTokenizerBase] = None):
+        self.folder = Path(folder)
+        about = json.loads((self.folder / "documents.json").read_text(encoding="utf-8"))
+        if tokenizer is not None and about["vocabulary"] != hash_vocabulary(tokenizer):
+            raise ValueError(f"{self.folder} was tokenized with another vocabulary than {tokenizer.name_or_path!r} has")
+        path = self.folder / "tokens.bin"
+        wanted = about["tokens"] * np.dtype(about["dtype"]).itemsize
+        if not path.is_file() or path.stat().st_size != wanted:
+            raise ValueError(f"{path}: expected {wanted} bytes, the file is not complete")
+        self.tokens = np.asarray(np.memmap(path, about["dtype"], "r"))
+        self.bounds = np.load(self.folder / "bounds.npy")
+
+    def __reduce__(self):  # a worker process opens the files itself
+        return Documents, (self.folder,)
+
+    @staticmethod
+    def is_in(folder: str) -> bool:
+        """Whether a folder holds tokenized documents."""
+        return os.path.isfile(os.path.join(folder, "documents.json"))
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary, the same for every release of the library that reads it."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a tokenizer lacks a token that pretraining needs."""
+    for name in ("cls_token", "sep_token", "mask_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer must have a {name}, {tokenizer.name_or_path!r} has none")
+
+
+def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Tokenize texts into a folder for `Documents`; a fast tokenizer uses all cores.
+
+    Args:
+        parts: the texts, one iterable a source. An iterable that is there again is not tokenized again.
+        tokenizer: without special tokens, it is asked for ids alone.
+        folder: where to write; it appears when it is complete.
+
+    Raises:
+        ValueError: no document has `SHORTEST` tokens, or the folder cannot be made.
+    """
+    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
+    stage = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cache_dir: {folder.parent} cannot be written, {one_line(error)}") from error
+    unique = {id(part): part for part in parts}
+    sizes, owners = [], []
+    try:
+        progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
+        with open(stage / "tokens.bin", "wb") as file, progress as bar:
+            texts = ((number, text) for number, part in unique.items() for text in part)
+            for batch in _batches(texts):
+                ids = tokenizer(
+                    [text for _, text in batch],
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )["input_ids"]
+                file.write(np.concatenate([np.array(document, dtype) for document in ids]).tobytes())
+                sizes += map(len, ids)
+                owners += (number for number, _ in batch)
+                bar.update(sum(map(len, ids)))
+        if max(sizes, default=0) < SHORTEST:
+            raise ValueError(TOO_SHORT)
+        ends = np.cumsum(sizes)
+        bounds, owners = np.stack([ends - sizes, ends], axis=1), np.array(owners)
+        np.save(stage / "bounds.npy", np.concatenate([bounds[owners == id(part)] for part in parts]))
+        about = {"dtype": dtype.name, "tokens": int(ends[-1]), "vocabulary": hash_vocabulary(tokenizer)}
+        (stage / "documents.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(stage, folder)
+        except OSError:
+            if not Documents.is_in(folder):  # another process was faster
+                raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch, characters = [], 0
+    for item in texts:
+        batch.append(item)
+        characters += len(item[1])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Source:
+    """Text that can be read more than once, and what tells it from other text."""
+
+    identity: Any
+    read: Any  # () -> Iterator[str]
+
+    def __iter__(self):
+        return self.read()
+
+
+def open_sources(sources: Sequence[str], text_field: str, argument: str = "data") -> list[_Source]:
+    """Find the text that sources name, one entry a file.
+
+    Args:
+        sources: names or patterns of `TEXT_FILES`, folders of MDS shards, or `datasets` ids (`id` or `id:config`).
+        text_field: name of the field that holds the text.
+        argument: what the user calls `sources`, for messages.
+
+    Raises:
+        ValueError: no file matches, or there is no such text field.
+    """
+    opened = {}
+    found = []
+    for source in sources:
+        is_file = _is_text_file(source, argument)
+        names = find_files([source], TEXT_FILES, argument) if is_file else [source]
+        for name in names:
+            if name not in opened:
+                opened[name] = _open_source(name, text_field)
+            found.append(opened[name])
+    return found
+
+
+def check_sources(sources: Sequence[str], argument: str) -> None:
+    """Raise ValueError, before anything is read, where a source is a file or folder that `load_documents` cannot read.
+
+    Args:
+        sources: as `load_documents` takes them.
+        argument: what the user calls them.
+    """
+    for source in sources:
+        if not Documents.is_in(source) and _is_text_file(source, argument):
+            find_files([source], TEXT_FILES, argument)
+
+
+def _is_text_file(source: str, argument: str = "data") -> bool:
+    if os.path.isfile(os.path.join(source, "index.json")):
+        return False
+    if os.path.isdir(source):
+        raise ValueError(
+            f"{argument}: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'"
+        )
+    return is_file_name(source)
+
+
+def _open_source(name: str, text_field: str) -> _Source:
+    if os.path.isfile(name):
+        status = os.stat(name)
+        identity = [os.path.abspath(name), status.st_size, status.st_mtime_ns, text_field]
+        return _Source(identity, lambda: read_texts([name], text_field))
+    if os.path.isdir(name):
+        index = Path(name, "index.json").read_text(encoding="utf-8")
+        return _Source([os.path.abspath(name), index, text_field], lambda: _read_shards([name], text_field))
+    dataset = _load_dataset(name, text_field, streaming=False)
+    return _Source([name, dataset._fingerprint], lambda: (text for text in dataset["text"] if text and text.strip()))
+
+
+def _load_dataset(source: str, text_field: str, streaming: bool):
+    part = load_dataset(source, "train", streaming=streaming)
+    if part.column_names is not None and text_field not in part.column_names:
+        raise ValueError(f"text_field must be one of {part.column_names}, the fields of {source!r}, got {text_field!r}")
+    part = part.select_columns(text_field)
+    return part if text_field == "text" else part.rename_column(text_field, "text")
+
+
+def _read_shards(folders: list[str], text_field: str) -> Iterator[str]:
+    from streaming import StreamingDataset  # MosaicML Streaming: only needed for MDS shards
+
+    for folder in folders:
+        for number, sample in enumerate(StreamingDataset(local=folder, shuffle=False, batch_size=1)):
+            if text_field not in sample:
+                raise ValueError(
+                    f"{folder}, sample {number}: text_field must be one of {sorted(sample)}, got {text_field!r}"
+                )
+            yield sample[text_field]
+
+
+def load_documents(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    cache_dir: Optional[str] = None,
+) -> list[Documents]:
+    """Open tokenized documents, and tokenize what is text; the next run with the same text finds it tokenized.
+
+    Args:
+        sources: folders that `tokenize` wrote, and whatever `open_sources` takes.
+        tokenizer: of the model.
+        text_field: name of the field that holds the text.
+        cache_dir: where tokenized text is kept; None: `mosaicbert` in the cache of Hugging Face.
+
+    Returns:
+        One entry a tokenized folder, and one for all text.
+
+    Raises:
+        ValueError: see `open_sources`, `tokenize` and `Documents`.
+    """
+    check_tokenizer(tokenizer)
+    documents = [Documents(source, tokenizer) for source in sources if Documents.is_in(source)]
+    parts = open_sources([source for source in sources if not Documents.is_in(source)], text_field)
+    if parts:
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+        state = json.dumps([[part.identity for part in parts], vocabulary])
+        name = hashlib.sha256(state.encode()).hexdigest()[:32]
+        folder = Path(cache_dir or Path(HF_HOME, "mosaicbert")) / name
+        if not Documents.is_in(folder):
+            tokenize(parts, tokenizer, folder)
+        documents.append(Documents(folder, tokenizer))
+    return documents
+
+
+def cut_documents(
+    sizes: np.ndarray, lengths: Sequence[int], shares: Sequence[float], seed
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into sequences.
+
+    Args:
+        sizes: int [N], tokens of each document.
+        lengths: tokens of a sequence with [CLS] and [SEP], at most; each cut draws one of these.
+        shares: for each length, the share of all tokens that is cut to it. They add up to 1.
+        seed: of the draws, as `numpy.random.default_rng` takes it.
+
+    Returns:
+        The document of each sequence, its first token there, and its size without [CLS] and [SEP], int64 [M] each.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    odds = np.array(shares) / np.array(lengths)
+    generator = np.random.default_rng(seed)
+    starts = np.zeros_like(sizes)
+    open_documents = np.flatnonzero(sizes >= SHORTEST)
+    parts = [(np.zeros(0, np.int64),) * 3]
+    while len(open_documents):
+        draws = min(256, max(1, 65_536 // len(open_documents)))
+        cuts = generator.choice(np.array(lengths) - 2, (len(open_documents), draws), p=odds / odds.sum())
+        ends = starts[open_documents, None] + cuts.cumsum(1)
+        begins = ends - cuts
+        limits = sizes[open_documents, None]
+        kept = limits - begins >= SHORTEST
+        owners = np.broadcast_to(open_documents[:, None], kept.shape)
+        parts.append((owners[kept], begins[kept], (np.minimum(ends, limits) - begins)[kept]))
+        starts[open_documents] = ends[:, -1]
+        open_documents = open_documents[sizes[open_documents] - ends[:, -1] >= SHORTEST]
+    owners, begins, taken = map(np.concatenate, zip(*parts))
+    order = np.lexsort((begins, owners))
+    return owners[order], begins[order], taken[order]
+
+
+@dataclass
+class Sequences:
+    """Sequences of tokenized documents, by number.
+
+    Attributes:
+        documents: where the tokens are.
+        part: int64 [N], which of the documents' folders a sequence is in.
+        start: int64 [N], its first token there.
+        size: int64 [N], its tokens without [CLS] and [SEP].
+        cls_token_id, sep_token_id: what stands before and after them.
+    """
+
+    documents: list[Documents]
+    part: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+    cls_token_id: int
+    sep_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], tokens of each sequence with [CLS] and [SEP]."""
+        return self.size + 2
+
+    def concatenate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Join sequences in the order of their lengths, because attention serves neighbours of equal length together.
+
+        Args:
+            numbers: int64 [M], which sequences.
+
+        Returns:
+            Token ids, int64 [T], and the length of each sequence, int64 [M].
+        """
+        numbers = numbers[np.argsort(self.size[numbers], kind="stable")]
+        lengths = self.lengths[numbers]
+        ends = lengths.cumsum()
+        input_ids = np.empty(ends[-1], np.int64)
+        input_ids[ends - lengths] = self.cls_token_id
+        input_ids[ends - 1] = self.sep_token_id
+        columns = (self.part[numbers], self.start[numbers], self.size[numbers], ends - lengths + 1)
+        for part, start, size, place in zip(*(column.tolist() for column in columns)):
+            input_ids[place : place + size] = self.documents[part].tokens[start : start + size]
+        return input_ids, lengths
+
+
+def load_sequences(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    shares: Sequence[float],
+    seed: int,
+    text_field: str = "text",
+    cache_dir: Optional[str] = None,
+) -> Sequences:
+    """Tokenize documents where that is still to be done, and cut them.
+
+    Args:
+        sources, tokenizer, text_field, cache_dir: as `load_documents` takes them.
+        lengths, shares, seed: as `cut_documents` takes them.
+
+    Raises:
+        ValueError: see `load_documents`.
+    """
+    documents = load_documents(sources, tokenizer, text_field, cache_dir)
+    bounds = np.concatenate([folder.bounds for folder in documents])
+    owners, begins, size = cut_documents(bounds[:, 1] - bounds[:, 0], lengths, shares, seed)
+    part = np.repeat(np.arange(len(documents)), [len(folder.bounds) for folder in documents])
+    start = bounds[owners, 0] + begins
+    return Sequences(documents, part[owners], start, size, tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+
+def stream_sequences(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    shares: Sequence[float],
+    seed: int,
+    text_field: str = "text",
+):
+    """Tokenize and cut documents while they are read, for data that is too large to be tokenized first.
+
+    Args:
+        sources, tokenizer, text_field: as `load_documents` takes them, but for tokenized folders.
+        lengths, shares, seed: as `cut_documents` takes them.
+
+    Returns:
+        A `datasets.IterableDataset` with the columns `input_ids` and `length`, one sequence a row.
+
+    Raises:
+        ValueError: see `open_sources`, or the tokenizer lacks a token that is needed.
+    """
+    check_tokenizer(tokenizer)
+    for source in filter(Documents.is_in, sources):
+        raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
+    import datasets
+
+    parts = []
+    for source in sources:
+        if _is_text_file(source):
+            settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
+            parts.append(datasets.IterableDataset.from_generator(_examples_of_files, gen_kwargs=settings))
+        elif os.path.isdir(source):
+            settings = {"folders": [source], "text_field": text_field}
+            parts.append(datasets.IterableDataset.from_generator(_examples_of_shards, gen_kwargs=settings))
+        else:
+            parts.append(_load_dataset(source, text_field, streaming=True))
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
+    return datasets.concatenate_datasets(parts).map(
+        _cut_batch,
+        features=datasets.Features(
+            {"input_ids": datasets.Sequence(datasets.Value(dtype)), "length": datasets.Value("int32")}
+        ),
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=["text"],
+        fn_kwargs={"tokenizer": tokenizer, "lengths": lengths, "shares": shares, "seed": seed},
+    )
+
+
+def _examples_of_files(sources: list[str], text_field: str):
+    for text in read_texts(sources, text_field):
+        yield {"text": text}
+
+
+def _examples_of_shards(folders: list[str], text_field: str):
+    for text in _read_shards(folders, text_field):
+        yield {"text": text}
+
+
+def _cut_batch(batch: dict[str, list], indices: list[int], tokenizer, lengths, shares, seed: int) -> dict[str, list]:
+    ids = tokenizer(
+        batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    cuts = cut_documents([len(document) for document in ids], lengths, shares, (seed, indices[0]))
+    sequences = [
+        [tokenizer.cls_token_id, *ids[owner][begin : begin + size], tokenizer.sep_token_id]
+        for owner, begin, size in zip(*(column.tolist() for column in cuts))
+    ]
+    return {"input_ids": sequences, "length": [len(sequence) for sequence in sequences]}
+
+
+class Masking:
+    """Chooses what is to be predicted, as BERT does.
+
+    Of the chosen tokens `mask_token_share` become [MASK]; of the others half become a random token, and half stay.
+    Special tokens are not chosen.
+
+    Args:
+        tokenizer: says what [MASK] and the special tokens are.
+        probability: share of the tokens that is chosen, in [0, 1].
+        mask_token_share: share of the chosen tokens that becomes [MASK], in [0, 1].
+
+    Source: https://arxiv.org/abs/1810.04805, section 3.1; 30% is https://arxiv.org/abs/2312.17482, section 3.2.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, mask_token_share: float = 0.8):
+        self.probability, self.mask_token_share = probability, mask_token_share
+        self.mask_token_id, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
+        self.is_special = np.zeros(max(self.vocabulary, *(number + 1 for number in tokenizer.all_special_ids)), bool)
+        self.is_special[tokenizer.all_special_ids] = True
+
+    def __call__(
+        self, input_ids: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Mask one row.
+
+        Args:
+            input_ids: int64 [T], changed in place.
+            lengths: int64 [N], of the sequences in it.
+            generator: source of the draws.
+
+        Returns:
+            `input_ids` and `labels`, int64 [T], labels -100 where nothing is predicted, and `lengths`.
+        """
+        drawn = generator.random(len(input_ids), dtype=np.float32) < self.probability
+        chosen = np.flatnonzero(drawn & ~self.is_special[input_ids])
+        labels = np.full_like(input_ids, IGNORED)
+        labels[chosen] = input_ids[chosen]
+        fate = generator.random(len(chosen), dtype=np.float32)
+        input_ids[chosen[fate < self.mask_token_share]] = self.mask_token_id
+        swapped = chosen[(fate >= self.mask_token_share) & (fate < (1 + self.mask_token_share) / 2)]
+        input_ids[swapped] = generator.integers(self.vocabulary, size=len(swapped))
+        return {"input_ids": input_ids, "labels": labels, "lengths": lengths}
+
+
+def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Collate rows of `Masking` to one batch without padding.
+
+    Returns:
+        `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], where each sequence
+        starts; `max_length_q` and `max_length_k`, tokens of the longest. The names are those of transformers'
+        DataCollatorWithFlattening. `masked_lm_positions`, int64 [M], the places with a label, so that no device is
+        waited for.
+    """
+    batch = {
+        name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None] for name in ("input_ids", "labels")
+    }
+    lengths = np.concatenate([row["lengths"] for row in rows])
+    starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+    longest = int(lengths.max())
+    boundaries = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {**batch, **boundaries, "masked_lm_positions": (batch["labels"][0] != -100).nonzero().flatten()}
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Masked rows of concatenated sequences; row i is a function of i and the seed alone, so a run can resume anywhere.
+
+    Rows past the first pass repeat the same rows in another order, with other masks.
+
+    Args:
+        sequences: what `load_sequences` returns.
+        tokenizer: as `Masking` takes it.
+        tokens_per_row: tokens of a row, at most.
+        mask_probability, mask_token_share: as `Masking` takes them.
+        seed: of the order and the masks.
+
+    Attributes:
+        rows_per_pass: rows that hold every sequence once.
+        num_rows: what `len` says. Set it to what a run needs; it starts as one pass.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_row: int,
+        mask_probability: float,
+        seed: int,
+        mask_token_share: float = 0.8,
+    ):
+        self.sequences = sequences
+        lengths = sequences.lengths
+        if lengths.max() > tokens_per_row:
+            raise ValueError(
+                f"tokens_per_row must be at least the longest sequence, {lengths.max()}, got {tokens_per_row}"
+            )
+        self.order = np.random.default_rng(seed).permutation(len(lengths))
+        starts, filled = [0], 0
+        for place, length in enumerate(lengths[self.order].tolist()):
+            if filled + length > tokens_per_row:
+                starts.append(place)
+                filled = 0
+            filled += length
+        self.bounds = [*starts, len(lengths)]
+        self.rows_per_pass = self.num_rows = len(starts)
+        self.masking, self.seed = Masking(tokenizer, mask_probability, mask_token_share), seed
+        self._pass = None
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        number, place = divmod(index, self.rows_per_pass)
+        if number != self._pass:
+            self._pass = number
+            self._pass_order = np.random.default_rng((self.seed, number)).permutation(self.rows_per_pass)
+        row = self._pass_order[place]
+        input_ids, lengths = self.sequences.concatenate(self.order[self.bounds[row] : self.bounds[row + 1]])
+        return self.masking(input_ids, lengths, np.random.default_rng((self.seed, index)))
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
+    """The rows of `PackedRows` from a stream, without end: when the stream ends it is read again in another order.
+
+    Args:
+        sequences: what `stream_sequences` returns.
+        tokenizer, tokens_per_row, mask_probability, seed, mask_token_share: as `PackedRows` takes them.
+
+    Raises:
+        ValueError: while it is read, when the stream holds no sequence, or one that is longer than a row.
+    """
+
+    def __init__(
+        self,
+        sequences,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_row: int,
+        mask_probability: float,
+        seed: int,
+        mask_token_share: float = 0.8,
+    ):
+        self.sequences = sequences.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).with_format("numpy")
+        self.masking = Masking(tokenizer, mask_probability, mask_token_share)
+        self.tokens_per_row, self.seed = tokens_per_row, seed
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.id >= self.sequences.num_shards:
+            return  # the library reads each shard in one worker, and there are fewer shards than workers
+        index, row, filled = 0, [], 0
+        for number in itertools.count():
+            self.sequences.set_epoch(number)
+            for sequence in self.sequences:
+                ids = sequence["input_ids"]
+                if row and filled + len(ids) > self.tokens_per_row:
+                    row.sort(key=len)
+                    lengths = np.array([len(part) for part in row])
+                    generator = np.random.default_rng((self.seed, worker.id if worker else 0, index))
+                    yield self.masking(np.concatenate(row).astype(np.int64), lengths, generator)
+                    index, row, filled = index + 1, [], 0
+                row.append(ids)
+                filled += len(ids)
+            if not row and not index:
+                raise ValueError(TOO_SHORT)

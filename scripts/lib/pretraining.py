@@ -1,0 +1,394 @@
+"""Masked language model training on packed rows: what pretrain_mlm.py does once its command line is parsed."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+
+from .common import REPOSITORY, TOKENIZER_FILES, load_from, read_json, repository_class, say_float32, write_card
+from .packing import (
+    IGNORED,
+    SHORTEST,
+    Documents,
+    PackedRows,
+    StreamedRows,
+    check_sources,
+    flatten_rows,
+    load_sequences,
+    open_sources,
+    stream_sequences,
+    tokenize,
+)
+from .recipe import LinearSchedule, count_flops, measure_matmul_flops
+from .runs import STAGE, CarefulTrainer, check_is_folder, clear_results, is_finite, publish, start_folder
+from .staging import staged_folder
+
+
+class PretrainingTrainer(CarefulTrainer):
+    """Trainer with the recipe's schedule, rows in their own order, and speed in the log.
+
+    Each logged loss comes with `tokens_per_second` and `mfu` (model FLOPs utilization: the FLOPs of forward and
+    backward, without recomputation, over what the device can do) of the steps since the last one, and with `seconds`,
+    the time spent training so far, evaluation and saving left out.
+
+    Args:
+        options: of the command line; `warmup_share`, `final_lr_share` and `max_seconds` are read.
+        peak_flops: FLOPs a second that one process's device can do.
+        **kwargs: as Trainer takes them.
+    """
+
+    def __init__(self, options: argparse.Namespace, peak_flops: float, **kwargs):
+        super().__init__(**kwargs)
+        self.options, self.peak_flops = options, peak_flops * self.args.world_size
+        self._mark = None
+        self._clear_counts()
+        if options.max_seconds:
+            self.add_callback(StopOnTime(self))
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
+            warmup = int(self.args.warmup_steps) or math.ceil(self.options.warmup_share * num_training_steps)
+            self.lr_scheduler = LinearSchedule(
+                optimizer or self.optimizer,
+                warmup,
+                num_training_steps,
+                self.options.final_lr_share,
+                self.options.max_seconds,
+                agree=make_agreement(),
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._mark is None:
+            self._start_clock()
+            if self.options.max_seconds:
+                self.lr_scheduler.start_clock()
+        lengths = inputs["cu_seq_lens_q"].diff().long()
+        self._tokens += inputs["input_ids"].numel()
+        self._pairs = self._pairs + (lengths**2).sum()
+        self._predicted = self._predicted + (inputs["labels"] != IGNORED).sum()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clear_counts(self):
+        self._tokens, self._pairs, self._predicted = 0, 0, 0  # of this process; the last two stay on the device
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # counted in `store_flos`, since reading a number from the device in each step would wait for it
+
+    def store_flos(self) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        self.current_flos += float(count_flops(config, self._tokens, self._pairs, self._predicted))
+        tokens = torch.tensor([self._tokens], device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+        self._clear_counts()
+        super().store_flos()
+
+    def _start_clock(self):
+        self._mark = (time.perf_counter(), self.state.num_input_tokens_seen, self.state.total_flos)
+
+    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+        if "loss" in logs:
+            began, tokens, flops = self._mark
+            seconds = time.perf_counter() - began
+            before = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = round((self.state.num_input_tokens_seen - tokens) / seconds)
+            logs["mfu"] = round((self.state.total_flos - flops) / seconds / self.peak_flops, 3)
+            logs["seconds"] = round(before + seconds, 1)
+            if self.options.max_seconds:
+                logs["progress"] = round(min(1.0, self.lr_scheduler.position / self.lr_scheduler.total), 3)
+        super().log(logs)
+        if self.is_world_process_zero():
+            replace_json(os.path.join(self.args.output_dir, "log_history.json"), self.state.log_history)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        logs, began = self.control.should_log, time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if logs:
+            self._start_clock()
+        else:
+            self._mark = (self._mark[0] + time.perf_counter() - began, *self._mark[1:])
+
+
+class StopOnTime(TrainerCallback):
+    """Ends a training when its schedule has used up the time."""
+
+    def __init__(self, trainer: PretrainingTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.lr_scheduler.is_over:
+            control.should_log = control.should_training_stop = True
+
+
+def make_agreement():
+    """A function that gives every process the number of process 0, through the CPU so that no GPU is waited for."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return lambda number: number
+    group = torch.distributed.new_group(backend="gloo")
+
+    def agree(number: float) -> float:
+        shared = torch.tensor(number, dtype=torch.float64)
+        torch.distributed.broadcast(shared, 0, group=group)
+        return shared.item()
+
+    return agree
+
+
+def replace_json(path: str, content) -> None:
+    """Write a JSON file beside `path` and rename it, so that a reader never sees half of it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: a pair has no name or no equals sign.
+    """
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"config_fields must be NAME=VALUE, got {pair!r}")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def build_model(options: argparse.Namespace, vocabulary: int):
+    """Make or load the model that is to be trained, in float32.
+
+    Args:
+        options: of the command line; `model` to start from, or `config` or nothing for random weights, and
+            `config_fields` on top.
+        vocabulary: entries of the tokenizer. Random weights get the next multiple of 64 as `vocab_size`.
+
+    Returns:
+        A `BertForMaskedLM` of this repository's code, whatever code its source brings.
+
+    Raises:
+        ValueError: both `model` and `config` are given, a field is malformed or its value is refused, the vocabulary
+            does not fit, or the weights hold NaN or infinity.
+    """
+    fields = parse_fields(options.config_fields)
+    if options.model is not None and options.config is not None:
+        raise ValueError("config must not be given with model, which brings its own")
+    config_class, model_class = repository_class("BertConfig"), repository_class("BertForMaskedLM")
+    source = options.config if options.model is None else options.model
+    if source is None:
+        config = config_class()
+    elif Path(source).is_file() and options.model is None:
+        config = config_class.from_dict(read_json(Path(source)))
+    else:
+        config = load_from(config_class.from_pretrained, source, "config" if options.model is None else "model")
+    if options.model is None:
+        config.vocab_size = math.ceil(vocabulary / 64) * 64
+    for name in fields:
+        if not hasattr(config, name):
+            raise ValueError(f"config_fields: the config has no field {name!r}")
+    config = config_class.from_dict({**config.to_dict(), **fields})  # checks the values
+    if config.vocab_size < vocabulary:
+        raise ValueError(f"vocab_size must be at least the tokenizer's {vocabulary} entries, got {config.vocab_size}")
+    if options.model is None:
+        model = model_class(config)
+    else:
+        model = load_from(model_class.from_pretrained, options.model, config=config)
+    if not is_finite(*model.parameters()):
+        raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
+    model.silence_dead_slots(vocabulary)
+    return model.float()
+
+
+def load_tokenizer(options: argparse.Namespace):
+    """The tokenizer that the options name.
+
+    Raises:
+        ValueError: a folder holds no model or no tokenizer.
+    """
+    load = AutoTokenizer.from_pretrained
+    if options.tokenizer is not None:
+        return load_from(load, options.tokenizer, "tokenizer", TOKENIZER_FILES)
+    return load_from(load, str(REPOSITORY) if options.model is None else options.model)
+
+
+def tokenize_only(options: argparse.Namespace) -> None:
+    """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`.
+
+    Raises:
+        ValueError: the folder is there already and `overwrite` is not set, or see `open_sources` and `tokenize`.
+    """
+    folder = Path(options.output_dir)
+    check_is_folder(folder)
+    if folder.exists() and any(folder.iterdir()) and not (options.overwrite and Documents.is_in(folder)):
+        raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
+    parts = open_sources(options.train_data, options.text_field, "train_data")
+    tokenizer = load_tokenizer(options)
+    with staged_folder(folder, options.overwrite) as new:
+        tokenize(parts, tokenizer, new)
+
+
+def train(options: argparse.Namespace, arguments: TrainingArguments) -> PretrainingTrainer:
+    """Run the training that the options describe and write the final repository to `output_dir`.
+
+    Args:
+        options: the own options of pretrain_mlm.py.
+        arguments: the options of transformers' Trainer.
+
+    Returns:
+        The trainer, done.
+
+    Raises:
+        ValueError: options that contradict each other or the data; each names what was wrong.
+        FloatingPointError: the loss or the weights became NaN or infinite.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(f"one process drives one GPU, got {arguments.n_gpu}: start with torchrun --nproc-per-node")
+    shares = options.length_shares or [1.0] * len(options.max_length)
+    if len(shares) != len(options.max_length):
+        raise ValueError(f"length_shares must be one positive number for each max_length, got {shares}")
+    if min(options.max_length) < SHORTEST + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
+    if options.streaming and arguments.num_train_epochs:
+        raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
+    if options.max_seconds and arguments.lr_scheduler_type != "linear":
+        raise ValueError(f"max_seconds needs lr_scheduler_type linear, got {arguments.lr_scheduler_type}")
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if options.compile_backend and options.compile_backend not in backends:
+        raise ValueError(f"torch_compile must be one of {', '.join(backends)}, got {options.compile_backend!r}")
+    shares = [share / sum(shares) for share in shares]
+    for argument in ("train_data", "validation_data"):
+        check_sources(getattr(options, argument), argument)
+    folder = Path(arguments.output_dir)
+    checkpoint = None
+    if arguments.process_index == 0:
+        checkpoint = start_folder(folder, options.overwrite, options.resume_from_checkpoint, resumable=True)
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    tokenizer = load_tokenizer(options)
+    set_seed(arguments.seed)
+    model = build_model(options, len(tokenizer))
+
+    def rows(argument, lengths, shares, probability):
+        load, kind = (stream_sequences, StreamedRows) if options.streaming else (load_sequences, PackedRows)
+        settings = {} if options.streaming else {"cache_dir": options.cache_dir}
+        sources = getattr(options, argument)
+        try:
+            with arguments.main_process_first():
+                sequences = load(sources, tokenizer, lengths, shares, arguments.seed, options.text_field, **settings)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
+        return kind(sequences, tokenizer, options.tokens_per_row, probability, arguments.seed, options.mask_token_share)
+
+    train_rows = rows("train_data", options.max_length, shares, options.mask_probability)
+    eval_rows = {}
+    for length in options.max_length if options.validation_data else ():
+        eval_rows[str(length)] = rows("validation_data", [length], [1.0], options.eval_mask_probability)
+
+    if arguments.gradient_accumulation_steps == 0:
+        tokens_a_round = options.tokens_per_row * arguments.per_device_train_batch_size * arguments.world_size
+        wanted = options.global_batch_size * options.max_length[0] / tokens_a_round
+        arguments.gradient_accumulation_steps = max(1, round(wanted))
+    rows_a_step = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size * arguments.world_size
+    if isinstance(train_rows, PackedRows):
+        if arguments.num_train_epochs:
+            arguments.max_steps = math.ceil(arguments.num_train_epochs * train_rows.rows_per_pass / rows_a_step)
+        train_rows.num_rows = arguments.max_steps * rows_a_step
+    for dataset in eval_rows.values():
+        dataset.num_rows = min(dataset.num_rows, math.ceil(options.eval_tokens / options.tokens_per_row))
+    if not arguments.weight_decay:
+        arguments.weight_decay = options.decoupled_weight_decay / arguments.learning_rate
+
+    if options.compile_backend:
+        for layer in model.bert.encoder.layer:
+            layer.compile(backend=options.compile_backend)
+    if options.peak_tflops:
+        peak_flops = options.peak_tflops * 1e12
+    else:
+        peak_flops = measure_matmul_flops(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    if arguments.process_index == 0:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        limit = f", or {options.max_seconds:g} s" if options.max_seconds else ""
+        print(
+            f"{weights:,} weights; {arguments.max_steps:,} steps{limit}; {rows_a_step} rows of "
+            f"{options.tokens_per_row:,} tokens per step; one device can do {peak_flops / 1e12:.2f} TFLOP/s",
+            flush=True,
+        )
+        if options.overwrite:
+            clear_results(folder)
+    if options.dataloader_num_workers is None and not arguments.use_cpu:
+        arguments.dataloader_num_workers = 1 if options.streaming else 2
+    # Else accelerate reads a stream in one process and hands out slices of each tensor, boundaries included.
+    arguments.accelerator_config.dispatch_batches = False
+    arguments.resume_from_checkpoint = checkpoint
+    sparse_prediction, model.config.sparse_prediction = model.config.sparse_prediction, True
+    trainer = PretrainingTrainer(
+        options=options,
+        peak_flops=peak_flops,
+        model=model,
+        args=arguments,
+        data_collator=flatten_rows,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows or None,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_rows:
+        trainer.evaluate()
+    model.config.sparse_prediction = sparse_prediction
+    save(trainer, folder, options)
+    # A process that just ended would cut the connections of those that still work, which could abort them.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def save(trainer: PretrainingTrainer, folder: Path, options: argparse.Namespace) -> None:
+    """Write the trained model as a repository that loads by itself, and remove the checkpoints.
+
+    Raises:
+        FloatingPointError: the last step left NaN or infinity in the weights.
+    """
+    trainer.check_weights()
+    trainer.model.to(getattr(torch, options.save_dtype))
+    if trainer.is_fsdp_enabled:  # else Trainer 5.0 writes no model at all, since each process holds a part
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    stage = folder / STAGE
+    trainer.save_model(str(stage))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        say_float32(stage)
+        write_model_card(stage, folder.resolve().name, options.model, trainer.state)
+        publish(stage, folder)
+        if not options.keep_checkpoints:
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+
+
+def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:
+    """Write the README.md of a pretrained model, with the tokens and the last loss of the run."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    write_card(
+        folder,
+        f"Trained by `scripts/pretrain_mlm.py`: {state.global_step:,} steps, {state.num_input_tokens_seen:,} tokens"
+        + (f", training loss {losses[-1]:.3f} at the end" if losses else ""),
+        source=source,
+        folder=Path(source) if source and Path(source).is_dir() else None,
+        title=title,
+    )

@@ -1,0 +1,140 @@
+"""Writing a folder whole or not at all, whenever the process is stopped."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+from .cli import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that write the same target at once are not noticed
+    fcntl = None
+
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] = None) -> Iterator[Path]:
+    """Offer an empty folder beside the target, which takes the target's place when the block ends well.
+
+    The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
+    the next run of the same target, and an old target that was on its way out is put back first.
+
+    Args:
+        target: the folder to make; of a symbolic link, the folder that it points to.
+        overwrite: replace a target that exists and holds files.
+        source: a file or folder that must not be lost with the old target, where there is one of that name.
+
+    Yields:
+        The folder to write to. It is removed when the block raises; the target is then as it was.
+
+    Raises:
+        ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
+            folders or the source, or another run is writing it.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"target: {target} is a file, expected a folder")
+    if source is not None and Path(source).exists() and target in Path(source).resolve().parents:
+        raise ValueError(f"target: {target} holds the source {source}, expected another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"target: {target.parent} cannot be made, {one_line(error)}") from error
+    stage = target.parent / f".{target.name}.stage"
+    with _locked(stage, target):
+        new, old = stage / "new", stage / "old"
+        try:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            for litter in (new, old):
+                if litter.exists():
+                    shutil.rmtree(litter)
+            content = sorted(target.iterdir()) if target.exists() else []
+            if content and not overwrite:
+                raise ValueError(f"target: {target} exists and is not an empty folder; pass --overwrite to replace it")
+            folders = [path.name for path in content if path.is_dir()]
+            if folders:  # a home, a checkout, a run: nothing that a script here has written whole
+                raise ValueError(
+                    f"target: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
+                )
+            new.mkdir()
+            yield new
+            make_readable(new)
+            _replace(target, new, old)
+        finally:
+            if target.exists() or not old.exists():
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(stage: Path, target: Path) -> Iterator[None]:
+    """Make the stage and hold a lock on it, which ends with the process."""
+    while True:
+        try:
+            stage.mkdir()
+        except FileExistsError:  # exist_ok would raise where a run that ends removes it meanwhile
+            pass
+        except PermissionError as error:
+            raise ValueError(f"target: {target.parent} cannot be written, {one_line(error)}") from error
+        if fcntl is None:
+            break
+        try:
+            descriptor = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # a run that has just ended removed it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ValueError(f"target: another run is writing {target}") from error
+        except OSError:
+            pass  # a network file system that locks no folders
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(stage)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            os.close(descriptor)
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Put `new` into the target's place; what was there is moved into the stage."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        # Killed between these two, the next run finds `old` without a target, and puts it back.
+        try:
+            os.rename(target, old)
+            os.rename(new, target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change places in one step; returns False where the system cannot do that."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
+    if rename is None:
+        return False
+    return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+
+
+def make_readable(folder: Path) -> None:
+    """Give all files and folders the rights that new ones have: some libraries write files for their owner alone."""
+    rights = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(rights if path.is_dir() else rights & 0o666)

@@ -1,0 +1,113 @@
+"""The documentation is true: its code prints what it shows, its links and commands exist, its numbers are measured."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import metadata_load
+
+from mosaicbert.bert_layers import ATTENTION_BACKENDS
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, flags=re.S | re.M)
+
+
+def commands(page):
+    """The shell commands of a page, one a line."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def test_every_python_block_shows_its_output():
+    assert len(BLOCKS) == README.count("```python") >= 5
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_prints_what_it_shows_in_a_fresh_process(number):
+    block, shown = BLOCKS[number]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", block]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == shown
+
+
+def test_head_says_what_the_hub_reads():
+    head = metadata_load(ROOT / "README.md")
+    known = {"license", "language", "library_name", "pipeline_tag", "base_model", "datasets", "tags"}
+    assert set(head) == known and all(head.values())
+
+
+def test_the_readme_fits_in_12_kb():
+    assert len(README.encode()) <= 12_000
+
+
+def test_attention_table_is_the_backend_table():
+    rows = re.findall(r"^\| (\w+) \| (float16.*?) \| (.*?) \| (.*?) \| (\w+) \| (\w+) \|$", README, flags=re.M)
+    expected = [
+        (
+            name,
+            ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes),
+            ", ".join(row.devices) or "any",
+            f"up to {row.max_head_dim}" if row.max_head_dim else "any",
+            "yes" if row.dropout else "no",
+            "yes" if row.returns_weights else "no",
+        )
+        for name, row in ATTENTION_BACKENDS.items()
+    ]
+    assert rows == expected
+
+
+def test_speed_table_repeats_the_tables_of_performance():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    measured = re.findall(r"^\| ([CG][\w-]+) \|[^|]*\| BERT-base, SDPA \|(.*)\|$", page, flags=re.M)
+    medians = {case: re.findall(r"([\d.]+) \(", cells) for case, cells in measured}
+    rows = re.findall(r"^\| .*\(([CG][\w, -]+)\) \| (.*) \|$", README, flags=re.M)
+    assert len(rows) >= 4
+    for cases, cells in rows:
+        expected = [median for case in cases.split(", ") for median in medians[case]]
+        assert [cell for cell in cells.split(" | ") if cell != "–"] == expected, cases
+
+
+def test_loss_by_length_is_the_measured_one():
+    lengths, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\| (?:length|loss|top-1).*\|$", README, flags=re.M)
+    ]
+    with open(ROOT / "benchmarks" / "results" / "lengths.csv", encoding="utf-8") as file:
+        measured = {row["length"]: row for row in csv.DictReader(file)}
+    for name, row in zip(("loss", "top1"), rows):
+        expected = [float(measured[length.replace(",", "")][name]) for length in lengths[1:]]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(expected, abs=5.1e-4)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_images_and_commands_exist(page):
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (page.parent / link.split("#")[0]).exists(), link
+    for name in re.findall(r"`((?:scripts|tests|benchmarks|examples|docs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"(?:`|^)make (\w+)", text, flags=re.M)) <= targets
+
+
+def test_options_in_commands_exist():
+    used = {}
+    for page in PAGES:
+        for script, words in re.findall(r"(scripts/\w+\.py)(.*)", "\n".join(commands(page))):
+            used.setdefault(script, set()).update(re.findall(r"--\w+", words))
+    assert used
+    for script, options in used.items():
+        known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+        assert options <= {*re.findall(r"--\w+", known), "--fsdp"}, script

@@ -1,0 +1,324 @@
+"""Bad input: an error that names the argument, what was expected and what came."""
+
+import math
+import re
+
+import pytest
+import torch
+from models import ragged_batch, tiny_config, tiny_model
+
+from mosaicbert.bert_layers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    sequence_loss,
+)
+from mosaicbert.configuration_bert import BertConfig
+
+IDS, MASK = ragged_batch([6, 4])
+
+
+def fails(message):
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_exactly_one_kind_of_input(model):
+    with fails("exactly one of input_ids and inputs_embeds must be given, got neither"):
+        model(attention_mask=MASK)
+    with fails("exactly one of input_ids and inputs_embeds must be given, got both"):
+        model(IDS, inputs_embeds=torch.zeros(2, 6, 48))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"input_ids": IDS[0]}, "input_ids must have 2 dimensions [B, S], got [6]"),
+        ({"inputs_embeds": torch.zeros(2, 48)}, "inputs_embeds must have 3 dimensions [B, S, E], got [2, 48]"),
+        ({"input_ids": IDS, "attention_mask": MASK[:, :5]}, "attention_mask must have shape [2, 6], got [2, 5]"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:, None, None, :]},
+            "attention_mask must have shape [2, 6], got [2, 1, 1, 6]",
+        ),
+        ({"input_ids": IDS, "token_type_ids": IDS[:1]}, "token_type_ids must have shape [2, 6], got [1, 6]"),
+        ({"input_ids": IDS, "position_ids": IDS[:, :3]}, "position_ids must have shape [2, 6], got [2, 3]"),
+        ({"input_ids": IDS, "labels": IDS[:, :5]}, "labels must have shape [2, 6], got [2, 5]"),
+        ({"input_ids": IDS, "labels": IDS[0]}, "labels must have shape [2, 6], got [6]"),
+        (
+            {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 12])},
+            "cu_seq_lens_q describes one row [1, T] without attention_mask, got no mask and input_ids of shape [2, 6]",
+        ),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0.0, 6.0])},
+            "cu_seq_lens_q must be integers of shape [N + 1], got torch.float32 [2]",
+        ),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 4, 3, 6])},
+            "cu_seq_lens_q must rise from 0 to the 6 tokens given, got [0, 4, 3, 6]",
+        ),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 5])},
+            "cu_seq_lens_q must rise from 0 to the 6 tokens given, got [0, 5]",
+        ),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 5},
+            "max_length_q must be at least the longest sequence, 6 tokens, got 5",
+        ),
+    ],
+)
+def test_wrong_rank_or_shape(model, arguments, message):
+    with fails(message):
+        model(**arguments)
+
+
+@pytest.mark.parametrize("bad", [101, -1])
+def test_a_token_id_outside_the_vocabulary_is_named_with_its_place(model, bad):
+    ids = IDS.clone()
+    ids[1, 2] = bad
+    with fails(f"input_ids must lie in [0, 101), got {bad} at [1, 2]"):
+        model(ids)
+    with fails(f"token_type_ids must lie in [0, 2), got {bad} at [1, 2]"):
+        model(
+            IDS, token_type_ids=torch.zeros_like(IDS).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(bad))
+        )
+    labels = torch.full_like(IDS, -100)
+    labels[0, 3] = bad
+    with fails(f"labels must lie in [0, 101), got {bad} at [0]"):
+        model(IDS, labels=labels)
+
+
+def test_heads_name_wrong_labels():
+    classifier = tiny_model(BertForSequenceClassification, num_labels=3)
+    with fails("labels must have shape [2], got [2, 3]"):
+        classifier(IDS, labels=torch.zeros(2, 3, dtype=torch.long))
+    with fails("labels must have shape [2, 3], got [2]"):
+        classifier(IDS, labels=torch.zeros(2))
+    with fails("labels must lie in [0, 3), got 3 at [1]"):
+        classifier(IDS, labels=torch.tensor([0, 3]))
+    # Some releases of transformers refuse it in the config already.
+    with fails("problem_type must be regression, single_label_classification or multi_label_classification, got 'x'"):
+        sequence_loss(torch.zeros(2, 3), torch.zeros(2), "x", None)
+    with fails("labels must have shape [2, 6], got [2]"):
+        tiny_model(BertForTokenClassification)(IDS, labels=torch.zeros(2, dtype=torch.long))
+    answering = tiny_model(BertForQuestionAnswering)
+    with fails("start_positions and end_positions must be given together, got start_positions only"):
+        answering(IDS, start_positions=torch.tensor([0, 1]))
+    with fails("start_positions must have shape [2], got [2, 2]"):
+        answering(IDS, start_positions=torch.zeros(2, 2, dtype=torch.long), end_positions=torch.tensor([0, 1]))
+    with fails("input_ids must have 3 dimensions [B, C, S, …], got [2, 6]"):
+        tiny_model(BertForMultipleChoice)(IDS)
+    boundaries = torch.tensor([0, 6])
+    with fails("cu_seq_lens_q cannot be served by BertForQuestionAnswering, which needs one row a text"):
+        answering(IDS[:1], cu_seq_lens_q=boundaries)
+    with fails("cu_seq_lens_q cannot be served by BertForMultipleChoice, which needs one row a text"):
+        tiny_model(BertForMultipleChoice)(IDS[None], cu_seq_lens_q=boundaries)
+    with fails("labels must have shape [1], got [2]"):
+        tiny_model(BertForMultipleChoice)(IDS[None], labels=torch.tensor([0, 1]))
+
+
+def test_an_attention_implementation_that_cannot_serve_says_why():
+    pytest.importorskip("triton", reason="without Triton the reason is another one: tests/loading/test_loading.py")
+    model = tiny_model(attn_implementation="triton")
+    with fails("attn_implementation 'triton' cannot serve this call: it supports devices cuda, got cpu"):
+        model(IDS)
+    with fails("it supports torch.float16, torch.bfloat16, torch.float32, got torch.float64"):
+        model.double()(IDS)
+
+
+def test_the_names_registered_with_transformers_refuse_other_architectures():
+    from transformers import BertConfig as StockConfig
+    from transformers import BertModel as StockModel
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 8, "vocab_size": 101}
+    for name in ("auto", "triton"):
+        # Before 4.57 stock BERT had a table of its own and does not find the name.
+        with pytest.raises((ValueError, KeyError), match="'triton' are MosaicBERT's|" + name):
+            StockModel(StockConfig(**sizes, attn_implementation=name))(IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "model_class, names",
+    [
+        (BertForMaskedLM, ["labels"]),
+        (BertForTokenClassification, ["labels"]),
+        (BertForSequenceClassification, ["labels"]),
+        (BertForQuestionAnswering, ["start_positions", "end_positions"]),
+        (BertForMultipleChoice, ["labels"]),
+    ],
+)
+def test_labels_that_are_no_integers_are_named(model_class, names, dtype):
+    model = tiny_model(model_class, num_labels=3, problem_type="single_label_classification")
+    shape = (2, 6) if model_class in (BertForMaskedLM, BertForTokenClassification) else (2,)
+    ids = torch.stack((IDS, IDS), 1) if model_class is BertForMultipleChoice else IDS
+    with fails(f"{names[0]} must be integers, got {dtype}"):
+        model(ids, **{name: torch.ones(shape).to(dtype) for name in names})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_labels_of_every_integer_dtype_mean_the_same(dtype):
+    model = tiny_model()
+    labels = IDS.clone()
+    labels[0, 1] = 100
+    if dtype != torch.uint8:
+        labels[1, 2] = -100
+    assert model(IDS, labels=labels.to(dtype)).loss.item() == model(IDS, labels=labels).loss.item()
+    for model_class in (BertForTokenClassification, BertForSequenceClassification):
+        head = tiny_model(model_class, num_labels=3)
+        labels = IDS % 3 if model_class is BertForTokenClassification else torch.tensor([2, 0])
+        assert head(IDS, labels=labels.to(dtype)).loss.item() == head(IDS, labels=labels).loss.item()
+    answering = tiny_model(BertForQuestionAnswering)
+    places = torch.tensor([1, 3])
+    expected = answering(IDS, start_positions=places, end_positions=places).loss.item()
+    got = answering(IDS, start_positions=places.to(dtype), end_positions=places.to(dtype)).loss.item()
+    assert got == expected
+
+
+def test_a_label_of_156_in_uint8_is_not_taken_for_minus_100():
+    labels = torch.full((2, 6), 156, dtype=torch.uint8)
+    with fails("labels must lie in [0, 101), got 156 at [0]"):
+        tiny_model()(IDS, labels=labels)
+    model = tiny_model(BertForTokenClassification, num_labels=200)
+    numbers = model(IDS, labels=labels.long()).loss.item()
+    assert model(IDS, labels=labels).loss.item() == numbers
+
+
+@pytest.mark.parametrize("given", [list, "numpy", tuple], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "labels", "cu_seq_lens_q"],
+)
+def test_what_is_no_tensor_is_named(model, name, given):
+    tensors = {"inputs_embeds": torch.zeros(1, 6, 48), "cu_seq_lens_q": torch.tensor([0, 6])}
+    tensor = tensors.get(name, IDS[:1])
+    value = tensor.numpy() if given == "numpy" else given(tensor.tolist())
+    call = {"input_ids": IDS[:1], name: value}
+    if name == "inputs_embeds":
+        del call["input_ids"]
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+        model(**call)
+
+
+@pytest.mark.parametrize("name", ["start_positions", "end_positions"])
+def test_answer_places_that_are_no_tensors_are_named(name):
+    places = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([0, 1])}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        tiny_model(BertForQuestionAnswering)(IDS, **{**places, name: [0, 1]})
+
+
+@pytest.mark.parametrize("model_class", [BertForSequenceClassification, BertForTokenClassification])
+def test_labels_of_a_head_that_are_no_tensors_are_named(model_class):
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        tiny_model(model_class)(IDS, labels=[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
+def test_ids_that_are_no_integers_are_named(model, name, dtype):
+    with fails(f"{name} must be integers, got {dtype}"):
+        model(**{"input_ids": IDS, name: torch.ones(2, 6).to(dtype)})
+
+
+def test_embeddings_of_another_width_or_dtype_are_named(model):
+    for width in (1, 47):
+        with fails(f"inputs_embeds must have shape [2, 6, 48], got [2, 6, {width}]"):
+            model(inputs_embeds=torch.zeros(2, 6, width))
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        with fails(f"inputs_embeds must be torch.float32 as the weights, got {dtype}"):
+            model(inputs_embeds=torch.zeros(2, 6, 48, dtype=dtype))
+    with fails("inputs_embeds must have shape [1, 2, 6, 48], got [1, 2, 6, 1]"):
+        tiny_model(BertForMultipleChoice)(inputs_embeds=torch.zeros(1, 2, 6, 1))
+
+
+def test_embeddings_in_the_autocast_dtype_are_taken(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(model(inputs_embeds=torch.zeros(2, 6, 48, dtype=torch.bfloat16)).logits).all()
+        assert torch.isfinite(model(inputs_embeds=torch.zeros(2, 6, 48)).logits).all()
+
+
+def test_multiple_choice_names_the_shape_that_it_was_given():
+    model = tiny_model(BertForMultipleChoice)
+    with fails("attention_mask must have shape [1, 2, 6], got [2, 6]"):
+        model(IDS[None], attention_mask=MASK)
+    with fails("attention_mask must have shape [1, 2, 6], got [1, 2, 5]"):
+        model(IDS[None], attention_mask=MASK[None, :, :5])
+    with fails("position_ids must have shape [1, 2, 6], got [1, 6]"):
+        model(IDS[None], position_ids=torch.arange(6)[None])
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "512", None, math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "type_vocab_size",
+        "alibi_starting_size",
+        "max_position_embeddings",
+    ],
+)
+def test_a_config_names_a_size_that_is_no_positive_integer(name, value):
+    with fails(f"{name} must be a positive integer, got {value!r}"):
+        BertConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("hidden_dropout_prob", 1.0, "hidden_dropout_prob must be a number in [0, 1), got 1.0"),
+        ("hidden_dropout_prob", -0.1, "hidden_dropout_prob must be a number in [0, 1), got -0.1"),
+        ("attention_probs_dropout_prob", math.nan, "attention_probs_dropout_prob must be a number in [0, 1), got nan"),
+        ("attention_probs_dropout_prob", "0.1", "attention_probs_dropout_prob must be a number in [0, 1), got '0.1'"),
+        ("classifier_dropout", 1.5, "classifier_dropout must be None or a number in [0, 1), got 1.5"),
+        ("hidden_dropout_prob", None, "hidden_dropout_prob must be a number in [0, 1), got None"),
+        ("hidden_dropout_prob", True, "hidden_dropout_prob must be a number in [0, 1), got True"),
+        ("layer_norm_eps", 0, "layer_norm_eps must be a positive number, got 0"),
+        ("layer_norm_eps", -1e-12, "layer_norm_eps must be a positive number, got -1e-12"),
+        ("layer_norm_eps", "1e-12", "layer_norm_eps must be a positive number, got '1e-12'"),
+        ("layer_norm_eps", math.inf, "layer_norm_eps must be a positive number, got inf"),
+        ("initializer_range", -0.02, "initializer_range must be a number that is not negative, got -0.02"),
+        ("initializer_range", math.nan, "initializer_range must be a number that is not negative, got nan"),
+        ("pad_token_id", 101, "pad_token_id must be None or lie in [0, 101), got 101"),
+        ("pad_token_id", -1, "pad_token_id must be None or lie in [0, 101), got -1"),
+        ("pad_token_id", 1.0, "pad_token_id must be None or lie in [0, 101), got 1.0"),
+        ("hidden_size", 50, "hidden_size must be a multiple of num_attention_heads, got 50 and 12"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers must be at most 1000, got 1000000000"),
+        ("hidden_act", "gelou", "got 'gelou'"),
+        ("hidden_act", 3, "got 3"),
+        ("sparse_prediction", "no", "sparse_prediction must be True or False, got 'no'"),
+        ("low_precision_layernorm", 1, "low_precision_layernorm must be True or False, got 1"),
+        ("is_decoder", True, "is_decoder must be False"),
+        ("add_cross_attention", True, "add_cross_attention must be False"),
+    ],
+)
+@pytest.mark.parametrize("way", ["built", "loaded"])
+def test_a_config_names_a_field_of_a_wrong_value(tmp_path, name, value, message, way):
+    if way == "built":
+        with fails(message):
+            tiny_config(**{name: value})
+        return
+    tiny_model().save_pretrained(tmp_path)
+    # transformers 5 checks the type of some fields itself, with an error of its own.
+    with pytest.raises(Exception, match=f"{re.escape(message)}|Validation error for field '{name}'"):
+        BertForMaskedLM.from_pretrained(tmp_path, **{name: value})
+
+
+def test_a_field_that_is_set_wrongly_is_named():
+    """After the config was built, or in transformers' own config."""
+    from transformers import BertConfig as StockConfig
+
+    ours = tiny_config()
+    with fails("hidden_dropout_prob must be a number in [0, 1), got 2.0"):
+        ours.hidden_dropout_prob = 2.0
+    stock = StockConfig(hidden_size=48, num_hidden_layers=2, intermediate_size=40, vocab_size=101, type_vocab_size=0)
+    with fails("type_vocab_size must be a positive integer, got 0"):
+        BertForMaskedLM(stock)

@@ -1,0 +1,420 @@
+"""Converting checkpoints: from older repositories and from Composer to a complete repository."""
+
+import json
+
+import convert_checkpoint
+import numerics
+import numpy
+import push_to_hub
+import pytest
+import repositories
+import torch
+from conftest import ROOT
+from folders import stock_bert, write_complete_repository, write_tokenizer
+from lib import checkpoint_conversion, common
+from lib.references import foreign_references
+from models import ragged_batch, tiny_config, tiny_model
+from repositories import published_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from mosaicbert.bert_layers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from mosaicbert.configuration_bert import AUTO_MAP
+
+SAME = numerics.SAME[torch.float32]
+CODE = set(common.CODE_FILES)
+TINY = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 101}
+
+
+def hub_config(name):
+    """A published config.json, in a tiny size."""
+    return {**json.loads((ROOT / "tests" / "data" / "hub-configs" / f"{name}.json").read_text()), **TINY}
+
+
+def published_weights():
+    """Weights of a tiny MLM under the published names, decoder weight included."""
+    weights = tiny_model().state_dict()
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def published_folder(folder, config=None):
+    """A repository of a tiny MLM with pickled weights and without code; returns the weights."""
+    repositories.write_repository(folder, config=config or published_config(), code=False)
+    return published_weights()
+
+
+def loaded_equals(folder, weights, auto=AutoModelForMaskedLM):
+    """Load a folder as a user does and compare its outputs with those of `weights`; returns the loaded model."""
+    expected = tiny_model()
+    expected.load_state_dict(weights)
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    ids, mask = ragged_batch([9, 4])
+    numerics.assert_same(model(ids, mask).logits[..., :101], expected(ids, mask).logits, SAME)
+    return model
+
+
+@pytest.mark.parametrize("case", ["mlm-12heads-dim16", "seqcls-6heads-dim32"])
+def test_converted_reference_cases_give_the_published_numbers(tmp_path, case):
+    source = ROOT / "tests" / "data" / "reference" / case
+    lines = checkpoint_conversion.convert(str(source), tmp_path, check=True)
+    assert lines[-1].startswith("outputs before and after differ by 0.0e+00")
+    expected = load_file(source / "expected.safetensors")
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.float64)
+    mask = expected["attention_mask"]
+    hidden = model(expected["input_ids"], mask, expected.get("token_type_ids")).last_hidden_state
+    layers = model.config.num_hidden_layers
+    name = "last_hidden_at_attended" if "last_hidden_at_attended" in expected else f"hidden_{layers}_at_attended"
+    numerics.assert_same(hidden[mask.bool()], expected[name], numerics.PUBLISHED[torch.float64])
+
+
+def test_dnabert_2_config_becomes_a_complete_repository(tmp_path):
+    """No model_type, no architectures, no pad_token_id, `auto_map` elsewhere, a tokenizer whose [PAD] is 3."""
+    source, target = tmp_path / "dnabert", tmp_path / "new"
+    weights = published_folder(source, hub_config("dnabert-2-117m"))
+    words = "\n".join(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *(f"w{n}" for n in range(96))])
+    (source / "vocab.txt").write_text(words)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 512}')
+    checkpoint_conversion.convert(str(source), target)
+    config = json.loads((target / "config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"]
+    assert config["pad_token_id"] == 3
+    assert config["auto_map"] == AUTO_MAP
+    assert not any("--" in reference for reference in config["auto_map"].values())
+    assert CODE <= {path.name for path in target.iterdir()}
+    assert AutoTokenizer.from_pretrained(target).model_max_length > 1e6
+    loaded_equals(target, weights)
+
+
+def test_a_finetuned_descendant_loses_its_references_to_another_repository(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    config = hub_config("dnabert-2-finetuned")
+    assert all("--" in reference for reference in config["auto_map"].values())
+    model = tiny_model(BertForSequenceClassification)
+    repositories.write_repository(source, model=model, config=config, code=False)
+    checkpoint_conversion.convert(str(source), target, check=True)
+    written = json.loads((target / "config.json").read_text())
+    assert not any("--" in reference for reference in written["auto_map"].values())
+    assert written["problem_type"] == "single_label_classification"
+    reloaded = AutoModelForSequenceClassification.from_pretrained(target, trust_remote_code=True)
+    ids, mask = ragged_batch([9, 4])
+    numerics.assert_same(reloaded(ids, mask).logits, model(ids, mask).logits, SAME)
+
+
+FOREIGN = "evil/repo--code.Class"
+
+
+def test_no_reference_to_foreign_code_survives_in_any_file(tmp_path):
+    """Every field that loaders follow to code or files elsewhere, in every form that transformers reads."""
+    source, target = tmp_path / "old", tmp_path / "new"
+    model = write_complete_repository(source, vocab_size=27)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": FOREIGN, "AutoTokenizer": [None, FOREIGN], "AutoModelForCausalLM": FOREIGN}
+    config |= {
+        "custom_pipelines": {"fill-mask": {"impl": FOREIGN, "pt": ["AutoModelForMaskedLM"]}},
+        "attn_implementation": "evil/kernel",
+        "_attn_implementation": {"": "evil/kernel"},
+        "quantization_config": {"quant_method": "evil/kernel"},
+        "transformers_weights": "evil.safetensors",
+        "text_config": {"auto_map": {"AutoModel": FOREIGN}},
+        "tokenizer_class": FOREIGN,
+        "unheard_of": [FOREIGN],
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    references = {"auto_map": {"AutoTokenizer": [FOREIGN, None]}, "vocab_file": "/evil/vocab", "unheard_of": [FOREIGN]}
+    references |= {"processor": {"auto_map": {"AutoProcessor": FOREIGN}}, "fast_tokenizer_files": ["evil.json"]}
+    (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, **references}))
+    special = {"mask_token": "[MASK]", "auto_map": [None, FOREIGN]}
+    (source / "special_tokens_map.json").write_text(json.dumps(special))
+    (source / "added_tokens.json").write_text(json.dumps({"auto_map": 26}))  # a token may be called like that
+    (source / "code.py").write_text("raise SystemExit('foreign code ran')")
+
+    checkpoint_conversion.convert(str(source), target, pad_vocab=64)
+    for path in target.iterdir():
+        assert "evil" not in path.read_text(encoding="utf-8", errors="replace"), path.name
+        if path.suffix == ".json":
+            own = {"bert_layers", "configuration_bert"} if path.name == "config.json" else ()
+            assert list(foreign_references(json.loads(path.read_text()), own)) == [] or path.name == "added_tokens.json"
+    assert {path.name for path in target.glob("*.py")} == CODE
+    assert "model.safetensors" in push_to_hub.files_to_push(target)
+    loaded = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True)
+    ids, mask = ragged_batch([9, 4], vocab=27)
+    numerics.assert_same(loaded(ids, mask).logits[..., :27], model(ids, mask).logits, SAME)
+    assert AutoTokenizer.from_pretrained(target, trust_remote_code=True).mask_token == "[MASK]"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_keep_their_dtype_and_load_in_float32(tmp_path, dtype):
+    """transformers 5 loads in the dtype that a config names, older releases in float32 whatever it names."""
+    source, target = tmp_path / "old", tmp_path / "new"
+    repositories.write_repository(source, model=tiny_model().to(dtype), code=False)
+    (line,) = [line for line in checkpoint_conversion.convert(str(source), target, check=True) if "differ" in line]
+    assert line == "outputs before and after differ by 0.0e+00 of the largest"
+    stored = load_file(target / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    model = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True)
+    assert model.dtype == torch.float32
+    original = torch.load(source / "pytorch_model.bin")
+    assert all(torch.equal(tensor, original[name]) for name, tensor in stored.items())
+
+
+def test_loaders_of_a_converted_repository_read_more_than_the_published_512_tokens(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    published_folder(source, published_config(max_position_embeddings=512))
+    write_tokenizer(source, [f"w{n}" for n in range(96)])
+    checkpoint_conversion.convert(str(source), target)
+    assert AutoConfig.from_pretrained(target, trust_remote_code=True).max_position_embeddings >= 8192
+    assert AutoTokenizer.from_pretrained(target).model_max_length > 8192
+    # A published config stays as it is.
+    assert BertModel.config_class.from_pretrained(source).max_position_embeddings == 512
+
+
+def test_a_sharded_source_and_a_sharded_target(tmp_path):
+    source, middle, target = tmp_path / "old", tmp_path / "middle", tmp_path / "new"
+    weights = published_folder(source)
+    middle.mkdir()
+    checkpoint_conversion.convert(str(source), middle, max_shard_size="40KB")
+    assert len(list(middle.glob("model-*.safetensors"))) > 1
+    checkpoint_conversion.convert(str(middle), target)
+    assert (target / "model.safetensors").is_file()
+    loaded_equals(target, weights)
+
+
+def test_missing_unknown_and_misshapen_weights_are_named(tmp_path):
+    weights = published_folder(tmp_path / "old")
+    del weights["bert.encoder.layer.1.mlp.wo.bias"]
+    weights["bert.encoder.layer.7.odd"] = torch.zeros(1)
+    weights["bert.embeddings.LayerNorm.weight"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(ValueError) as error:
+        checkpoint_conversion.convert(str(tmp_path / "old"), tmp_path)
+    assert "missing: bert.encoder.layer.1.mlp.wo.bias" in str(error.value)
+    assert "unknown: bert.encoder.layer.7.odd" in str(error.value)
+    assert "of another shape: bert.embeddings.LayerNorm.weight [3] for [48]" in str(error.value)
+
+
+def test_stock_bert_is_sent_to_the_other_script(tmp_path):
+    stock_bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match="convert_bert.py makes a warm start"):
+        checkpoint_conversion.convert(str(tmp_path / "bert"), tmp_path / "new")
+
+
+def test_a_pooler_beside_an_mlm_head_is_kept(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    weights = published_folder(source)
+    pooler = {"bert.pooler.dense.weight": torch.randn(48, 48), "bert.pooler.dense.bias": torch.randn(48)}
+    torch.save({**weights, **pooler}, source / "pytorch_model.bin")
+    checkpoint_conversion.convert(str(source), target)
+    loaded_equals(target, weights)
+    encoder = AutoModel.from_pretrained(target, trust_remote_code=True)
+    assert torch.equal(encoder.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
+
+
+def test_a_decoder_that_lost_its_tie_keeps_its_own_weight(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    weights = published_folder(source)
+    weights["cls.predictions.decoder.weight"] += 0.1
+    torch.save(weights, source / "pytorch_model.bin")
+    lines = checkpoint_conversion.convert(str(source), target)
+    assert "decoder and embeddings differ in the source: both are kept, untied" in lines
+    model = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True)
+    assert torch.equal(model.cls.predictions.decoder.weight, weights["cls.predictions.decoder.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, weights["bert.embeddings.word_embeddings.weight"])
+
+
+def test_an_embedding_that_is_only_stored_as_the_decoder_is_found(tmp_path):
+    source, target = tmp_path / "old", tmp_path / "new"
+    weights = published_folder(source)
+    repositories.write_repository(source, code=False, without=["bert.embeddings.word_embeddings.weight"])
+    checkpoint_conversion.convert(str(source), target)
+    model = loaded_equals(target, weights)
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("model_class", "names"),
+    [
+        (BertModel, None),
+        (BertForSequenceClassification, ["BertForSequenceClassification"]),
+        (BertForSequenceClassification, None),
+        (BertForTokenClassification, None),
+    ],
+)
+def test_every_architecture_is_recognised(tmp_path, model_class, names):
+    source, target = tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    target.mkdir()
+    model = tiny_model(model_class)
+    save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": names}))
+    lines = checkpoint_conversion.convert(str(source), target, check=True)
+    assert lines[0].startswith(model_class.__name__)
+    ids, mask = ragged_batch([9, 4])
+    reloaded = model_class.from_pretrained(target)
+    numerics.assert_same(reloaded(ids, mask)[0], model(ids, mask)[0], SAME)
+
+
+def test_padded_slots_are_never_predicted(tmp_path, text, run_script, capsys):
+    source, target = tmp_path / "old", tmp_path / "new"
+    write_complete_repository(source)
+    arguments = (source, target, "--pad_vocab", 64, "--verify", "--data", text)
+    run_script(convert_checkpoint, *arguments)
+    output = capsys.readouterr().out
+    assert "38 vocabulary slots without a token will never be predicted" in output
+    assert "masked-token loss on the text" in output
+    model = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert model.config.vocab_size == 64
+    logits = model(**tokenizer("the cat [MASK]", return_tensors="pt")).logits
+    assert logits.softmax(-1)[..., len(tokenizer) :].sum() == 0
+
+
+def test_verify_notices_a_repository_with_other_numbers(tmp_path):
+    write_complete_repository(tmp_path / "old")
+    model = BertForMaskedLM.from_pretrained(tmp_path / "old")
+    ids, mask = ragged_batch([9, 4], vocab=26)
+    before = checkpoint_conversion.sample_outputs(model, ids, mask)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].mlp.wo.bias[0] += 0.1
+    model.save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="outputs before and after differ"):
+        checkpoint_conversion.verify(before, tmp_path / "new", "BertForMaskedLM", ids, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resizing_pads_with_dead_slots_and_revives_them(dtype):
+    model = tiny_model().to(dtype)
+    bias_before = model.cls.predictions.decoder.bias.clone()
+    model.resize_token_embeddings(pad_to_multiple_of=64)
+    assert model.config.vocab_size == 128
+    logits = model(torch.tensor([[5, 6]])).logits
+    assert logits.softmax(-1)[..., 101:].sum() == 0
+    model.resize_token_embeddings(103, pad_to_multiple_of=8)
+    assert model.config.vocab_size == 104
+    bias, weight = model.cls.predictions.decoder.bias, model.get_input_embeddings().weight
+    assert torch.equal(bias[:101], bias_before)
+    assert bias[101:103].abs().max() < 1 and bias[103] < -9_000
+    assert weight[101:103].abs().max() > 0
+    assert model.get_output_embeddings().weight is weight
+    model.resize_token_embeddings(90)
+    assert model.config.vocab_size == 90 and model.cls.predictions.decoder.bias.min() > -1
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_shard_size", "0GB"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got '0GB'"),
+        (("--max_shard_size", "abc"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got 'abc'"),
+        (("--pad_vocab", 0), "argument --pad_vocab: expected a positive integer, got '0'"),
+        (("--tokenizer", "EMPTY"), "tokenizer: expected tokenizer.json, vocab.txt or vocab.json in "),
+        (("--data", "EMPTY/no.txt"), "data: no file matches"),
+        (("--config", "EMPTY/no.json"), "argument --config: expected a file, got '"),
+        (("--revision", "main"), "revision: only a Hub id has revisions"),
+    ],
+)
+def test_a_mistake_on_the_command_line_of_convert_checkpoint_is_named(tmp_path, run_script, capsys, options, message):
+    write_complete_repository(tmp_path / "old")
+    (tmp_path / "empty").mkdir()
+    options = [str(option).replace("EMPTY", str(tmp_path / "empty")) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        run_script(convert_checkpoint, tmp_path / "old", tmp_path / "new", *options)
+    assert message in (capsys.readouterr().err if stop.value.code == 2 else stop.value.code)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_text_is_named(tmp_path):
+    write_complete_repository(tmp_path / "old")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="data: there is no text in .*empty.txt"):
+        checkpoint_conversion.convert(
+            str(tmp_path / "old"), tmp_path / "new", check=True, texts=[str(tmp_path / "empty.txt")]
+        )
+
+
+# Composer
+
+
+def composer_file(path, **state):
+    """A Composer checkpoint with its config, tokenizer and random state; returns the weights."""
+    weights = published_weights()
+    folder = path.parent / "tokenizer"
+    folder.mkdir()
+    write_tokenizer(folder, [f"w{n}" for n in range(96)])
+    tokenizer = {
+        "vocab": {"file_extension": ".txt", "content": (folder / "vocab.txt").read_text().split("\n")},
+        "tokenizer_config": {
+            "file_extension": ".json",
+            "content": json.loads((folder / "tokenizer_config.json").read_text()),
+        },
+    }
+    config = {"file_extension": ".json", "content": tiny_config().to_dict(), "class": "bert_layers.BertForMaskedLM"}
+    torch.save(
+        {
+            "state": {
+                "model": {f"model.{name}": tensor for name, tensor in weights.items()},
+                "integrations": {"huggingface": {"model": {"config": config}, "tokenizer": tokenizer}},
+                **state,
+            },
+            "rng": [{"numpy": numpy.random.RandomState(0).get_state(), "torch": torch.get_rng_state()}],
+        },
+        path,
+    )
+    return weights
+
+
+def test_a_composer_checkpoint_gives_the_right_predictions(tmp_path):
+    target = tmp_path / "new"
+    target.mkdir()
+    weights = composer_file(tmp_path / "ep1-ba10-rank0.pt")
+    checkpoint_conversion.convert(str(tmp_path / "ep1-ba10-rank0.pt"), target, check=True)
+    loaded_equals(target, weights)
+    assert len(AutoTokenizer.from_pretrained(target)) == 101
+
+
+def test_no_reference_to_foreign_code_survives_from_a_composer_checkpoint(tmp_path):
+    path, target = tmp_path / "last.pt", tmp_path / "new"
+    composer_file(path)
+    content = torch.load(path, weights_only=False)
+    stored = content["state"]["integrations"]["huggingface"]
+    reference = {"auto_map": {"AutoTokenizer": [FOREIGN, None], "AutoModel": FOREIGN}, "vocab_file": "/evil"}
+    stored["tokenizer"]["tokenizer_config"]["content"].update(reference)
+    stored["model"]["config"]["content"].update(reference, custom_pipelines={"x": {"impl": FOREIGN}})
+    torch.save(content, path)
+    checkpoint_conversion.convert(str(path), target)
+    for path in target.iterdir():
+        assert "evil" not in path.read_text(encoding="utf-8", errors="replace"), path.name
+
+
+def test_a_composer_checkpoint_without_config_takes_one_from_beside_it(tmp_path):
+    weights = published_weights()
+    path = tmp_path / "last.pt"
+    torch.save({"state": {"model": {f"module.model.{name}": tensor for name, tensor in weights.items()}}}, path)
+    target = tmp_path / "new"
+    target.mkdir()
+    with pytest.raises(ValueError, match="expected a config.json in .*; pass --config FILE"):
+        checkpoint_conversion.convert(str(path), target)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    checkpoint_conversion.convert(str(path), target)
+    loaded_equals(target, weights)
+
+
+def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
+    class Surprise:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    composer_file(tmp_path / "bad.pt", callbacks=Surprise())
+    with pytest.raises(ValueError, match="bad.pt is not opened, it holds print, which is more than tensors"):
+        checkpoint_conversion.convert(str(tmp_path / "bad.pt"), tmp_path / "new")
+
+
+def test_a_file_that_is_no_composer_checkpoint_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt has no state/model"):
+        checkpoint_conversion.convert(str(tmp_path / "other.pt"), tmp_path / "new")

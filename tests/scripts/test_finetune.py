@@ -1,0 +1,274 @@
+"""scripts/finetune_classification.py: each kind of label in, metrics and a loadable repository out."""
+
+import csv
+import json
+import sys
+
+import finetune_classification
+import numpy as np
+import push_to_hub
+import pytest
+from corpora import WORDS
+from folders import SPECIAL
+from lib import finetuning, runs
+from models import tiny_model
+from repositories import write_repository
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast, TrainingArguments
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny repository with a tokenizer, to start from."""
+    folder = write_repository(tmp_path_factory.mktemp("start") / "model", tiny_model(vocab_size=64))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def write_examples(path, label_of, count):
+    """Texts of ten words from one of two halves of the vocabulary; `label_of(half)` is the label."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        half = number % 2
+        words = generator.choice(WORDS[half * 20 : half * 20 + 20], 10)
+        rows.append({"text": " ".join(words), "label": label_of(half)})
+    if path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def run(start, folder, **flags):
+    settings = {
+        "model": start,
+        "num_train_epochs": 3,
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 8,
+        "output_dir": folder / "out",
+        **flags,
+    }
+    line = [
+        part
+        for name, value in settings.items()
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+    return finetuning.finetune(*finetune_classification.parse(line))
+
+
+@pytest.mark.parametrize(
+    "suffix, label_of, flags, problem, metric",
+    [
+        (".csv", lambda half: ["left", "right"][half], {}, finetuning.SINGLE, "accuracy"),
+        (".jsonl", lambda half: [["a"], ["a", "b"]][half], {}, finetuning.MULTI, "micro_f1"),
+        (".csv", lambda half: ["a", "a+b"][half], {"label_separator": "+"}, finetuning.MULTI, "micro_f1"),
+        (".jsonl", lambda half: [-1.5, 1.5][half], {}, finetuning.REGRESSION, "spearman"),
+    ],
+)
+def test_each_kind_of_label_is_learned(start, tmp_path, suffix, label_of, flags, problem, metric):
+    train = write_examples(tmp_path / f"train{suffix}", label_of, 80)
+    valid = write_examples(tmp_path / f"valid{suffix}", label_of, 20)
+    results = run(start, tmp_path, train_data=train, validation_data=valid, baseline=True, **flags)
+    assert results["problem"] == problem
+    assert results["mean"][metric] > 0.8 and results["baseline"][metric] > 0.8
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == results
+    assert (tmp_path / "out/confusion.png").exists() == (problem == finetuning.SINGLE)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [" ".join(WORDS[:10]), " ".join(WORDS[20:30])]
+    logits = model(**tokenizer(texts, return_tensors="pt")).logits
+    assert model.config.problem_type == problem
+    if problem == finetuning.SINGLE:
+        assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == ["left", "right"]
+
+
+def test_seeds_differ_and_are_averaged_and_the_best_is_saved(start, tmp_path):
+    generator = np.random.default_rng(0)
+    rows = [
+        {
+            "text": " ".join(generator.choice(WORDS, 5)),
+            "label": int(generator.integers(2)),
+            "other": " ".join(WORDS[:3]),
+        }
+        for _ in range(60)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {"seeds": [0, 1, 2], "num_train_epochs": 1, "text_fields": ["text", "other"]}
+    results = run(start, tmp_path, train_data=tmp_path / "train.jsonl", **flags)
+    scores = [results["seeds"][str(seed)]["accuracy"] for seed in (0, 1, 2)]
+    assert results["mean"]["accuracy"] == pytest.approx(sum(scores) / 3)
+    assert results["standard_deviation"]["accuracy"] == pytest.approx(float(np.std(scores)))
+    assert results["classes"] == ["0", "1"]
+
+
+def test_training_stops_when_nothing_gets_better(start, tmp_path):
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    flags = {"num_train_epochs": 30, "learning_rate": 1e-30, "patience": 2, "keep_checkpoints": True}
+    run(start, tmp_path, train_data=train, validation_data=train, **flags)
+    (state,) = (tmp_path / "out/seed-0").glob("checkpoint-*/trainer_state.json")
+    # The first epoch is the best and kept; two more bring nothing, and the other 27 are not run.
+    assert len(list((tmp_path / "out/seed-0").glob("checkpoint-*"))) <= 2
+    assert json.loads(state.read_text())["epoch"] <= 3
+
+
+@pytest.mark.parametrize(
+    "name, content, flags, message",
+    [
+        ("a.jsonl", ['{"text": "ba"}'], {}, r"a.jsonl, line 1: label_field must be among \['text'\], got 'label'"),
+        ("a.jsonl", ['{"body": "ba", "label": 1}'], {}, "line 1: text_fields must be among .*'body'.*, got 'text'"),
+        ("a.jsonl", ['{"text": "ba", "label": "x"}', '{"text": "be", "label": null}'], {}, "line 2: 'label' is empty"),
+        ("a.jsonl", ['{"text": null, "label": "y"}'], {}, "line 1: expected a string in 'text', got null"),
+        ("a.jsonl", ['{"text": "ba", "label": {"a": 1}}'], {}, "a list of these in 'label', got {'a': 1}"),
+        ("a.jsonl", ['{"text": "ba", "label": [["a"]]}'], {}, r"a list of these in 'label', got \[\['a'\]\]"),
+        ("a.jsonl", ['{"text": "ba", "label": 1e999}'], {}, "train_data: expected finite numbers in 'label', got inf"),
+        ("a.csv", ["text,label", "ba,1.5", "be,nan"], {}, "train_data: expected finite numbers in 'label', got nan"),
+        ("a.csv", ["text,label", "ba,x", "be,"], {}, "a.csv, line 3: 'label' is empty"),
+        ("a.jsonl", ['{"text": "ba", "label": 1}'], {"label_separator": "+"}, "label_separator needs a string in"),
+        ("a.jsonl", ['{"text": "ba", "label": "x"}'] * 20, {}, "every training example has the label 'x'"),
+        ("a.jsonl", ['{"text": "ba", "label": []}'] * 20, {}, "no example has a label"),
+        (
+            "a.jsonl",
+            ['{"text": "ba", "label": ["x"]}', '{"text": "ba", "label": "x"}'] * 9,
+            {},
+            "some labels are lists",
+        ),
+        ("a.jsonl", ['{"text": "ba", "label": "x"}'], {}, "a single example cannot be split"),
+        ("a.jsonl", [], {}, "train_data: there is no example in .*a.jsonl"),
+        ("a.jsonl", [], {"text_fields": ["a", "b", "c"]}, "text_fields must name one or two fields"),
+        ("a.txt", ["ba"], {}, "train_data: expected .jsonl, .json, .csv files"),
+        (
+            "a.jsonl",
+            ['{"text": "ba", "label": "x"}', '{"text": "be", "label": "y"}'],
+            {"validation_data": "gone.csv"},
+            "validation_data: no file matches 'gone.csv'",
+        ),
+    ],
+)
+def test_bad_data_is_named(start, tmp_path, name, content, flags, message):
+    (tmp_path / name).write_text("\n".join(content))
+    with pytest.raises(ValueError, match=message):
+        run(start, tmp_path, train_data=tmp_path / name, **flags)
+
+
+def test_labels_that_training_lacks_are_named():
+    with pytest.raises(ValueError, match=r"label_field: the training data has no example of \['z'\]"):
+        finetuning.encode_labels(["x", "z"], finetuning.SINGLE, ["x", "y"])
+    with pytest.raises(ValueError, match="label_field: expected numbers, got 'high'"):
+        finetuning.encode_labels([1.5, "high"], finetuning.REGRESSION, [])
+    with pytest.raises(ValueError, match="label_field: expected lists, got 'xy'"):
+        finetuning.encode_labels([["x"], "xy"], finetuning.MULTI, ["x", "y"])
+    with pytest.raises(ValueError, match=r"label_field: expected no lists, got \['x'\]"):
+        finetuning.encode_labels(["x", ["x"]], finetuning.SINGLE, ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "labels, problem, names",
+    [
+        ([10, 2, 1], finetuning.SINGLE, ["1", "2", "10"]),
+        ([1, 2.5], finetuning.REGRESSION, []),
+        ([True, False], finetuning.SINGLE, ["False", "True"]),
+        (["b", 1], finetuning.SINGLE, ["1", "b"]),
+        ([["b"], []], finetuning.MULTI, ["b"]),
+    ],
+)
+def test_labels_decide_the_problem(labels, problem, names):
+    assert finetuning.infer_problem(labels) == (problem, names)
+    assert finetuning.numbers_of(["1", "2"]) == [1, 2] and finetuning.numbers_of(["1", "x"]) == ["1", "x"]
+    assert finetuning.numbers_of(["1", "2.5"]) == [1.0, 2.5]
+
+
+def test_one_tenth_is_held_out_where_no_validation_data_is_given():
+    train, held_out = finetuning.split_examples([(str(n),) for n in range(50)], list(range(50)))
+    assert len(held_out[1]) == 5 and sorted(train[1] + held_out[1]) == list(range(50))
+    assert all(text == (str(label),) for text, label in zip(*map(list, train)))
+
+
+def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, tmp_path, capsys):
+    assert finetuning.default_rates(21_000_000) == (3e-4, 4.0) and finetuning.default_rates(137_000_000) == (5e-5, 3.0)
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    options, arguments = finetune_classification.parse(
+        ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
+    )
+    finetuning.finetune(options, arguments)
+    shown = capsys.readouterr().out
+    assert "single_label_classification with 2 classes (left, right); 15 training and 1 validation examples" in shown
+    assert "weights, learning rate 0.0003, at most 4 epochs" in shown
+
+
+def test_results_of_another_run_are_kept_unless_overwrite_is_given(start, tmp_path):
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    run(start, tmp_path, train_data=train, num_train_epochs=1)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "metrics.json", "confusion.png", "model.safetensors", "bert_layers.py"} <= names
+    assert not [name for name in names if name.startswith(("seed-", "."))]
+    assert "model.safetensors" in push_to_hub.files_to_push(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+    with pytest.raises(ValueError, match="holds model.safetensors of an earlier run; replace it with --overwrite"):
+        run(start, tmp_path, train_data=train)
+    with pytest.raises(SystemExit):
+        run(start, tmp_path, train_data=train, resume_from_checkpoint="last")
+
+
+def test_a_second_run_that_is_stopped_leaves_no_weights_beside_old_metrics(start, tmp_path, monkeypatch):
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    run(start, tmp_path, train_data=train, num_train_epochs=1)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "draw_confusion", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(start, tmp_path, train_data=train, num_train_epochs=1, overwrite=True)
+    assert not (tmp_path / "out/metrics.json").exists() and not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatch, capsys):
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    step = runs.CarefulTrainer.training_step
+
+    def poison(self, model, *rest):
+        if self.args.seed in bad:
+            next(model.parameters()).data.fill_(float("nan"))
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(runs.CarefulTrainer, "training_step", poison)
+    bad = [0]
+    results = run(start, tmp_path, train_data=train, seeds=[0, 1], num_train_epochs=1)
+    assert results["diverged"] == {"0": 1} and list(results["seeds"]) == ["1"]
+    assert results["mean"] == results["seeds"]["1"]
+    assert "seed 0: the loss became NaN or infinite in step 1" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert runs.is_finite(*model.parameters())
+    bad = [0, 1]
+    with pytest.raises(FloatingPointError, match="the loss became NaN or infinite in step 1; no checkpoint was saved"):
+        run(start, tmp_path / "all", train_data=train, seeds=[0, 1], num_train_epochs=1)
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
+def test_a_missing_package_is_found_before_the_training(start, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=package):
+        run(start, tmp_path, train_data=tmp_path / "unread.csv")
+
+
+def test_several_processes_are_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="fine-tuning runs in one process, got 2: start it without torchrun"):
+        run(start, tmp_path, train_data=tmp_path / "unread.csv")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model: the folder '.*' holds no config.json"):
+        run(tmp_path, tmp_path, train_data=tmp_path / "unread.csv")
+
+
+def test_constant_predictions_of_a_regression_have_no_correlation():
+    scores = finetuning.score(finetuning.REGRESSION, np.ones(3), np.arange(3.0))
+    assert scores == {"mse": pytest.approx(2 / 3), "pearson": 0.0, "spearman": 0.0}

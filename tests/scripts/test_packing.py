@@ -1,0 +1,275 @@
+"""scripts/lib/packing.py: text is tokenized once, cut, masked and packed without losing or mixing anything."""
+
+import json
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from corpora import WORDS, make_tokenizer, write_corpus
+from lib import packing
+from models import tiny_model
+from numerics import SAME, assert_same
+from transformers import BertTokenizerFast, DataCollatorWithFlattening
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def sequences_of(source, tokenizer, lengths=(32,), shares=(1.0,), **settings):
+    return packing.load_sequences([str(source)], tokenizer, list(lengths), list(shares), seed=0, **settings)
+
+
+def all_of(sequences):
+    """Each sequence as a tuple of token ids."""
+    return [tuple(sequences.concatenate(np.array([number]))[0].tolist()) for number in range(len(sequences))]
+
+
+def test_documents_are_cut_without_losing_or_mixing_anything(tokenizer, tmp_path):
+    texts = [" ".join(WORDS * 3), "ba be bi", " ".join(WORDS[::-1])]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sequences = sequences_of(tmp_path / "a.jsonl", tokenizer)
+    cut = all_of(sequences)
+    assert [len(ids) for ids in cut] == sequences.lengths.tolist() and max(map(len, cut)) == 32
+    assert {(ids[0], ids[-1]) for ids in cut} == {(tokenizer.cls_token_id, tokenizer.sep_token_id)}
+    # The second document is shorter than the shortest sequence and left out.
+    assert tokenizer.decode([number for ids in cut for number in ids[1:-1]]).split() == WORDS * 3 + WORDS[::-1]
+
+
+def test_cuts_tile_every_document(tokenizer):
+    sizes = np.random.default_rng(1).integers(0, 5000, 300)
+    owners, begins, taken = packing.cut_documents(sizes, [16, 64, 128], [0.2, 0.3, 0.5], seed=0)
+    assert (taken >= packing.SHORTEST).all() and (taken <= 126).all()
+    for document, size in enumerate(sizes):
+        own = owners == document
+        ends = (begins + taken)[own]
+        assert (begins[own] == np.concatenate([[0], ends])[: own.sum()]).all()
+        assert size - (ends[-1] if len(ends) else 0) < packing.SHORTEST
+
+
+def test_lengths_are_mixed_by_their_share_of_tokens():
+    _, _, taken = packing.cut_documents([40_000], [16, 64], [0.3, 0.7], seed=0)
+    lengths = taken + 2
+    # 40,000 tokens make about 1,200 draws: five standard deviations of the share are below 0.05.
+    assert abs(lengths[lengths <= 16].sum() / lengths.sum() - 0.3) < 0.05
+
+
+def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
+    first = np.array(
+        [tokenizer.cls_token_id, *np.random.default_rng(0).integers(5, 45, 50_000), tokenizer.sep_token_id]
+    )
+
+    def mask(**share):
+        masking = packing.Masking(tokenizer, 0.3, **share)
+        return masking(first.copy(), np.array([len(first)]), np.random.default_rng(1))
+
+    row = mask()
+    chosen = row["labels"] != -100
+    assert not chosen[[0, -1]].any()
+    assert (row["labels"][chosen] == first[chosen]).all() and (row["input_ids"][~chosen] == first[~chosen]).all()
+    assert abs(chosen.mean() - 0.3) < 0.012  # five standard deviations of 50,000 draws
+    masked = row["input_ids"][chosen] == tokenizer.mask_token_id
+    kept = row["input_ids"][chosen] == first[chosen]
+    assert abs(masked.mean() - (0.8 + 0.1 / 45)) < 0.02  # five standard deviations of 15,000 draws; 45 words to draw
+    assert abs(kept.mean() - (0.1 + 0.1 / 45)) < 0.015
+    row = mask(mask_token_share=1.0)
+    assert (row["input_ids"][row["labels"] != -100] == tokenizer.mask_token_id).all()
+
+
+def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
+    sequences = sequences_of(corpus, tokenizer)
+    rows = packing.PackedRows(sequences, tokenizer, 100, 0.0, seed=0)
+    seen = []
+    for i in range(len(rows)):
+        row = rows[i]
+        assert len(row["input_ids"]) == row["lengths"].sum() <= 100 and sorted(row["lengths"]) == list(row["lengths"])
+        seen += [tuple(part.tolist()) for part in np.split(row["input_ids"], row["lengths"].cumsum()[:-1])]
+    assert sorted(seen) == sorted(all_of(sequences))
+
+
+def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(corpus, tokenizer):
+    def make():
+        return packing.PackedRows(sequences_of(corpus, tokenizer), tokenizer, 100, 0.3, seed=0)
+
+    one, other = make(), pickle.loads(pickle.dumps(make()))  # as a worker process gets it
+    size = one.rows_per_pass
+    before = [one[i] for i in range(2 * size)]
+    for i in (size + 3, 5, 0):
+        assert all((other[i][name] == before[i][name]).all() for name in before[i])
+
+    def originals(rows):
+        return sorted(np.where(row["labels"] == -100, row["input_ids"], row["labels"]).tolist() for row in rows)
+
+    assert originals(before[:size]) == originals(before[size:])
+    masks = [sorted((row["labels"] != -100).tolist() for row in part) for part in (before[:size], before[size:])]
+    assert masks[0] != masks[1]
+
+
+def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, tokenizer):
+    pytest.importorskip("datasets")
+    stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
+    stored = sequences_of(corpus, tokenizer)
+    assert sorted(tuple(row["input_ids"]) for row in stream) == sorted(all_of(stored))
+    rows = packing.StreamedRows(stream, tokenizer, 100, 0.0, seed=0)
+    passes, iterator = [], iter(rows)
+    for _ in range(2):
+        row, taken = [], 0
+        while taken < 0.9 * stored.lengths.sum():
+            row.append(next(iterator))
+            taken += len(row[-1]["input_ids"])
+            assert len(row[-1]["input_ids"]) <= 100
+        passes.append(np.concatenate([part["input_ids"] for part in row]))
+    assert (passes[0][:200] != passes[1][:200]).any()
+
+
+def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokenizer):
+    pytest.importorskip("datasets")
+    stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
+    rows = packing.StreamedRows(stream, tokenizer, 100, 0.0, seed=0)
+    loader = iter(torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2, collate_fn=packing.flatten_rows))
+    assert [next(loader)["input_ids"].shape[0] for _ in range(4)] == [1] * 4
+
+
+def test_text_files_and_shards_are_read(corpus, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    long = " ".join(WORDS)
+    (tmp_path / "a.txt").write_text(f"{long}\nba be\n\nca ce ci {long}")
+    sequences = sequences_of(tmp_path / "*.txt", tokenizer, [128])
+    assert [tokenizer.decode(ids[1:-1]) for ids in all_of(sequences)] == [f"{long} ba be", f"ca ce ci {long}"]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "index.json").write_text("{}")
+    library = types.SimpleNamespace(StreamingDataset=lambda local, **_: [{"content": long}] * 2)
+    monkeypatch.setitem(sys.modules, "streaming", library)  # MosaicML Streaming's one class that is used
+    assert (
+        all_of(sequences_of(shards, tokenizer, [128], text_field="content")) == [all_of(sequences)[0][:41] + (3,)] * 2
+    )
+    read = packing.stream_sequences([str(shards)], tokenizer, [128], [1.0], seed=0, text_field="content")
+    assert [row["length"] for row in read] == [42, 42]
+    with pytest.raises(ValueError, match=r"sample 0: text_field must be one of \['content'\], got 'text'"):
+        sequences_of(shards, tokenizer)
+
+
+def test_tokenized_documents_are_found_again_and_travel(corpus, tokenizer, tmp_path, monkeypatch):
+    source = tmp_path / "text.jsonl"
+    source.write_bytes(corpus.read_bytes())
+    expected = all_of(sequences_of(source, tokenizer, cache_dir=tmp_path / "cache"))
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["bounds.npy", "documents.json", "tokens.bin"]
+    monkeypatch.setattr(packing, "tokenize", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # the machine that trains need not have it
+    assert all_of(sequences_of(source, tokenizer, cache_dir=tmp_path / "cache")) == expected
+    moved = folder.rename(tmp_path / "elsewhere")
+    source.unlink()
+    assert all_of(sequences_of(moved, tokenizer)) == expected
+
+
+def test_text_that_is_named_twice_is_tokenized_once_and_read_twice(corpus, tokenizer, tmp_path):
+    once = packing.load_documents([str(corpus)], tokenizer, cache_dir=tmp_path)[0]
+    (tmp_path / "other.txt").write_text(" ".join(WORDS))
+    sources = [str(corpus), str(tmp_path / "other.txt"), str(corpus)]
+    twice = packing.load_documents(sources, tokenizer, cache_dir=tmp_path)[0]
+    assert len(twice.tokens) == len(once.tokens) + len(WORDS)
+    assert (twice.bounds == np.concatenate([once.bounds, [[len(once.tokens), len(twice.tokens)]], once.bounds])).all()
+
+
+def test_a_changed_file_is_tokenized_again(tokenizer, tmp_path):
+    source = tmp_path / "a.txt"
+    for words in (WORDS, WORDS[::-1], WORDS[:20]):
+        source.write_text(" ".join(words))
+        sequences = sequences_of(source, tokenizer, [128], cache_dir=tmp_path / "cache")
+        assert tokenizer.decode(all_of(sequences)[0][1:-1]).split() == words
+
+
+def test_tokenized_documents_that_do_not_fit_are_named(corpus, tokenizer, tmp_path):
+    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+    other = BertTokenizerFast(str(ROOT / "vocab.txt"))
+    with pytest.raises(ValueError, match="tokens was tokenized with another vocabulary than"):
+        sequences_of(tmp_path / "tokens", other)
+    with pytest.raises(ValueError, match="streaming: '.*tokens' is tokenized already"):
+        packing.stream_sequences([str(tmp_path / "tokens")], tokenizer, [32], [1.0], seed=0)
+    with open(tmp_path / "tokens/tokens.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match=r"tokens.bin: expected \d+ bytes, the file is not complete"):
+        sequences_of(tmp_path / "tokens", tokenizer)
+
+
+def test_tokenizing_that_fails_leaves_nothing(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": " ".join(WORDS)}) + '\n{"text": null}')
+    with pytest.raises(ValueError, match="a.jsonl, line 2: expected a string in 'text', got null"):
+        sequences_of(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(ValueError, match="cache_dir: .*a.jsonl cannot be written"):
+        sequences_of(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [('{"text": "ba be"}', "the data holds no document of at least 8 tokens"), ("", "the data holds no document")],
+)
+def test_data_without_a_document_is_named(tokenizer, tmp_path, content, message):
+    (tmp_path / "short.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        sequences_of(tmp_path / "short.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("*.jsonl", r"no file matches '.*\*.jsonl'"),
+        ("missing.txt", "no file matches '.*missing.txt'"),
+        ("folder", r"expected files, got the folder '.*folder'; for its files write '.*folder/\*.jsonl'"),
+        ("a.csv", "data: expected .jsonl, .json, .txt files, or these with .gz, got '.*a.csv'"),
+    ],
+)
+def test_sources_that_are_no_text_are_named(tokenizer, tmp_path, source, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.csv").write_text("text\nx")
+    with pytest.raises(ValueError, match=message):
+        sequences_of(tmp_path / source, tokenizer)
+
+
+def test_a_tokenizer_without_a_mask_is_named(corpus):
+    with pytest.raises(ValueError, match="tokenizer must have a mask_token"):
+        sequences_of(corpus, BertTokenizerFast(str(ROOT / "vocab.txt"), mask_token=None))
+
+
+def test_batches_carry_boundaries_in_the_names_of_transformers(tokenizer):
+    parts = [np.array([2, 7, 8, 3]), np.array([2, 9, 3]), np.array([2, 5, 6, 7, 8, 3])]
+    masking = packing.Masking(tokenizer, 0.0)
+
+    def row(*parts):
+        return masking(np.concatenate(parts), np.array([len(part) for part in parts]), np.random.default_rng(0))
+
+    batch = packing.flatten_rows([row(parts[1], parts[0]), row(parts[2])])
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
+        [{"input_ids": part.tolist()} for part in (parts[1], parts[0], parts[2])]
+    )
+    for name in ("input_ids", "cu_seq_lens_q", "cu_seq_lens_k"):
+        assert batch[name].dtype == flat[name].dtype and torch.equal(batch[name], flat[name])
+    assert (batch["max_length_q"], batch["max_length_k"]) == (flat["max_length_q"], flat["max_length_k"]) == (6, 6)
+
+
+def test_transformers_collator_gives_the_loss_of_a_padded_batch():
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randint(1, 101, (length,), generator=generator) for length in (5, 9, 2)]
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
+        [{"input_ids": part.tolist(), "labels": part.tolist()} for part in parts]
+    )
+    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    labels = padded.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # the collator's separator
+    expected = model(input_ids=padded, attention_mask=mask, labels=labels).loss
+    assert_same(model(**flat).loss, expected, SAME[torch.float32])

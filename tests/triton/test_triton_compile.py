@@ -1,0 +1,116 @@
+"""The Triton kernels compiled ahead of time, without a device.
+
+A sample is compiled here; `benchmarks/triton_report.py` compiles all and writes the table that is checked here.
+"""
+
+import csv
+import importlib
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted cannot be compiled"
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "triton_compile.csv"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """benchmarks/triton_report.py, with a compile cache of its own, so that everything is compiled."""
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    spec = importlib.util.spec_from_file_location("triton_report", ROOT / "benchmarks" / "triton_report.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del os.environ["TRITON_CACHE_DIR"]
+
+
+FORWARD, QUERY, KEY_VALUE = "_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"
+
+
+@pytest.mark.parametrize(
+    "target, name, dtype, head_dim, extras",
+    [
+        ("sm_90", FORWARD, torch.bfloat16, 64, ()),
+        ("sm_90", QUERY, torch.bfloat16, 64, ()),
+        ("sm_90", KEY_VALUE, torch.bfloat16, 64, ()),
+        ("sm_80", FORWARD, torch.float16, 80, ("dropout",)),
+        ("sm_80", QUERY, torch.float32, 64, ()),
+        ("sm_100", KEY_VALUE, torch.bfloat16, 64, ()),
+        ("sm_100", QUERY, torch.bfloat16, 16, ("holes", "masked")),
+        ("gfx942", FORWARD, torch.bfloat16, 64, ("holes", "masked")),
+        ("gfx942", KEY_VALUE, torch.bfloat16, 64, ("dropout",)),
+    ],
+)
+def test_attention_kernels_compile_without_a_device(report, target, name, dtype, head_dim, extras):
+    tile = report.tiles_for(name, target, dtype, head_dim, extras)[0]
+    usage = report.compile_kernel(name, tile, target, dtype, head_dim, extras)
+    assert usage["registers"] > 0 and 0 < usage["shared_bytes"] <= report.SHARED_LIMIT[target]
+    if target == "sm_90":
+        assert usage["spilled_bytes"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_measuring_compiles_without_a_device(report, target):
+    rows, step, warps, stages = report.kernels._MEASURING
+    constants = {"HEAD_DIM": 64, "BLOCK_DIM": 64, "ROWS": rows, "STEP": step}
+    kernel = report.kernels._measure_kernel
+    usage = report.compile_function(kernel, constants, target, torch.bfloat16, warps, stages)
+    assert usage["registers"] > 0 and usage["spilled_bytes"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "file, extras", [("geglu_triton", ()), ("layer_norm_triton", ()), ("layer_norm_triton", ("dropout",))]
+)
+def test_backward_of_fused_layers_compiles_without_a_device(report, target, file, extras):
+    _, usage = report.compile_fused(file, "_backward_kernel", target, extras)
+    assert 0 < usage["registers"] <= 128 and usage["spilled_bytes"] == 0
+
+
+def table():
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_covers_every_kernel_and_tile_size_for_every_target(report):
+    # The release of Triton that the pinned torch requires.
+    assert {row["triton"] for row in table()} == {"3.7.1"}
+    listed = {}
+    for row in table():
+        what = (row["target"], row["kernel"], row["dtype"], row["head_dim"], row["extras"])
+        listed.setdefault(what, []).append(tuple(int(row[column]) for column in ("own", "other", "warps", "stages")))
+    for target in TARGETS:
+        for name, (dtype, head_dim, extras) in itertools.product(report.KERNELS, report.VARIANTS):
+            what = (target, name.strip("_"), report.DTYPES[dtype], str(head_dim), "+".join(extras))
+            assert listed.pop(what) == report.tiles_for(name, target, dtype, head_dim, extras)
+        for (file, extras), name in itertools.product(report.FUSED, report.FUSED_KERNELS):
+            what = (target, file.removesuffix("_triton") + name, "bf16", "", "+".join(extras))
+            assert len(listed.pop(what)) == 1
+    assert not listed
+
+
+def test_table_shows_no_spill_on_sm_90_and_none_elsewhere_in_what_runs_untuned():
+    first = {}
+    for row in table():
+        what = (row["target"], row["kernel"], row["dtype"], row["head_dim"], row["extras"])
+        if row["target"] == "sm_90" or first.setdefault(what, row) is row:
+            assert row["spilled_bytes"] == "0", row
+
+
+def test_table_of_tiles_has_the_shares_that_skipping_leaves():
+    with (ROOT / "benchmarks" / "results" / "triton_tiles.csv").open(newline="") as file:
+        shares = {(row["bound"], int(row["length"])): float(row["share"]) for row in csv.DictReader(file)}
+    # By the first of the two bounds alone, C = 10 leaves 0.53 and 0.29 for MosaicBERT's 12 slopes.
+    assert shares["C=10", 2048] < 0.53 and shares["C=10", 8192] < 0.29
