@@ -21,8 +21,9 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 
 from pathlib import Path
 
+from lib.cards import write_card
 from lib.cli import Parser, not_negative, positive_integer, run
-from lib.common import find_checkpoint, write_card
+from lib.common import find_checkpoint
 from lib.records import find_files
 from lib.staging import staged_folder
 

@@ -11,6 +11,7 @@ import numpy
 import torch
 import transformers
 
+from .cards import write_card
 from .common import (
     TOKENIZER_FILES,
     check_layers,
@@ -27,7 +28,6 @@ from .common import (
     say_float32,
     unpickling_problem,
     vocabulary_size,
-    write_card,
     write_json,
     write_tokenizer_file,
 )

@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
-from .common import REPOSITORY, TOKENIZER_FILES, load_from, read_json, repository_class, say_float32, write_card
+from .cards import write_card
+from .common import REPOSITORY, TOKENIZER_FILES, load_from, read_json, repository_class, say_float32
 from .packing import (
     IGNORED,
     SHORTEST,
@@ -28,8 +29,9 @@ from .packing import (
     tokenize,
 )
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
-from .runs import STAGE, CarefulTrainer, check_is_folder, clear_results, is_finite, publish, start_folder
+from .runs import STAGE, check_is_folder, clear_results, is_finite, publish, start_folder
 from .staging import staged_folder
+from .training import CarefulTrainer
 
 
 class PretrainingTrainer(CarefulTrainer):

@@ -5,7 +5,7 @@ import convert_checkpoint
 import pytest
 import repositories
 from folders import write_complete_repository
-from lib import checkpoint_conversion, common
+from lib import cards, checkpoint_conversion, common
 
 
 def test_a_failed_run_leaves_the_target_as_it_was(tmp_path, run_script):
@@ -39,7 +39,7 @@ def test_the_card_names_source_revision_and_licence(tmp_path):
     write_complete_repository(source)
     checkpoint = checkpoint_conversion.read_checkpoint(str(source), None)
     assert checkpoint.revision == commit
-    common.write_card(tmp_path, "by hand", "someone/bert", source, commit)
+    cards.write_card(tmp_path, "by hand", "someone/bert", source, commit)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     for words in (
         "license: apache-2.0",
@@ -49,7 +49,7 @@ def test_the_card_names_source_revision_and_licence(tmp_path):
         "revision=",
     ):
         assert words in card
-    common.write_card(tmp_path, "by hand", "someone/bert", source, license="mit")
+    cards.write_card(tmp_path, "by hand", "someone/bert", source, license="mit")
     assert "| Licence | mit |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import push_to_hub
 import pytest
 from corpora import WORDS
 from folders import SPECIAL
-from lib import finetuning, runs
+from lib import examples, finetuning, runs, scores, training
 from models import tiny_model
 from repositories import write_repository
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast, TrainingArguments
@@ -65,10 +65,10 @@ def run(start, folder, **flags):
 @pytest.mark.parametrize(
     "suffix, label_of, flags, problem, metric",
     [
-        (".csv", lambda half: ["left", "right"][half], {}, finetuning.SINGLE, "accuracy"),
-        (".jsonl", lambda half: [["a"], ["a", "b"]][half], {}, finetuning.MULTI, "micro_f1"),
-        (".csv", lambda half: ["a", "a+b"][half], {"label_separator": "+"}, finetuning.MULTI, "micro_f1"),
-        (".jsonl", lambda half: [-1.5, 1.5][half], {}, finetuning.REGRESSION, "spearman"),
+        (".csv", lambda half: ["left", "right"][half], {}, examples.SINGLE, "accuracy"),
+        (".jsonl", lambda half: [["a"], ["a", "b"]][half], {}, examples.MULTI, "micro_f1"),
+        (".csv", lambda half: ["a", "a+b"][half], {"label_separator": "+"}, examples.MULTI, "micro_f1"),
+        (".jsonl", lambda half: [-1.5, 1.5][half], {}, examples.REGRESSION, "spearman"),
     ],
 )
 def test_each_kind_of_label_is_learned(start, tmp_path, suffix, label_of, flags, problem, metric):
@@ -78,14 +78,14 @@ def test_each_kind_of_label_is_learned(start, tmp_path, suffix, label_of, flags,
     assert results["problem"] == problem
     assert results["mean"][metric] > 0.8 and results["baseline"][metric] > 0.8
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == results
-    assert (tmp_path / "out/confusion.png").exists() == (problem == finetuning.SINGLE)
+    assert (tmp_path / "out/confusion.png").exists() == (problem == examples.SINGLE)
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [" ".join(WORDS[:10]), " ".join(WORDS[20:30])]
     logits = model(**tokenizer(texts, return_tensors="pt")).logits
     assert model.config.problem_type == problem
-    if problem == finetuning.SINGLE:
+    if problem == examples.SINGLE:
         assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == ["left", "right"]
 
 
@@ -102,9 +102,9 @@ def test_seeds_differ_and_are_averaged_and_the_best_is_saved(start, tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = {"seeds": [0, 1, 2], "num_train_epochs": 1, "text_fields": ["text", "other"]}
     results = run(start, tmp_path, train_data=tmp_path / "train.jsonl", **flags)
-    scores = [results["seeds"][str(seed)]["accuracy"] for seed in (0, 1, 2)]
-    assert results["mean"]["accuracy"] == pytest.approx(sum(scores) / 3)
-    assert results["standard_deviation"]["accuracy"] == pytest.approx(float(np.std(scores)))
+    reached = [results["seeds"][str(seed)]["accuracy"] for seed in (0, 1, 2)]
+    assert results["mean"]["accuracy"] == pytest.approx(sum(reached) / 3)
+    assert results["standard_deviation"]["accuracy"] == pytest.approx(float(np.std(reached)))
     assert results["classes"] == ["0", "1"]
 
 
@@ -159,33 +159,33 @@ def test_bad_data_is_named(start, tmp_path, name, content, flags, message):
 
 def test_labels_that_training_lacks_are_named():
     with pytest.raises(ValueError, match=r"label_field: the training data has no example of \['z'\]"):
-        finetuning.encode_labels(["x", "z"], finetuning.SINGLE, ["x", "y"])
+        examples.encode_labels(["x", "z"], examples.SINGLE, ["x", "y"])
     with pytest.raises(ValueError, match="label_field: expected numbers, got 'high'"):
-        finetuning.encode_labels([1.5, "high"], finetuning.REGRESSION, [])
+        examples.encode_labels([1.5, "high"], examples.REGRESSION, [])
     with pytest.raises(ValueError, match="label_field: expected lists, got 'xy'"):
-        finetuning.encode_labels([["x"], "xy"], finetuning.MULTI, ["x", "y"])
+        examples.encode_labels([["x"], "xy"], examples.MULTI, ["x", "y"])
     with pytest.raises(ValueError, match=r"label_field: expected no lists, got \['x'\]"):
-        finetuning.encode_labels(["x", ["x"]], finetuning.SINGLE, ["x", "y"])
+        examples.encode_labels(["x", ["x"]], examples.SINGLE, ["x", "y"])
 
 
 @pytest.mark.parametrize(
     "labels, problem, names",
     [
-        ([10, 2, 1], finetuning.SINGLE, ["1", "2", "10"]),
-        ([1, 2.5], finetuning.REGRESSION, []),
-        ([True, False], finetuning.SINGLE, ["False", "True"]),
-        (["b", 1], finetuning.SINGLE, ["1", "b"]),
-        ([["b"], []], finetuning.MULTI, ["b"]),
+        ([10, 2, 1], examples.SINGLE, ["1", "2", "10"]),
+        ([1, 2.5], examples.REGRESSION, []),
+        ([True, False], examples.SINGLE, ["False", "True"]),
+        (["b", 1], examples.SINGLE, ["1", "b"]),
+        ([["b"], []], examples.MULTI, ["b"]),
     ],
 )
 def test_labels_decide_the_problem(labels, problem, names):
-    assert finetuning.infer_problem(labels) == (problem, names)
-    assert finetuning.numbers_of(["1", "2"]) == [1, 2] and finetuning.numbers_of(["1", "x"]) == ["1", "x"]
-    assert finetuning.numbers_of(["1", "2.5"]) == [1.0, 2.5]
+    assert examples.infer_problem(labels) == (problem, names)
+    assert examples.numbers_of(["1", "2"]) == [1, 2] and examples.numbers_of(["1", "x"]) == ["1", "x"]
+    assert examples.numbers_of(["1", "2.5"]) == [1.0, 2.5]
 
 
 def test_one_tenth_is_held_out_where_no_validation_data_is_given():
-    train, held_out = finetuning.split_examples([(str(n),) for n in range(50)], list(range(50)))
+    train, held_out = examples.split_examples([(str(n),) for n in range(50)], list(range(50)))
     assert len(held_out[1]) == 5 and sorted(train[1] + held_out[1]) == list(range(50))
     assert all(text == (str(label),) for text, label in zip(*map(list, train)))
 
@@ -231,14 +231,14 @@ def test_a_second_run_that_is_stopped_leaves_no_weights_beside_old_metrics(start
 
 def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatch, capsys):
     train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
-    step = runs.CarefulTrainer.training_step
+    step = training.CarefulTrainer.training_step
 
     def poison(self, model, *rest):
         if self.args.seed in bad:
             next(model.parameters()).data.fill_(float("nan"))
         return step(self, model, *rest)
 
-    monkeypatch.setattr(runs.CarefulTrainer, "training_step", poison)
+    monkeypatch.setattr(training.CarefulTrainer, "training_step", poison)
     bad = [0]
     results = run(start, tmp_path, train_data=train, seeds=[0, 1], num_train_epochs=1)
     assert results["diverged"] == {"0": 1} and list(results["seeds"]) == ["1"]
@@ -270,5 +270,5 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_constant_predictions_of_a_regression_have_no_correlation():
-    scores = finetuning.score(finetuning.REGRESSION, np.ones(3), np.arange(3.0))
-    assert scores == {"mse": pytest.approx(2 / 3), "pearson": 0.0, "spearman": 0.0}
+    found = scores.score(examples.REGRESSION, np.ones(3), np.arange(3.0))
+    assert found == {"mse": pytest.approx(2 / 3), "pearson": 0.0, "spearman": 0.0}

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from corpora import WORDS, make_tokenizer, write_corpus
 from folders import SPECIAL
-from lib import packing, pretraining, recipe, runs
+from lib import packing, pretraining, recipe, runs, training
 from models import tiny_model
 from numerics import SAME, assert_same
 from safetensors.torch import load_file, save_file
@@ -617,5 +617,5 @@ def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenize
     ],
 )
 def test_the_log_is_readable_as_lines(logs, line):
-    assert runs.format_log(120, 3000, logs) == line
-    assert [runs.shorten(number) for number in (0, 7, 999, 1500, 2_500_000)] == ["0", "7", "999", "1.5k", "2.5M"]
+    assert training.format_log(120, 3000, logs) == line
+    assert [training.shorten(number) for number in (0, 7, 999, 1500, 2_500_000)] == ["0", "7", "999", "1.5k", "2.5M"]
