@@ -53,14 +53,6 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument(
-        "--slope_scales",
-        nargs="+",
-        type=cli.positive_number,
-        default=[1.0],
-        metavar="X",
-        help="also measure with the ALiBi slopes multiplied by each of these",
-    )
     parser.add_argument("--csv", type=cli.new_file, metavar="FILE", help="write the table to this file")
     parser.add_argument("--png", type=picture, metavar="FILE", help="draw the table to this file")
     return parser

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import itertools
 import math
 import os
 import time
@@ -116,37 +115,6 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
 def longest_input(config) -> float:
     """Wordpieces that a model can read: infinity for a MosaicBERT, the size of the position table otherwise."""
     return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
-
-
-@contextlib.contextmanager
-def scaled_slopes(model, scale: float) -> Iterator[None]:
-    """Multiply the ALiBi slopes of a MosaicBERT while the block runs; other models must not be scaled.
-
-    Below 1 every head looks farther, as has been proposed for reading beyond the trained length.
-
-    Args:
-        model: a model with a head; its layers are handed their slopes as the third argument.
-        scale: positive.
-
-    Raises:
-        ValueError: the model has no ALiBi.
-    """
-    if scale == 1:
-        yield
-        return
-    if not hasattr(model.config, "alibi_starting_size"):
-        raise ValueError("slope_scales must be 1 for a model without ALiBi")
-
-    def hand_over(layer, arguments):
-        hidden, packed, slopes, *others = arguments
-        return (hidden, packed, slopes * scale, *others)
-
-    hooks = [layer.register_forward_pre_hook(hand_over) for layer in model.bert.encoder.layer]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.inference_mode()
@@ -277,11 +245,10 @@ def evaluate(options) -> list[dict]:
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)
-        for scale, length in itertools.product(options.slope_scales, options.max_length):
+        for length in options.max_length:
             if length <= longest_input(model.config):
-                with scaled_slopes(model, scale):
-                    row = measure(model, tokenizer, documents, length, options.batch_tokens)
-                rows.append({"model": name if scale == 1 else f"{name}; slopes x {scale:g}", "length": length, **row})
+                row = measure(model, tokenizer, documents, length, options.batch_tokens)
+                rows.append({"model": name, "length": length, **row})
                 print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
     if options.csv:
         write_table(rows, options.csv)

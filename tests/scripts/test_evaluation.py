@@ -1,0 +1,111 @@
+"""scripts/evaluate_mlm.py: what it masks, how it scores, what it writes, and what it refuses."""
+
+import csv
+import math
+
+import evaluate_mlm
+import pytest
+import torch
+from conftest import ROOT
+from lib import evaluation
+
+
+class Guess(torch.nn.Module):
+    """A model that gives every wordpiece the same odds, or knows the answer."""
+
+    def __init__(self, vocab, answer=None):
+        super().__init__()
+        self.vocab, self.answer, self.device = vocab, answer, torch.device("cpu")
+        self.config = type("Config", (), {"max_position_embeddings": 16})()
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, self.vocab)
+        if self.answer is not None:
+            logits[..., self.answer] = 50.0
+        return type("Output", (), {"logits": logits})()
+
+
+@pytest.fixture
+def plain_tokenizer():
+    return type("Tokenizer", (), {"cls_token_id": 1, "sep_token_id": 2, "mask_token_id": 3, "pad_token_id": 0})()
+
+
+def test_the_ruler_scores_what_is_known(plain_tokenizer):
+    documents = [[7] * 300, [7] * 41]
+    guess = evaluation.measure(Guess(50), plain_tokenizer, documents, 32, 64)
+    assert guess["loss"] == pytest.approx(math.log(50), abs=1e-4) and guess["top1"] == 0.0
+    knows = evaluation.measure(Guess(50, answer=7), plain_tokenizer, documents, 32, 64)
+    assert knows["top1"] == 1.0 and knows["loss"] == pytest.approx(0.0, abs=1e-4)
+    # 341 wordpieces of which 15% are masked, seeded; 10 + 2 windows, the last one of 11 wordpieces
+    assert knows["windows"] == 12 and knows["masked"] == guess["masked"] and 30 < knows["masked"] < 75
+
+
+def test_windows_hold_the_whole_text_between_cls_and_sep(plain_tokenizer):
+    (batch,) = evaluation.masked_batches([list(range(10, 50))], plain_tokenizer, 32, 1000)
+    whole = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    assert whole[0].tolist() == [1, *range(10, 40), 2] and whole[1].tolist() == [1, *range(40, 50), 2] + [0] * 20
+    assert batch["attention_mask"].sum(1).tolist() == [32, 12]
+
+
+def test_the_same_wordpieces_are_masked_at_every_length(plain_tokenizer):
+    documents = [list(range(10, 410)), list(range(500, 572))]
+    masked = []
+    for length in (10, 32, 65):
+        batches = evaluation.masked_batches(documents, plain_tokenizer, length, 64)
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        masked.append({label for label in labels.tolist() if label != -100})
+    assert masked[0] == masked[1] == masked[2] and len(masked[0]) > 30
+
+
+def test_the_command_writes_table_and_picture(tmp_path, run_script):
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    data = ("--data", ROOT / "examples" / "state_of_the_union_1961.txt", "--max_length", 32, 64, "--tokens", 500)
+    model = ("--name", "shipped", "--dtype", "bfloat16")
+    run_script(evaluate_mlm, *data, *model, "--csv", table, "--png", picture)
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["model"], row["length"]) for row in rows] == [("shipped", "32"), ("shipped", "64")]
+    assert all(2 < float(row["loss"]) < 7 and int(row["tokens_per_second"]) > 0 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
+    whole = {"model": "a", "length": 32, "loss": 3.0, "top1": 0.4, "tokens_per_second": 900, "peak_mib": 700}
+    widths = []
+    for row in (whole, {**whole, "peak_mib": ""}):
+        evaluation.draw([row], tmp_path / "t.png")
+        widths.append(int.from_bytes((tmp_path / "t.png").read_bytes()[16:20], "big"))
+    assert widths == [1600, 1200]
+
+
+def test_too_short_documents_are_named():
+    class Words:
+        def __call__(self, text, **_):
+            return {"input_ids": text.split()}
+
+    with pytest.raises(ValueError, match="data holds no document of at least 1024 tokens"):
+        evaluation.sample_documents(["a b c"] * 3, Words(), 1024, True, 100)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--name", "a", "b"], "name: expected 1 names, got 2"),
+        (["--model", "."], "model: the folder '.' holds no config.json"),
+        (["--device", "quantum"], "device: 'quantum' cannot be used, Expected one of cpu"),
+        (["--max_length", "9"], "max_length must be at least 10, got 9"),
+        ([], "data: no file matches 'missing.jsonl'"),
+    ],
+)
+def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    options = evaluate_mlm.make_parser().parse_args(["--data", "missing.jsonl", *flags])
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluation.evaluate(options)
+
+
+@pytest.mark.parametrize("flag, name", [("--csv", "missing/table.csv"), ("--png", "missing/table.png")])
+def test_a_table_whose_folder_is_missing_is_found_before_anything_is_read(flag, name, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_mlm.make_parser().parse_args(["--data", "missing.jsonl", flag, name])
+    message = f"argument {flag}: expected a file in a folder that can be written, got '{name}'"
+    assert message in capsys.readouterr().err
