@@ -50,7 +50,7 @@ def main() -> None:
     files = find_files(args.data)
     from lib.bert_conversion import convert
 
-    with staged_folder(args.target, args.overwrite, args.source) as stage:
+    with staged_folder(args.target, args.overwrite, source=args.source, data=args.data) as stage:
         folder, commit = find_checkpoint(args.source, args.revision)
         reports = convert(folder, stage, files, args.layers, args.pad_vocab, args.max_length, args.tokens, args.ridge)
         report = "\n".join(map(str, reports))

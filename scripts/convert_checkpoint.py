@@ -46,7 +46,8 @@ def main() -> None:
     args = parser.parse_args()
     from lib.checkpoint_conversion import convert
 
-    with staged_folder(args.target, args.overwrite, args.source) as stage:
+    inputs = {"source": args.source, "config": args.config, "tokenizer": args.tokenizer, "data": args.data}
+    with staged_folder(args.target, args.overwrite, **inputs) as stage:
         lines = convert(
             args.source,
             stage,

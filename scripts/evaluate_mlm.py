@@ -15,11 +15,15 @@ from lib import cli
 from lib.common import REPOSITORY
 
 
-def picture(text: str) -> str:
-    """Type of an option that names a picture to write."""
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"expected a name that ends with .png, got {text!r}")
-    return cli.new_file(text)
+def file_of_kind(suffix: str):
+    """Type of an option that names a file to write, with the only suffix that it may have."""
+
+    def new_file(text: str) -> str:
+        if not text.endswith(suffix):
+            raise argparse.ArgumentTypeError(f"expected a name that ends with {suffix}, got {text!r}")
+        return cli.new_file(text)
+
+    return new_file
 
 
 def make_parser() -> cli.Parser:
@@ -53,8 +57,8 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--csv", type=cli.new_file, metavar="FILE", help="write the table to this file")
-    parser.add_argument("--png", type=picture, metavar="FILE", help="draw the table to this file")
+    parser.add_argument("--csv", type=file_of_kind(".csv"), metavar="FILE", help="write the table to this file")
+    parser.add_argument("--png", type=file_of_kind(".png"), metavar="FILE", help="draw the table to this file")
     return parser
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from .cli import one_line
 from .common import load_from
 from .records import read_texts
+from .staging import check_apart
 
 MASKED_SHARE = 0.15
 SHORTEST_DOCUMENT, SHORTEST_WINDOW = 16, 8  # tokens
@@ -228,6 +229,8 @@ def evaluate(options) -> list[dict]:
         ValueError: options that do not fit each other, the data or a model.
         OSError: a file cannot be read or written.
     """
+    for argument in ("csv", "png"):
+        check_apart(getattr(options, argument), argument, data=options.data, model=options.model)
     names = options.name or [Path(model).resolve().name for model in options.model]
     if len(names) != len(options.model):
         raise ValueError(f"name: expected {len(options.model)} names, got {len(names)}")

@@ -30,7 +30,7 @@ from .packing import (
 )
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
 from .runs import STAGE, check_is_folder, clear_results, is_finite, publish, start_folder
-from .staging import staged_folder
+from .staging import Input, staged_folder
 from .training import CarefulTrainer
 
 
@@ -231,6 +231,12 @@ def load_tokenizer(options: argparse.Namespace):
     return load_from(load, str(REPOSITORY) if options.model is None else options.model)
 
 
+def inputs(options: argparse.Namespace) -> dict[str, Input]:
+    """What a run reads, as `check_apart` takes it."""
+    named = {name: getattr(options, name) for name in ("train_data", "validation_data", "config", "tokenizer")}
+    return {**named, "model": options.model or REPOSITORY}
+
+
 def tokenize_only(options: argparse.Namespace) -> None:
     """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`.
 
@@ -243,7 +249,7 @@ def tokenize_only(options: argparse.Namespace) -> None:
         raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
     parts = open_sources(options.train_data, options.text_field, "train_data")
     tokenizer = load_tokenizer(options)
-    with staged_folder(folder, options.overwrite) as new:
+    with staged_folder(folder, options.overwrite, "output_dir", **inputs(options)) as new:
         tokenize(parts, tokenizer, new)
 
 

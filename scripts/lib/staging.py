@@ -2,12 +2,13 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 from .cli import one_line
 
@@ -19,9 +20,53 @@ except ImportError:  # Windows: two runs that write the same target at once are 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
+# What a script reads: a name, a pattern, a Hub id, several of these, or nothing.
+Input = Union[None, str, Path, Sequence[str]]
+
+
+def check_apart(output: Optional[Path], argument: str, **inputs: Input) -> None:
+    """Refuse an output that is, or holds, something that the same script reads. Every script asks this first.
+
+    Links, patterns and other spellings of a path are followed on both sides.
+
+    Args:
+        output: the file or folder that is written; None: nothing is.
+        argument: what the user calls the output.
+        **inputs: what the user calls each input, and its names; those that are nothing here, such as Hub ids, pass.
+
+    Raises:
+        ValueError: an input would be lost; names both.
+    """
+    if output is None:
+        return
+    try:
+        there = os.stat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name, value in inputs.items():
+        for source in [value] if isinstance(value, (str, Path)) else value or ():
+            for path in _places(str(source)):
+                if any(os.path.samestat(os.stat(place), there) for place in (path, *path.parents)):
+                    holds = "is" if os.path.samefile(path, output) else "holds"
+                    what = "a file" if os.path.isfile(output) else "a folder"
+                    raise ValueError(f"{argument}: {output} {holds} {source}, which {name} reads; name {what} apart")
+
+
+def _places(source: str) -> Iterator[Path]:
+    """Where an input lies: its files by their names, what these link to, and what links in a folder point to."""
+    # A local `datasets` folder may be followed by a config and a split.
+    for name in {source, source.partition(":")[0]} - {""}:
+        name = os.path.expanduser(name)
+        for found in [name] if os.path.exists(name) else glob.iglob(name, recursive=True):
+            inside = os.scandir(found) if os.path.isdir(found) else ()
+            for path in (found, *(entry.path for entry in inside if entry.is_symlink() and entry.is_file())):
+                if os.path.exists(path):
+                    yield Path(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+                    yield Path(os.path.realpath(path))
+
 
 @contextlib.contextmanager
-def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] = None) -> Iterator[Path]:
+def staged_folder(target: Path, overwrite: bool = False, argument: str = "target", **inputs: Input) -> Iterator[Path]:
     """Offer an empty folder beside the target, which takes the target's place when the block ends well.
 
     The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
@@ -30,26 +75,27 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
     Args:
         target: the folder to make; of a symbolic link, the folder that it points to.
         overwrite: replace a target that exists and holds files.
-        source: a file or folder that must not be lost with the old target, where there is one of that name.
+        argument: what the user calls the target.
+        **inputs: as `check_apart` takes them; `source=args.source, data=args.data`.
 
     Yields:
         The folder to write to. It is removed when the block raises; the target is then as it was.
 
     Raises:
         ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
-            folders or the source, or another run is writing it.
+            folders or an input, or another run is writing it.
     """
     target = Path(os.path.realpath(target))
+    stage = target.parent / f".{target.name}.stage"
+    for place in (target, stage):
+        check_apart(place, argument, **inputs)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"target: {target} is a file, expected a folder")
-    if source is not None and Path(source).exists() and target in Path(source).resolve().parents:
-        raise ValueError(f"target: {target} holds the source {source}, expected another folder")
+        raise ValueError(f"{argument}: {target} is a file, expected a folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"target: {target.parent} cannot be made, {one_line(error)}") from error
-    stage = target.parent / f".{target.name}.stage"
-    with _locked(stage, target):
+        raise ValueError(f"{argument}: {target.parent} cannot be made, {one_line(error)}") from error
+    with _locked(stage, target, argument):
         new, old = stage / "new", stage / "old"
         try:
             if old.exists() and not target.exists():
@@ -59,11 +105,13 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
                     shutil.rmtree(litter)
             content = sorted(target.iterdir()) if target.exists() else []
             if content and not overwrite:
-                raise ValueError(f"target: {target} exists and is not an empty folder; pass --overwrite to replace it")
+                raise ValueError(
+                    f"{argument}: {target} exists and is not an empty folder; pass --overwrite to replace it"
+                )
             folders = [path.name for path in content if path.is_dir()]
             if folders:  # a home, a checkout, a run: nothing that a script here has written whole
                 raise ValueError(
-                    f"target: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
+                    f"{argument}: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
                 )
             new.mkdir()
             yield new
@@ -75,7 +123,7 @@ def staged_folder(target: Path, overwrite: bool = False, source: Optional[str] =
 
 
 @contextlib.contextmanager
-def _locked(stage: Path, target: Path) -> Iterator[None]:
+def _locked(stage: Path, target: Path, argument: str) -> Iterator[None]:
     """Make the stage and hold a lock on it, which ends with the process."""
     while True:
         try:
@@ -83,7 +131,7 @@ def _locked(stage: Path, target: Path) -> Iterator[None]:
         except FileExistsError:  # exist_ok would raise where a run that ends removes it meanwhile
             pass
         except PermissionError as error:
-            raise ValueError(f"target: {target.parent} cannot be written, {one_line(error)}") from error
+            raise ValueError(f"{argument}: {target.parent} cannot be written, {one_line(error)}") from error
         if fcntl is None:
             break
         try:

@@ -1,7 +1,9 @@
 """A folder is replaced whole or not at all, whenever the process stops."""
 
+import importlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -163,17 +165,57 @@ def test_a_link_to_itself_is_no_target(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
-def test_a_target_that_holds_the_source_is_refused(tmp_path):
-    source = tmp_path / "runs" / "last.pt"
-    source.parent.mkdir()
-    source.write_text("weights")
-    with pytest.raises(ValueError, match="runs holds the source .*last.pt, expected another folder"):
-        with staging.staged_folder(tmp_path / "runs", overwrite=True, source=str(source)):
+SPELLINGS = {
+    "file": lambda home: home / "runs" / "corpus.jsonl",
+    "pattern": lambda home: home / "runs" / "*.jsonl",
+    "deep pattern": lambda home: home / "**" / "*.jsonl",
+    "folder": lambda home: home / "runs",
+    "inner folder": lambda home: home / "runs" / "inner",
+    "dots": lambda home: home / "runs" / "inner" / ".." / "corpus.jsonl",
+    "dataset and split": lambda home: f"{home / 'runs' / 'inner'}:default:train",
+    "link to the file": lambda home: home / "link.jsonl",
+    "link to the folder": lambda home: home / "linked" / "corpus.jsonl",
+    "link in the folder": lambda home: home / "runs" / "outside.txt",
+    "folder with a link": lambda home: home / "snapshot",
+    "what a killed run left": lambda home: home / ".runs.stage" / "new",
+}
+
+
+@pytest.fixture
+def home(tmp_path):
+    for folder in ("runs/inner", "snapshot", ".runs.stage/new", "apart"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("runs/corpus.jsonl", "apart/corpus.json", "apart/text.txt"):
+        (tmp_path / file).write_text("kept")
+    (tmp_path / "link.jsonl").symlink_to("runs/corpus.jsonl")
+    (tmp_path / "linked").symlink_to("runs")
+    (tmp_path / "runs" / "outside.txt").symlink_to("../apart/text.txt")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../runs/corpus.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("target", ["runs", "linked"])
+def test_a_target_that_holds_an_input_is_refused_however_that_is_spelt(home, target, spelling):
+    source = str(spelling(home))
+    message = f"^output: .*runs(.stage)? (is|holds) {re.escape(source)}, which data reads; name a folder apart"
+    with pytest.raises(ValueError, match=message):
+        with staging.staged_folder(home / target, True, "output", model=None, data=["someone/model", source]):
             pass
-    assert source.read_text() == "weights"
-    with staging.staged_folder(tmp_path / "runs", overwrite=True, source=str(source.parent)) as stage:
-        (stage / "config.json").write_text("replaced in its own place")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["config.json"]
+    assert (home / "runs" / "corpus.jsonl").read_text() == "kept" and (home / ".runs.stage" / "new").exists()
+
+
+def test_inputs_beside_and_around_an_output_are_no_hindrance(home):
+    (home / "apart" / "new").mkdir()
+    inputs = {"data": [f"{home}/apart/*.json"], "model": home / "apart", "tokenizer": "bert-base-uncased"}
+    for output in (home / "runs", home / "apart" / "new", home / "nothing" / "yet", None):
+        staging.check_apart(output, "output", **inputs)
+
+
+def test_a_file_that_is_written_is_no_input(home):
+    staging.check_apart(home / "apart" / "table.csv", "csv", data=str(home / "apart"))
+    with pytest.raises(ValueError, match="^csv: .*link.jsonl is .*corpus.jsonl, which data reads; name a file apart"):
+        staging.check_apart(home / "link.jsonl", "csv", data=home / "runs" / "corpus.jsonl")
 
 
 @pytest.mark.parametrize("inside", [".git", "photos"])
@@ -234,3 +276,36 @@ def test_files_are_as_readable_as_new_files_are(tmp_path):
     rights = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "target").rglob("*")}
     assert rights == {"part": 0o755, "model.safetensors": 0o644}
     assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o755
+
+
+COMMANDS = {
+    "convert_checkpoint --data": ("convert_checkpoint", "MODEL OUT --data OUT/text.jsonl --overwrite"),
+    "convert_checkpoint --config": ("convert_checkpoint", "MODEL OUT --config OUT/config.json --overwrite"),
+    "convert_checkpoint --tokenizer": ("convert_checkpoint", "MODEL OUT --tokenizer OUT --overwrite"),
+    "convert_checkpoint": ("convert_checkpoint", "OUT OUT --overwrite"),
+    "convert_bert": ("convert_bert", "OUT OUT --data MODEL/text.jsonl --overwrite"),
+    "convert_bert --data": ("convert_bert", "MODEL OUT --data OUT/*.jsonl --overwrite"),
+    "pretrain_mlm --tokenize_only": (
+        "pretrain_mlm",
+        "--tokenize_only --train_data OUT/text.jsonl --output_dir OUT --overwrite",
+    ),
+    "evaluate_mlm --csv": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --csv OUT/table.csv"),
+    "evaluate_mlm --png": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --png OUT/table.png"),
+}
+
+
+@pytest.mark.parametrize(("script", "words"), COMMANDS.values(), ids=COMMANDS)
+def test_no_script_writes_over_what_it_reads(tmp_path, run_script, script, words):
+    """The tables are links to the text, so that their names are those of tables."""
+    for name in ("model", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "documents.json").write_text("{}")
+        (tmp_path / name / "text.jsonl").write_text('{"text": "kept"}\n')
+        for table in ("table.csv", "table.png"):
+            (tmp_path / name / table).symlink_to("text.jsonl")
+    before = {path: path.read_text() for path in tmp_path.rglob("*.*")}
+    words = words.replace("MODEL", str(tmp_path / "model")).replace("OUT", str(tmp_path / "out")).split()
+    with pytest.raises(SystemExit, match=r"^\w+.py: (target|output_dir|csv|png): .*(is|holds) .*, which \w+ reads"):
+        run_script(importlib.import_module(script), *words)
+    assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == before
