@@ -11,7 +11,6 @@ The hub: backend table, modules in execution order, models and heads. It imports
     bert_attention_cpu.py   attention on the CPU without a tensor of S x S
     bert_linear_cpu.py      faster linear layers on the CPU
     bert_loss.py            losses of the heads
-    bert_vocabulary.py      slots of the vocabulary without a token
     bert_compat.py          loading, tying and saving across releases of transformers
     flash_attn_triton.py    attention kernels in Triton
     geglu_triton.py         GeGLU as one kernel
@@ -48,7 +47,6 @@ from .bert_compat import CompatiblePreTrainedModel
 from .bert_linear_cpu import in_parts, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
 from .bert_padding import PackedBatch, pack_batch
-from .bert_vocabulary import PaddedVocabulary
 from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields, cover_starting_size
 
 try:
@@ -632,7 +630,7 @@ class BertModel(BertPreTrainedModel):
         )
 
 
-class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
+class BertForMaskedLM(BertPreTrainedModel):
     """MosaicBERT with the masked language model head."""
 
     # The keys alone are what releases before 5.0 read.
@@ -666,8 +664,7 @@ class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
         """Vocabulary scores of every token, or of the labelled tokens and their loss.
 
         Args:
-            labels: integers [B, S]; -100 and any label at padding do not count. In training, a label in a dead slot
-                makes a token of the slot: it was added to the tokenizer within the padded vocabulary.
+            labels: integers [B, S]; -100 and any label at padding do not count.
             num_items_in_batch: int or integer tensor; divide the summed loss by this instead of by the labels here,
                 as `Trainer` asks under gradient accumulation.
             masked_lm_positions: int64 [M], the places row * S + column of all labels in a batch without padding, where
@@ -680,8 +677,8 @@ class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
             `config.sparse_prediction` and labels: logits [M, V] of the M labelled tokens.
 
         Raises:
-            ValueError: see `BertModel.forward`; labels of another shape, outside the vocabulary or, in eval mode, in a
-                dead slot; masked_lm_positions beside an attention_mask.
+            ValueError: see `BertModel.forward`; labels of another shape or outside the vocabulary;
+                masked_lm_positions beside an attention_mask.
         """
         if masked_lm_positions is not None and attention_mask is not None:
             raise ValueError("masked_lm_positions needs a batch without padding, got an attention_mask beside it")
@@ -692,18 +689,14 @@ class BertForMaskedLM(PaddedVocabulary, BertPreTrainedModel):
         if labels is None:
             return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
         labels = packed_labels(packed, labels)
-        if self.training and not torch._C._are_functorch_transforms_active():
-            self.revive_slots(labels)
         if packed.keeps_padding:  # the number of labels is data
             logits = self.cls(hidden)
             loss = class_loss(logits, labels, num_items_in_batch)
-            self.check_slots(logits, labels)
             logits = logits.masked_fill((labels == -100)[..., None], 0)
         else:
             places = (labels != -100).nonzero().flatten() if masked_lm_positions is None else masked_lm_positions
             logits = self.cls(hidden[places])  # [M, V]
             loss = class_loss(logits, labels[places], num_items_in_batch)
-            self.check_slots(logits, labels[places])
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
                 logits = packed.unpack(everywhere.index_copy(0, places, logits))

@@ -131,8 +131,8 @@ class BertConfig(StockBertConfig):
     `model_type` stays `bert`, as in every published checkpoint.
 
     Args:
-        vocab_size: rows of the embedding and of the MLM decoder. Rows past the tokenizer's vocabulary are dead slots:
-            see `BertForMaskedLM.silence_dead_slots`.
+        vocab_size: rows of the embedding and of the MLM decoder. Rows past the tokenizer's vocabulary are
+            ordinary rows with a low bias.
         hidden_size: E, a multiple of `num_attention_heads`.
         num_hidden_layers: L.
         num_attention_heads: H.

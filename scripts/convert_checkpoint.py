@@ -4,7 +4,7 @@
 SOURCE is a Hub id or a folder of any repository of the family (mosaic-bert-base, DNABERT-2, their fine-tuned
 descendants, …), or a Composer checkpoint (`.pt`) together with the config and tokenizer that Composer put into it, or
 that lie beside it. TARGET gets the code, safetensors, config.json with the full `auto_map`, the tokenizer and a card.
-Weights keep their values and dtype. Vocabulary slots beyond the tokenizer's vocabulary are never predicted afterwards.
+Weights keep their values and dtype; rows of the vocabulary without a token get a low bias in the decoder.
 No code of the source runs, and nothing in TARGET refers to code outside of it.
 
     convert_checkpoint.py mosaicml/mosaic-bert-base my-mosaic-bert --tokenizer bert-base-uncased --verify

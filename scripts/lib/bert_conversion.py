@@ -21,6 +21,7 @@ from .common import (
     foreign_config,
     load_tokenizer,
     load_weights,
+    lower_unused_biases,
     read_json,
     repository_class,
     say_float32,
@@ -457,7 +458,7 @@ def convert(
     for new, old in enumerate(layers):
         converted.update(convert_layer(weights, old, new))
     load_rows(model, converted)
-    model.silence_dead_slots(entries)
+    lower_unused_biases(model, entries)
     windows = [torch.tensor(window) for window in read_windows(texts, tokenizer, length, tokens)]
     reports = fit_encoder(model, weights, layers, windows, ridge)
 

@@ -23,6 +23,7 @@ from .common import (
     foreign_config,
     load_tokenizer,
     load_weights,
+    lower_unused_biases,
     read_json,
     repository_class,
     say_float32,
@@ -377,7 +378,7 @@ def convert(
         revision: of a Hub id.
         config: a config.json to take instead of the source's.
         tokenizer: Hub id or folder of a tokenizer to take instead of the source's.
-        pad_vocab: make the vocabulary a multiple of this with slots that are never predicted; None: as it is.
+        pad_vocab: make the vocabulary a multiple of this ; None: as it is.
         max_shard_size: largest weight file, such as `5GB`.
         license: for the card; None: what the source's card says.
         check: compare outputs before and after.
@@ -416,8 +417,8 @@ def convert(
     if pad_vocab:
         model.resize_token_embeddings(pad_to_multiple_of=pad_vocab, mean_resizing=False)
     if architecture == "BertForMaskedLM" and num_tokens < model.config.vocab_size:
-        model.silence_dead_slots(num_tokens)
-        lines.append(f"{model.config.vocab_size - num_tokens} vocabulary slots without a token will never be predicted")
+        rows = lower_unused_biases(model, num_tokens)
+        lines.append(f"{rows} rows of the vocabulary have no token; a low bias makes them improbable")
     if not model.config.tie_word_embeddings:
         lines.append("decoder and embeddings differ in the source: both are kept, untied")
     model.save_pretrained(target, state_dict={**model.state_dict(), **extra}, max_shard_size=max_shard_size)

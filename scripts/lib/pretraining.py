@@ -14,7 +14,15 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
 from .cards import write_card
-from .common import REPOSITORY, TOKENIZER_FILES, load_from, read_json, repository_class, say_float32
+from .common import (
+    REPOSITORY,
+    TOKENIZER_FILES,
+    load_from,
+    lower_unused_biases,
+    read_json,
+    repository_class,
+    say_float32,
+)
 from .packing import (
     IGNORED,
     SHORTEST,
@@ -215,7 +223,7 @@ def build_model(options: argparse.Namespace, vocabulary: int):
         model = load_from(model_class.from_pretrained, options.model, config=config)
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
-    model.silence_dead_slots(vocabulary)
+    lower_unused_biases(model, vocabulary)
     return model.float()
 
 

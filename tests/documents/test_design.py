@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "bert_linear_cpu.py": {"torch", ".bert_padding", ".bert_checks"},
     "bert_attention_cpu.py": {"torch", ".bert_padding", ".bert_checks", ".bert_linear_cpu"},
     "bert_loss.py": {"torch", ".bert_padding", ".bert_checks"},
-    "bert_vocabulary.py": {"torch", ".bert_checks"},
     "bert_compat.py": {"torch", "transformers"},
     **dict.fromkeys(
         ("launch_triton.py", "flash_attn_triton.py", "geglu_triton.py", "layer_norm_triton.py"),

@@ -343,18 +343,6 @@ def test_known_places_of_labels_give_the_same_loss_and_logits():
         model(ids, torch.ones_like(ids), labels=labels, masked_lm_positions=places)
 
 
-def test_silenced_slots_are_never_predicted():
-    model = tiny_model()
-    model.silence_dead_slots(90)
-    ids, mask = ragged_batch([20, 9])
-    probabilities = model(ids, mask).logits.softmax(-1)
-    assert probabilities[mask.bool()][:, 90:].abs().sum() == 0
-    model.bfloat16()
-    assert (model(ids, mask).logits.argmax(-1) < 90).all()
-    with pytest.raises(ValueError, match=r"num_tokens must lie in \[1, 101\].*got 102"):
-        model.silence_dead_slots(102)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_tensor_and_not_an_import_chooses_the_backend(dtype):
     """Triton is importable here, and may find a GPU; tensors on the CPU are served without it all the same."""

@@ -1,26 +1,29 @@
-"""Slots of the padded vocabulary: dead ones are never predicted, and tokens that are added within the padding work."""
+"""Rows of a padded vocabulary without a token: improbable, in no way special, and ready for tokens that are added."""
 
-import math
-
+import numerics
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
 from folders import write_complete_repository
+from lib.common import lower_unused_biases
+from models import tiny_model
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mosaicbert.bert_vocabulary import DEAD_SLOT_BIAS
+from mosaicbert.bert_layers import BertForMaskedLM
 
 REMOTE = {"trust_remote_code": True}
-SLOTS = 40  # the vocabulary of `folders.write_tokenizer` is smaller: the rest is padding
+ROWS = 40  # the vocabulary of `folders.write_tokenizer` is smaller: the rest is padding
 NEW = ["zebra", "lion"]
 
 
 @pytest.fixture
 def padded(tmp_path):
-    """Model and tokenizer of a repository with dead slots, loaded as users do, with two tokens added."""
-    model = write_complete_repository(tmp_path / "base", vocab_size=SLOTS, hidden_dropout_prob=0.0)
+    """Model and tokenizer of a repository with unused rows, loaded as users do, with two tokens added."""
+    model = write_complete_repository(tmp_path / "base", vocab_size=ROWS, hidden_dropout_prob=0.0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    assert len(tokenizer) + len(NEW) < SLOTS
-    model.silence_dead_slots(len(tokenizer))
+    assert len(tokenizer) + len(NEW) < ROWS
+    lower_unused_biases(model, len(tokenizer))
     model.save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(NEW)
     return AutoModelForMaskedLM.from_pretrained(tmp_path / "base", **REMOTE), tokenizer
@@ -49,7 +52,7 @@ def answers(model, tokenizer):
     """The words that the model puts in the place of the new tokens."""
     ids = tokenizer(["the [MASK] sat", "a [MASK] ran"], return_tensors="pt")["input_ids"]
     logits = model(input_ids=ids).logits[ids == tokenizer.mask_token_id]
-    assert (logits.softmax(-1)[:, len(tokenizer) :] == 0).all(), "a dead slot has a probability"
+    assert (logits.softmax(-1)[:, len(tokenizer) :] < 1e-10).all(), "a row without a token is probable"
     return tokenizer.convert_ids_to_tokens(logits.argmax(-1))
 
 
@@ -71,7 +74,7 @@ def test_tokens_added_within_the_padded_vocabulary_train_and_survive_saving(tmp_
     model, tokenizer = padded
     resize(model, tokenizer)
     losses = train(model, tokenizer)
-    assert losses[0] < 20 and losses[-1] < 0.1, losses
+    assert 25 < losses[0] < 40 and losses[-1] < 0.1, losses
     assert answers(model, tokenizer) == NEW
     model.save_pretrained(tmp_path / "new")
     tokenizer.save_pretrained(tmp_path / "new")
@@ -79,49 +82,81 @@ def test_tokens_added_within_the_padded_vocabulary_train_and_survive_saving(tmp_
     assert answers(again, AutoTokenizer.from_pretrained(tmp_path / "new")) == NEW
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tokens_added_within_the_padded_vocabulary_revive_in_low_precision(padded, dtype):
-    model, tokenizer = padded
-    model.to(dtype).train()
-    ids = tokenizer("the zebra sat", return_tensors="pt")["input_ids"]
-    assert model(input_ids=ids, labels=ids).loss < 20
-    assert answers(model.eval(), tokenizer)  # no dead slot has a probability
-
-
-def test_tokens_added_within_the_padded_vocabulary_train_under_compile(padded):
-    torch._dynamo.reset()
-    model, tokenizer = padded
-    compiled = torch.compile(model, backend="aot_eager")
-    losses = train(compiled, tokenizer)
-    assert losses[0] < 20 and losses[-1] < 0.1, losses
-    assert answers(model, tokenizer) == NEW
-
-
-def test_other_slots_stay_dead_while_new_tokens_train(padded):
-    model, tokenizer = padded
-    train(model, tokenizer, steps=5)
+@pytest.mark.parametrize("biases", [[0.0, 0.0, 0.0], [-3.0, -20.0, 4.0], [-15.0, -40_000.0, 2.0]], ids=str)
+def test_the_bias_of_unused_rows_is_well_below_that_of_every_token(biases):
+    model = tiny_model(vocab_size=8)
     bias = model.cls.predictions.decoder.bias
-    assert (bias[len(tokenizer) :] < DEAD_SLOT_BIAS / 2).all() and (bias[: len(tokenizer)] > -100).all()
+    bias.data[:3] = torch.tensor(biases)
+    assert lower_unused_biases(model, 3) == 5
+    assert bias[:3].tolist() == biases and len(bias) == 8
+    assert (bias[3:] == min(-30, min(biases) - 15)).all() and bias.half().isfinite().all()
 
 
-def test_a_label_in_a_dead_slot_is_an_error_that_names_the_remedy(padded):
-    model, tokenizer = padded
-    ids = torch.tensor([[2, 5, 6, 3]])
-    labels = torch.tensor([[-100, -100, SLOTS - 1, -100]])
-    with pytest.raises(ValueError, match=rf"labels .*{SLOTS - 1}.*resize_token_embeddings\(len\(tokenizer\)"):
-        model.eval()(ids, labels=labels)
-    assert math.isfinite(model(ids, labels=ids).loss.item())
+@pytest.fixture(scope="module")
+def shipped():
+    """The model that the repository ships, its tokenizer, and its logits [T, V] for some texts with masked words."""
+    model = BertForMaskedLM.from_pretrained(ROOT).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    texts = ["The capital of France is [MASK].", "[MASK] is a [MASK] language.", "zz [MASK] ; 12 [MASK]"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    return model, tokenizer, model(**batch).logits[batch["attention_mask"].bool()].detach()
 
 
-def test_dead_slots_as_inputs_are_no_error(padded):
-    """A random word that a collator draws below `vocab_size` may be one."""
+def test_unused_rows_of_the_shipped_file_are_improbable(shipped):
+    model, tokenizer, logits = shipped
+    bias = model.cls.predictions.decoder.bias
+    assert (bias[len(tokenizer) :] == -30).all() and (bias[: len(tokenizer)] > -15.5).all()
+    # Their embeddings are zero, so this is exp(-30) over the sum of exponentials: exp(-4.3) at least in these texts.
+    probabilities = logits.softmax(-1)[:, len(tokenizer) :]
+    assert ((0 < probabilities) & (probabilities < 1e-11)).all()
+
+
+LOSSES = {
+    "entropy": lambda logits, other: -(logits.softmax(-1) * logits.softmax(-1).log()).sum(-1).mean(),
+    "R-Drop": lambda logits, other: F.kl_div(
+        logits.log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="batchmean"
+    ),
+    "distillation": lambda logits, other: F.kl_div(
+        (logits / 0.5).log_softmax(-1), (other / 0.5).softmax(-1), reduction="batchmean"
+    ),
+    "label smoothing": lambda logits, other: F.cross_entropy(logits, other.argmax(-1), label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_over_the_whole_vocabulary_count_unused_rows_for_next_to_nothing(shipped, loss, dtype):
+    """With a bias of -10,000 these were NaN, or 0.2 nats too many."""
+    _, tokenizer, logits = shipped
+    logits = logits.to(dtype).float()
+    other = logits.roll(1, 0)
+    every = logits.clone().requires_grad_()
+    value = loss(every, other)
+    tokens = loss(logits[:, : len(tokenizer)], other[:, : len(tokenizer)])
+    # Label smoothing averages over all rows: 0.1 * 6 / 30,528 of their negative log-probability, about 30 nats.
+    assert abs(value.item() - tokens.item()) < 1e-3
+    value.backward()
+    assert every.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_label_in_an_unused_row_is_an_ordinary_label_and_changes_no_weight(padded, training):
     model, _ = padded
-    ids = torch.tensor([[2, SLOTS - 1, 6, 3]])
-    assert torch.isfinite(model(ids).logits).all()
+    model.train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([[2, ROWS - 1, 6, 3]])
+    logits = model(ids).logits
+    assert logits.isfinite().all()
+    expected = F.cross_entropy(logits[0, 1:2], ids[0, 1:2])
+    loss = model(ids, labels=ids.masked_fill(ids != ROWS - 1, -100)).loss
+    assert 25 < expected < 40
+    numerics.assert_same(loss, expected, numerics.SAME[torch.float32])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("saved", ["merged", "adapter"])
-def test_tokens_added_within_the_padded_vocabulary_train_with_peft_trainable_token_indices(tmp_path, padded, saved):
+def test_tokens_added_within_the_padded_vocabulary_train_with_peft_trainable_token_indices(tmp_path, padded):
+    """PEFT computes the tied decoder without its bias, so the loss starts near log V, and merging would not do."""
     peft = pytest.importorskip("peft")
     model, tokenizer = padded
     model.resize_token_embeddings(len(tokenizer))
@@ -131,14 +166,9 @@ def test_tokens_added_within_the_padded_vocabulary_train_with_peft_trainable_tok
     )
     adapted = peft.get_peft_model(model, config)
     losses = train(adapted, tokenizer)
-    assert losses[0] < 20 and losses[-1] < 1, losses
+    assert losses[0] < 5 and losses[-1] < 1, losses
     assert answers(adapted, tokenizer) == NEW
-    if saved == "merged":
-        adapted.merge_and_unload().save_pretrained(tmp_path / "new")
-        again = AutoModelForMaskedLM.from_pretrained(tmp_path / "new", **REMOTE).eval()
-    else:
-        adapted.save_pretrained(tmp_path / "adapter")
-        base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base", **REMOTE)
-        base.resize_token_embeddings(len(tokenizer))
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert answers(again, tokenizer) == NEW
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base", **REMOTE)
+    base.resize_token_embeddings(len(tokenizer))
+    assert answers(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), tokenizer) == NEW
