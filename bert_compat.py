@@ -23,6 +23,9 @@ class CompatiblePreTrainedModel(PreTrainedModel):
         # Before 5.0 an embedding whose weight is only in the file as the decoder's stays on the meta device.
         if tied and embedding.weight.is_meta and not decoder.weight.is_meta:
             embedding.weight = decoder.weight
+        # 5.3 takes a decoder that is not in the file, and so still on the meta device, for one that is.
+        if tied and decoder.weight.is_meta and not embedding.weight.is_meta and kwargs.get("missing_keys") is not None:
+            kwargs["missing_keys"].update(self._tied_weights_keys)
         super().tie_weights(*args, **kwargs)
         # 5.0 leaves them apart when a file holds both keys, as every published file does. Where the two differ, the
         # decoder was trained apart (the published code lost the tie on loading), and its numbers are kept.

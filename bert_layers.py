@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
+from transformers import BertConfig as StockBertConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -446,6 +447,8 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config, *inputs, **kwargs):
+        if type(config) is StockBertConfig:  # would name the models of transformers when it is saved
+            config.__class__ = BertConfig
         for name, default in EXTRA_FIELDS.items():  # transformers' BertConfig lacks them
             if not hasattr(config, name):
                 setattr(config, name, default)
@@ -459,11 +462,6 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
             config._attn_implementation_internal = AUTOMATIC
         super().__init__(config, *inputs, **kwargs)
         check_attention_name(config._attn_implementation)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save a complete repository; transformers' own config does not notice when `alibi_starting_size` is set."""
-        cover_starting_size(self.config)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
         """Choose the attention implementation of all layers.

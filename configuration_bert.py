@@ -1,6 +1,7 @@
 """The fields of a MosaicBERT model and their checks. Defaults are those of MosaicBERT-Base."""
 
 import math
+import numbers
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -36,13 +37,13 @@ AUTO_MAP = {
 
 
 def is_size(value) -> bool:
-    """Whether `value` is an int above zero."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether `value` is an integer above zero."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
 
 
 def is_number(value) -> bool:
-    """Whether `value` is a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite real number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_rate(value) -> bool:
@@ -110,8 +111,22 @@ def check_fields(fields: dict) -> None:
     if layers > MOST_LAYERS:
         raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
     pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
-    if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < vocabulary):
+    if pad is not None and (not isinstance(pad, numbers.Integral) or isinstance(pad, bool) or not 0 <= pad < vocabulary):
         raise ValueError(f"pad_token_id must be None or lie in [0, {vocabulary}), got {pad!r}")
+
+
+def stored(name: str, value):
+    """What a config keeps of a value that a field is set to.
+
+    Numbers become int or float, as NumPy's cannot be written to JSON. The names of transformers' models under
+    `architectures` become names that no library has: pipelines and servers take the class of that name after any error
+    of ours, and would load stock BERT with a random encoder.
+    """
+    if name == "architectures" and isinstance(value, (list, tuple)):
+        return [f"Mosaic{model}" if str(model).startswith("Bert") else model for model in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def cover_starting_size(config) -> None:
@@ -219,7 +234,7 @@ class BertConfig(StockBertConfig):
     def __setattr__(self, name, value):
         """Set a field; `EncoderDecoderModel` makes a decoder this way before it builds stock BERT from the fields."""
         check_field(name, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, stored(name, value))
         if name in ("alibi_starting_size", "max_position_embeddings"):
             cover_starting_size(self)
 

@@ -172,7 +172,8 @@ def choose_architecture(config: dict, weights: Weights) -> str:
     """
     names = config.get("architectures")
     for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and name in MODEL_CLASSES:
+        name = str(name).removeprefix("Mosaic")  # as our config saves it, so that no library takes its own class
+        if name in MODEL_CLASSES:
             return name
     if "cls.predictions.transform.dense.weight" in weights:
         return "BertForMaskedLM"
