@@ -1,15 +1,15 @@
 # Every command builds what it needs; on a fresh machine start with `make demo` or `make test`.
 PYTHON ?= python3
 PIP = pip install --disable-pip-version-check --constraint constraints.txt
-RELEASES = 4.54.1 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
+RELEASES = 4.54.1 4.57.6 5.0.0 5.3.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
-MATRIX_TESTS = tests/loading/test_loading.py tests/loading/test_save_formats.py tests/model/test_reference.py tests/model/test_padding.py \
+MATRIX_TESTS = tests/loading/test_loading.py tests/loading/test_architectures.py tests/loading/test_save_formats.py tests/model/test_reference.py tests/model/test_padding.py \
 	tests/model/test_heads.py tests/model/test_errors.py tests/model/test_model.py tests/loading/test_trainer.py \
 	tests/scripts/test_checkpoint_conversion.py tests/scripts/test_hub.py tests/model/test_users.py tests/model/test_tools.py tests/model/test_vocabulary.py
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 
-.PHONY: demo test matrix gpu gpu-report lint clean
+.PHONY: demo test matrix releases gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/ready
 
@@ -34,6 +34,9 @@ matrix: $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported re
 
 matrix-%: .venv-%/ready
 	OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS)
+
+releases: .venv/test  ## loading, tying and saving on every minor release of transformers; its table is docs/releases.md
+	OMP_NUM_THREADS=1 .venv/bin/python tests/loading/releases.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

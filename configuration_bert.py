@@ -111,7 +111,9 @@ def check_fields(fields: dict) -> None:
     if layers > MOST_LAYERS:
         raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
     pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
-    if pad is not None and (not isinstance(pad, numbers.Integral) or isinstance(pad, bool) or not 0 <= pad < vocabulary):
+    if pad is not None and (
+        not isinstance(pad, numbers.Integral) or isinstance(pad, bool) or not 0 <= pad < vocabulary
+    ):
         raise ValueError(f"pad_token_id must be None or lie in [0, {vocabulary}), got {pad!r}")
 
 

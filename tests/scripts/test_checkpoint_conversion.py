@@ -81,7 +81,7 @@ def test_dnabert_2_config_becomes_a_complete_repository(tmp_path):
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 512}')
     checkpoint_conversion.convert(str(source), target)
     config = json.loads((target / "config.json").read_text())
-    assert config["architectures"] == ["BertForMaskedLM"]
+    assert config["architectures"] == ["MosaicBertForMaskedLM"]
     assert config["pad_token_id"] == 3
     assert config["auto_map"] == AUTO_MAP
     assert not any("--" in reference for reference in config["auto_map"].values())

@@ -242,6 +242,8 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
     assert parts == {31} and one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert saved["architectures"] == ["MosaicBertForMaskedLM"]
     written = {path.name for path in (tmp_path / "two").iterdir()}
     assert {path.name for path in (tmp_path / "one").iterdir()} == written >= {"bert_layers.py", "model.safetensors"}
     whole, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -1,0 +1,112 @@
+"""No pipeline, server or library takes a class of transformers for ours, whatever fails."""
+
+import json
+import logging
+
+import pytest
+import transformers
+from folders import write_complete_repository
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
+
+from mosaicbert.bert_layers import BertForSequenceClassification, BertForTokenClassification
+from mosaicbert.configuration_bert import AUTO_MAP, BertConfig
+
+REMOTE = {"trust_remote_code": True}
+TASKS = ["fill-mask", "text-classification", "token-classification", "feature-extraction", "zero-shot-classification"]
+
+
+def architectures(folder):
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def remove_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if ".layer.0." not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FAILURES = {
+    "attn_implementation": (lambda folder: None, {"attn_implementation": "nonsense"}),
+    "of the layers 2, 3": (lambda folder: change_config(folder, num_hidden_layers=4), {}),
+    "of the layers 0": (remove_layer, {}),
+    "num_labels must be a positive integer, got 0": (lambda folder: None, {"num_labels": 0}),
+    "model.safetensors": (lambda folder: (folder / "model.safetensors").unlink(), {}),
+}
+
+
+@pytest.mark.parametrize("named", ["MosaicBertForMaskedLM", "BertForMaskedLM"])
+@pytest.mark.parametrize("cause", FAILURES)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_pipeline_ends_in_the_error_of_a_failing_load(tmp_path, task, cause, named):
+    """It went on with `getattr(transformers, config.architectures[0])`: stock BERT with a random encoder."""
+    write_complete_repository(tmp_path)
+    break_it, options = FAILURES[cause]
+    change_config(tmp_path, architectures=[named])
+    break_it(tmp_path)
+    with pytest.raises((ValueError, OSError)) as error:
+        pipeline(task, str(tmp_path), model_kwargs=options, **REMOTE)
+    assert cause in str(error.value)
+
+
+def test_a_pipeline_of_a_head_that_is_missing_says_so(tmp_path):
+    write_complete_repository(tmp_path)
+    with pytest.raises(ValueError, match="AutoModelForCausalLM .* have no MosaicBERT"):
+        pipeline("text-generation", str(tmp_path), **REMOTE)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_pipeline_that_works_logs_no_word_against_the_model(tmp_path, task, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    write_complete_repository(tmp_path)
+    labels = {"candidate_labels": ["cat", "tree"]} if task == "zero-shot-classification" else {}
+    made = pipeline(task, str(tmp_path), **REMOTE)
+    assert type(made.model).__module__.startswith("transformers_modules")
+    assert made("the cat [MASK] on the mat", **labels)
+    assert "is not supported" not in caplog.text
+
+
+def test_every_way_of_saving_names_what_no_library_has(tmp_path):
+    source = tmp_path / "source"
+    write_complete_repository(source)
+    assert architectures(source) == ["MosaicBertForMaskedLM"]
+
+    for auto, name in ((AutoModel, "BertModel"), (AutoModelForSequenceClassification, "BertForSequenceClassification")):
+        auto.from_pretrained(source, **REMOTE).save_pretrained(tmp_path / name)
+        assert architectures(tmp_path / name) == [f"Mosaic{name}"]
+
+    change_config(source, architectures=["BertForMaskedLM"])  # as in published repositories
+    for number, config in enumerate(
+        (
+            AutoConfig.from_pretrained(source, **REMOTE),
+            BertConfig.from_pretrained(source),
+            transformers.BertConfig.from_pretrained(source),
+        )
+    ):
+        config.auto_map = {name: f"{source}--{reference}" for name, reference in AUTO_MAP.items()}
+        built = AutoModelForMaskedLM.from_config(config, **REMOTE)
+        built.save_pretrained(tmp_path / f"built-{number}")
+        assert architectures(tmp_path / f"built-{number}") == ["MosaicBertForMaskedLM"]
+        loaded = AutoModelForMaskedLM.from_pretrained(source, config=config, **REMOTE)
+        loaded.save_pretrained(tmp_path / f"loaded-{number}")
+        assert architectures(tmp_path / f"loaded-{number}") == ["MosaicBertForMaskedLM"]
+
+    AutoConfig.from_pretrained(source, **REMOTE).save_pretrained(tmp_path / "alone")
+    assert architectures(tmp_path / "alone") == ["MosaicBertForMaskedLM"]
+
+
+def test_no_name_that_is_saved_is_one_of_transformers():
+    for model_class in (BertForSequenceClassification, BertForTokenClassification):
+        (name,) = BertConfig(architectures=[model_class.__name__]).architectures
+        assert name.endswith(model_class.__name__) and not hasattr(transformers, name)
+    assert BertConfig(architectures=["MyClassifier"]).architectures == ["MyClassifier"]
+    assert BertConfig().architectures is None
+
+
+def test_the_names_in_auto_map_stay_those_of_the_published_code():
+    assert all(reference.split(".")[1].startswith(("Bert", "Unavailable")) for reference in AUTO_MAP.values())
