@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Turn any Hugging Face BERT into a MosaicBERT to train on from: a warm start.
+"""Turn any Hugging Face BERT into a warm start: a MosaicBERT for further training.
 
-Attention: query, key and value merge into `Wqkv`. Positions: ALiBi takes the place of the position embedding, whose
-mean goes into the token types. Feed-forward: MosaicBERT multiplies gelu(gate) by a value and has no bias, BERT has a
+Attention: query, key and value merge into `Wqkv`. Positions: ALiBi replaces the position embedding, whose
+mean is added to the token types. Feed-forward: MosaicBERT multiplies gelu(gate) by a value and has no bias, BERT has a
 bias and no value. On every LayerNorm output x some vector v has v·x close to 1, so that with
 
     gate rows = W1 + b1 vᵀ        value rows = v
 
-the new block computes gelu(W1 x + b1 (v·x)) · (v·x), almost what the old one did. v is fitted by least squares on the
-text given with --data, layer by layer, on what the new model itself feeds to that layer. A fifth of the text is kept
-out of the fit; the report is about that fifth.
+the new block computes gelu(W1 x + b1 (v·x)) · (v·x), almost what the old one did. v is fitted by least squares, layer
+by layer, to the new model's own activations on the text given with --data. The report is on a held-out fifth of it.
 
 The MLM head is the source's. Without one, the decoder is tied to the embeddings, its bias is the log of how often each
 token occurs in the text, and the transform is the identity with a LayerNorm scale of 0.3: measured on MiniLM, answers
@@ -32,9 +31,13 @@ def main() -> None:
     """Parse the command line and convert."""
     parser = Parser(__doc__)
     parser.add_argument("source", help="folder or Hub id of a BERT")
-    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("target", type=Path, help="folder to create")
     parser.add_argument(
-        "--data", nargs="+", required=True, metavar="FILE", help=".txt, .json or .jsonl files with text; .gz too; globs"
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".txt, .json or .jsonl files (also .gz), or quoted patterns",
     )
     parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="encoder layers to keep (default: all)")
     parser.add_argument(
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--ridge", type=not_negative, default=1e-6, help="shortens v; 0 is exact, but v may be long")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     args = parser.parse_args()
     files = find_files(args.data)
     from lib.bert_conversion import convert

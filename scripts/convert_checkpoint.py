@@ -31,7 +31,7 @@ def main() -> None:
     """Parse the command line and convert."""
     parser = Parser(__doc__)
     parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
-    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("target", type=Path, help="folder to create")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--config", type=old_file, metavar="FILE", help="config.json to use instead of the source's")
     parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
     parser.add_argument("--verify", action="store_true", help="compare outputs before and after")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="verify on this text instead of random tokens")
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     args = parser.parse_args()
     from lib.checkpoint_conversion import convert
 

@@ -1,4 +1,4 @@
-"""Measure masked language models by sequence length: loss, accuracy, time and memory, as a table and a picture.
+"""Measure masked language models by sequence length: loss, accuracy, time and memory, as a table and a plot.
 
     python scripts/evaluate_mlm.py --data 'corpus/*.jsonl.gz'
     python scripts/evaluate_mlm.py --model . runs/learned-positions --data 'long/*.jsonl.gz' \\
@@ -63,9 +63,9 @@ def make_parser() -> cli.Parser:
 
 
 def main() -> None:
-    """Parse the command line, measure, print the table, and write what was asked for."""
+    """Parse the command line, measure, print the table, and write the files requested."""
     options = make_parser().parse_args()
-    from lib import evaluation  # after the parser, so that --help need not wait for torch
+    from lib import evaluation  # after the parser, so that --help stays fast
 
     evaluation.evaluate(options)
 

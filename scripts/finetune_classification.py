@@ -1,4 +1,4 @@
-"""Fine-tune a classifier or a regressor on text, with several seeds, beside a bag-of-words baseline.
+"""Fine-tune a classifier or regressor on text, with several seeds and a bag-of-words baseline.
 
     python scripts/finetune_classification.py --train_data topics.train.jsonl --validation_data topics.valid.jsonl \\
         --seeds 0 1 2 --baseline --output_dir runs/topics
@@ -72,7 +72,7 @@ def make_parser() -> cli.TrainingParser:
         type=cli.positive_integer,
         default=256,
         metavar="N",
-        help="longer texts are cut to this many tokens",
+        help="truncate longer texts to this many tokens",
     )
 
     training = parser.add_argument_group("training")
@@ -134,7 +134,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
 def main() -> None:
     """Parse the command line, fine-tune and print the results."""
     options, arguments = parse()
-    from lib import finetuning  # after the parser, so that --help need not wait for torch
+    from lib import finetuning  # after the parser, so that --help stays fast
 
     finetuning.finetune(options, arguments)
 

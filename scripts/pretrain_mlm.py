@@ -32,7 +32,7 @@ RECIPE = {
     "remove_unused_columns": False,  # rows have their own keys
     "average_tokens_across_devices": True,  # every predicted token has the same weight, on whichever process it is
     "ddp_find_unused_parameters": False,
-    "logging_nan_inf_filter": False,  # it waits for the device in each step, and would hide what must stop a run
+    "logging_nan_inf_filter": False,  # it synchronizes in each step and hides losses that must stop a run
 }
 REFUSED = {
     "label_smoothing_factor": "label smoothing would give weight to the padded entries of the vocabulary",
@@ -221,7 +221,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
 def main() -> None:
     """Parse the command line, then tokenize or train."""
     options, arguments = parse()
-    from lib import pretraining  # after the parser, so that --help need not wait for torch
+    from lib import pretraining  # after the parser, so that --help stays fast
 
     if options.tokenize_only:
         pretraining.tokenize_only(options)

@@ -24,7 +24,7 @@ from lib.references import foreign_references
 OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")
 NEEDED_FILES = (*CODE_FILES, "config.json", "README.md", "tokenizer_config.json")
-# Files at the top of a repository that loaders may take instead of, or along with, the ones that are pushed.
+# Files at the top of a repository that loaders may use instead of, or along with, the pushed ones.
 REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
 REPLACED_PATTERNS += ("generation_config.json", "*processor_config.json")
@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """Make sure that a folder is a complete repository, and list what belongs to it.
+    """Check that a folder is a complete repository, and list its files.
 
     Args:
         folder: to be pushed.
@@ -66,10 +66,10 @@ def files_to_push(folder: Path) -> list[str]:
 
 
 def checked_weights(folder: Path) -> list[str]:
-    """Names of the weight files of a folder, and of their index where there is one.
+    """Names of a folder's weight files, and of their index if there is one.
 
     Raises:
-        ValueError: there are no safetensors, a file is cut off, the index does not say what they hold, or a layer that
+        ValueError: there are no safetensors, a file is truncated, the index contradicts the files, or a layer that
             the config speaks of is missing.
     """
     from safetensors import SafetensorError, safe_open
@@ -95,7 +95,7 @@ def checked_weights(folder: Path) -> list[str]:
 
 
 def card_images(folder: Path) -> set[str]:
-    """Paths of the images that the card shows from its own repository.
+    """Paths of the card's images in its own repository.
 
     Raises:
         ValueError: one is not there, is no image, or lies outside of the folder, or the card is not UTF-8.
@@ -108,7 +108,7 @@ def card_images(folder: Path) -> set[str]:
     for match in IMAGE.finditer(card):
         link = next(filter(None, match.groups())).partition("#")[0].partition("?")[0]
         if re.match(r"[a-z]+:|//", link, re.IGNORECASE) or not link:
-            continue  # an address on the web, or the image itself (`data:`)
+            continue  # a web address, or the image itself (`data:`)
         name = unquote(link).removeprefix("./")
         plain = not name.startswith("/") and ".." not in Path(name).parts and "\\" not in name
         if not plain or not name.lower().endswith(IMAGE_SUFFIXES) or not (folder / name).is_file():
@@ -132,7 +132,7 @@ def connect(token: Optional[str], anonymous: bool = False):
 
 
 def remote_state(api, repo_id: str, branch: Optional[str]) -> tuple[Optional[str], list[str]]:
-    """Look at a branch of a repository on the Hub.
+    """Inspect a branch of a repository on the Hub.
 
     Args:
         api: a client.
@@ -155,7 +155,7 @@ def remote_state(api, repo_id: str, branch: Optional[str]) -> tuple[Optional[str
 
 
 def replaced_files(there: list[str], files: list[str]) -> list[str]:
-    """Those of the files on the Hub that would stay in force beside the new ones.
+    """The files on the Hub that loaders would still use beside the new ones.
 
     Args:
         there: paths on the Hub.
@@ -180,7 +180,7 @@ def push(
     token: Optional[str] = None,
     dry_run: bool = False,
 ) -> Optional[str]:
-    """Check a folder, print what belongs to it, and push that as one commit.
+    """Check a folder, print its files, and push them as one commit.
 
     Args:
         folder: to be pushed.
@@ -218,10 +218,10 @@ def push(
             return None
         operations = [CommitOperationAdd(name, str((folder / name).resolve())) for name in files]
         operations += [CommitOperationDelete(name) for name in replaced]
-        # What is replaced was chosen from that parent: the Hub refuses if somebody else has pushed since.
+        # The deletions were chosen from that parent; the Hub refuses if somebody else has pushed since.
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=parent)
     except Exception as error:
-        # huggingface_hub passes on what its HTTP library raises: requests' OSErrors before 1.0, httpx's errors since.
+        # huggingface_hub lets its HTTP library's errors pass: requests' OSErrors before 1.0, httpx's errors since.
         from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
         if isinstance(error, HfHubHTTPError) or not from_network:
             raise
@@ -233,9 +233,9 @@ def main() -> None:
     """Parse the command line and push."""
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="model folder to push")
-    parser.add_argument("repo_id", help="owner/name on the Hub; made when it does not exist")
+    parser.add_argument("repo_id", help="owner/name on the Hub; created if missing")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--branch", help="branch to push to; made when it does not exist (default: main)")
+    parser.add_argument("--branch", help="branch to push to; created if missing (default: main)")
     parser.add_argument("--message", default="Upload MosaicBERT", help="commit message")
     parser.add_argument("--dry_run", action="store_true", help="list what would be pushed and deleted, and stop")
     args = parser.parse_args()

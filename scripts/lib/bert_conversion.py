@@ -1,6 +1,6 @@
-"""From any BERT to a MosaicBERT to train on from: the layers, the fit of the gated feed-forward blocks, the head.
+"""Convert any BERT to a MosaicBERT for further training: layers, gated feed-forward blocks, head.
 
-`convert_bert.py` says how the function of the source is kept.
+The docstring of `convert_bert.py` explains the method.
 """
 
 import itertools
@@ -37,7 +37,7 @@ SHORTEST = 8  # tokens of a window: with fewer, [CLS] and [SEP] are most of what
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one feed-forward block kept its function, on text that the fit has not seen.
+    """How well one feed-forward block kept its function, on held-out text.
 
     Attributes:
         layer: number of the layer in the source.
@@ -61,7 +61,7 @@ class LayerReport:
 
 
 def read_source(weights: Weights, config: dict) -> Weights:
-    """Give a BERT state dict the names that this script reads, and check its shapes.
+    """Normalize the names of a BERT state dict and check its shapes.
 
     Args:
         weights: as `load_weights` returns it, with or without `bert.`.
@@ -71,7 +71,7 @@ def read_source(weights: Weights, config: dict) -> Weights:
         float32 tensors; encoder names without `bert.`, the MLM head as `cls.predictions.…`.
 
     Raises:
-        ValueError: this is no BERT, or a part of one, or a shape is not what the config says; names what is wrong.
+        ValueError: this is not a whole BERT, or a shape contradicts the config; names the weights.
     """
     for size in ("hidden_size", "intermediate_size", "vocab_size"):
         value = config.get(size)
@@ -88,7 +88,7 @@ def read_source(weights: Weights, config: dict) -> Weights:
     expected |= {name: shape for name, shape in {**vocabulary, "cls.predictions.bias": "V"}.items() if name in named}
     sizes = {"E": config["hidden_size"], "F": config["intermediate_size"], "V": config["vocab_size"]}
     for name, letters in expected.items():
-        # How many positions and token types there are is the source's own affair.
+        # Any number of positions and token types will do.
         free = named[name].shape[0] if named[name].dim() else 0
         shape = [sizes.get(letter, free) for letter in letters]
         if list(named[name].shape) != shape:
@@ -122,7 +122,7 @@ def source_shapes(config: dict, has_head: bool) -> dict[str, str]:
 
 
 def convert_embeddings(source: Weights) -> Weights:
-    """Take the embeddings over, the mean position embedding added to each token type.
+    """Copy the embeddings, adding the mean position embedding to each token type.
 
     Args:
         source: as `read_source` returns it.
@@ -139,7 +139,7 @@ def convert_embeddings(source: Weights) -> Weights:
 
 
 def convert_layer(source: Weights, old: int, new: int) -> Weights:
-    """Convert all of an encoder layer but its feed-forward gate and value.
+    """Convert an encoder layer except its feed-forward gate and value.
 
     Args:
         source: as `read_source` returns it.
@@ -162,7 +162,7 @@ def convert_layer(source: Weights, old: int, new: int) -> Weights:
 
 
 def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Find the vector v whose product with every input is as close to 1 as can be, by least squares.
+    """Find the vector v whose dot product with every input is closest to 1, by least squares.
 
     An exact solution exists: (x − b) / w sums to zero over the channels of a LayerNorm output x with weight w and bias
     b, so v = (1/w) / Σ(b/w). Where Σ(b/w) is near zero that v is long, and long value rows are no good start for
@@ -177,8 +177,6 @@ def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
 
     Raises:
         ValueError: without a ridge there is no single solution.
-
-    Source: ours.
     """
     inputs = inputs.double()
     gram = inputs.T @ inputs
@@ -190,7 +188,7 @@ def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-    """Build the bias-free gate and value rows: gate = W1 + b1 vᵀ, value = v.
+    """Build the gate and value rows, which have no bias: gate = W1 + b1 vᵀ, value = v.
 
     Args:
         weight: float32 [F, E], W1.
@@ -204,13 +202,13 @@ def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) 
 
 
 class GatedLayerFit:
-    """Fits a feed-forward block when its first input arrives, then lets it run: a forward pre-hook.
+    """A forward pre-hook that fits a feed-forward block to its first input.
 
     Args:
         layer: number of the layer in the source.
         weight: float32 [F, E], W1.
         bias: float32 [F], b1.
-        held_out: bool [T], the tokens to report on; the others are fitted.
+        held_out: bool [T], the tokens to report on; the fit uses the others.
         ridge: see `fit_constant`.
     """
 
@@ -240,17 +238,17 @@ class GatedLayerFit:
 def fit_encoder(
     model, source: Weights, layers: list[int], windows: list[torch.Tensor], ridge: float
 ) -> list[LayerReport]:
-    """Run the model on text once, and fit each feed-forward block on what reaches it.
+    """Run the model once and fit each feed-forward block to its input.
 
     Args:
-        model: a MosaicBERT with all of the source's weights but the gated layers'; in eval mode.
+        model: a MosaicBERT in eval mode with all of the source's weights except the gated layers.
         source: as `read_source` returns it.
         layers: which layer of the source each layer of the model comes from.
-        windows: int64 [S] token ids each; every fifth is kept out of the fit.
+        windows: int64 [S] token ids each; every fifth is held out.
         ridge: see `fit_constant`.
 
     Returns:
-        A report a layer.
+        One report per layer.
     """
     ids = pad_sequence(windows, batch_first=True)
     mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True).bool()
@@ -270,7 +268,7 @@ def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
 
 
 def convert_head(source: Weights) -> Weights:
-    """Take the source's MLM head over.
+    """Copy the source's MLM head.
 
     Args:
         source: as `read_source` returns it, with a head.
@@ -293,7 +291,7 @@ def convert_head(source: Weights) -> Weights:
 
 
 def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
-    """Make an MLM head to start from.
+    """Make a new MLM head.
 
     Args:
         embeddings: float32 [V, E], the word embeddings.
@@ -326,13 +324,13 @@ def count_tokens(paths: list[str], tokenizer, length: int, num_tokens: int, voca
 
 
 def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> list[list[int]]:
-    """Cut text into windows, an equal share from every file.
+    """Cut text into windows, an equal share of each file.
 
     Args:
         paths: files for `read_texts`.
         tokenizer: a fast tokenizer.
-        length: tokens a window at most, special tokens included.
-        num_tokens: how many to read, about.
+        length: maximum tokens per window, special tokens included.
+        num_tokens: approximate number of tokens to read.
 
     Returns:
         Token ids of each window, special tokens included.
@@ -346,7 +344,7 @@ def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> l
     for path in tqdm(paths, desc="text", unit="file", disable=None):
         quota = num_tokens / len(paths)
         for text in read_texts([path]):
-            # Four windows a document, lest one book fill its file's share.
+            # Four windows per document, so that no book fills its file's share.
             encoded = tokenizer(
                 text[: 40 * length], max_length=length, truncation=True, return_overflowing_tokens=True, verbose=False
             )
@@ -372,8 +370,7 @@ def convert_config(config: dict, num_layers: int, vocab_size: int, num_types: in
         Arguments for MosaicBERT's `BertConfig`.
 
     Raises:
-        ValueError: the source has another feed-forward activation than the exact GELU, or other positions than learned
-            absolute ones.
+        ValueError: the feed-forward activation is not exact GELU, or positions are not learned absolute ones.
     """
     for name, expected in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if config.get(name, expected) != expected:
@@ -386,7 +383,7 @@ def convert_config(config: dict, num_layers: int, vocab_size: int, num_types: in
 
 @torch.no_grad()
 def load_rows(model, weights: Weights) -> None:
-    """Copy weights into a model whose vocabulary may be longer; its further rows become zero.
+    """Copy weights into a model whose vocabulary may be larger; the extra rows become zero.
 
     Args:
         model: a MosaicBERT.
@@ -415,12 +412,12 @@ def convert(
         texts: files for `read_texts`.
         layers: which encoder layers to keep; None: all.
         multiple: the vocabulary size becomes a multiple of this.
-        length: tokens a window of text at most.
-        tokens: how many tokens to fit and report on, about.
+        length: maximum tokens per window.
+        tokens: approximate number of tokens to fit and report on.
         ridge: see `fit_constant`.
 
     Returns:
-        A report a layer.
+        One report per layer.
 
     Raises:
         ValueError: the source is no BERT that can be converted, or `layers` names one that it lacks.
@@ -451,7 +448,7 @@ def convert(
 
     if "cls.predictions.transform.dense.weight" in weights:
         head = convert_head(weights)
-    else:  # frequencies need more text than the fit of E numbers
+    else:  # token frequencies need more text than the fit
         counts = count_tokens(texts, tokenizer, length, 40 * tokens, config["vocab_size"])
         head = new_head(weights["embeddings.word_embeddings.weight"], counts)
     converted = {**convert_embeddings(weights), **head}

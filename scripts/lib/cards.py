@@ -1,4 +1,4 @@
-"""Cards: the README.md of a model that a script makes."""
+"""The card (README.md) of a model that a script makes."""
 
 import re
 import string
@@ -40,7 +40,7 @@ def write_card(
         raise ValueError(f"license: expected an identifier such as apache-2.0, got {license!r}")
     is_hub_id = source is not None and not Path(source).exists()
     name = "random weights" if source is None else source if is_hub_id else Path(source).resolve().name
-    name = re.sub(r"[^\w .+/-]", "_", name)  # a name from elsewhere must stay text in Markdown and YAML
+    name = re.sub(r"[^\w .+/-]", "_", name)  # foreign names must stay plain text in Markdown and YAML
     stated = stated_license(folder) if folder is not None and license is None else None
     license = license or stated or "unknown"
     metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **({"base_model": name} if is_hub_id else {})}

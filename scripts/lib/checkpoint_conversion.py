@@ -1,4 +1,4 @@
-"""From a checkpoint of the MosaicBERT family to a complete repository with this code."""
+"""Convert a checkpoint of the MosaicBERT family to a complete repository with this code."""
 
 import copy
 import inspect
@@ -47,7 +47,7 @@ MODEL_CLASSES = {
 HEAD_PREFIXES = ("cls.", "classifier.", "qa_outputs.")
 DECODER = "cls.predictions.decoder.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
-# What is kept of a foreign config besides the fields of `BertConfig`.
+# Fields kept from a foreign config besides those of `BertConfig`.
 LABEL_FIELDS = ("bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "sep_token_id")
 
 
@@ -58,7 +58,7 @@ class Checkpoint:
     Attributes:
         weights: as saved.
         config: fields of config.json.
-        folder: where tokenizer files and a card may lie.
+        folder: may hold tokenizer files and a card.
         tokenizer_files: name to content (text) of tokenizer files stored inside a Composer checkpoint.
         revision: commit of a Hub id, or None.
     """
@@ -82,14 +82,14 @@ def read_composer(path: Path) -> Checkpoint:
     Raises:
         ValueError: the file holds pickled objects besides tensors and numbers, or no model.
     """
-    # Composer keeps the random state of NumPy next to the weights: arrays of integers, under NumPy's old and new names.
+    # Composer also stores NumPy's random state: arrays of integers, under NumPy's old and new module names.
     reconstruct = numpy.zeros(1).__reduce__()[0]
     integers = [type(numpy.dtype(kind)) for kind in ("uint32", "int64")]
     names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([numpy.ndarray, numpy.dtype, *integers, *names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever it likes
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"source: {path.name} is not opened, {unpickling_problem(error)}; of a Composer checkpoint that you trust, "
             "save state/model and state/integrations alone"
@@ -117,7 +117,7 @@ def read_composer(path: Path) -> Checkpoint:
 
 
 def entry(content, *names: str):
-    """What lies under a path of names in nested dicts, or None."""
+    """The value under a path of keys in nested dicts, or None."""
     for name in names:
         content = content.get(name) if isinstance(content, dict) else None
     return content
@@ -147,7 +147,7 @@ def read_checkpoint(source: str, revision: Optional[str]) -> Checkpoint:
 
 
 def family_names(weights: Weights) -> Weights:
-    """Give every tensor its name in this architecture.
+    """Rename every tensor to its name in this architecture.
 
     Args:
         weights: with or without `module.` and `bert.`.
@@ -165,7 +165,7 @@ def family_names(weights: Weights) -> Weights:
 
 
 def choose_architecture(config: dict, weights: Weights) -> str:
-    """Which model class the weights belong to: what the config says, else what the weights look like.
+    """The model class of the weights, from the config or else from their names.
 
     Returns:
         A key of `MODEL_CLASSES`.
@@ -186,10 +186,10 @@ def choose_architecture(config: dict, weights: Weights) -> str:
 
 
 def model_config(config: dict, weights: Weights):
-    """Choose the fields of the new config: those of `BertConfig`, and what names the classes of a task.
+    """Choose the fields of the new config: those of `BertConfig` and the labels of a task.
 
-    Whatever else a foreign config holds may lead loaders to code, kernels or quantizers, or mean nothing here. Its
-    `max_position_embeddings` is none of this architecture; loaders would cut texts there.
+    Other fields of a foreign config may lead loaders to code, kernels or quantizers, or mean nothing here. This
+    architecture has no `max_position_embeddings`; loaders would truncate texts to it.
 
     Args:
         config: fields of the source's config.json.
@@ -199,14 +199,14 @@ def model_config(config: dict, weights: Weights):
         A `BertConfig`.
 
     Raises:
-        ValueError: a value is none that the field can have, or there are fewer layers than the config says.
+        ValueError: a field has an invalid value, or there are fewer layers than the config says.
     """
     known = {*inspect.signature(repository_class("BertConfig").__init__).parameters, *LABEL_FIELDS}
     known -= {"self", "kwargs", "max_position_embeddings"}
     fields = {name: value for name, value in config.items() if name in known}
     if "classifier.weight" in weights and not fields.get("id2label"):
         fields["num_labels"] = len(weights["classifier.weight"])
-    # Older code lost the tie on loading, and trained the two apart.
+    # Older code lost the tie on loading and trained the two separately.
     apart = DECODER in weights and not torch.equal(weights[DECODER], weights.get(EMBEDDING, weights[DECODER]))
     fields["tie_word_embeddings"] = not apart
     made = foreign_config(fields)
@@ -221,8 +221,8 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
         checkpoint: as read.
 
     Returns:
-        The model in eval mode, and the weights that its class has no place for but others of the family do (a pooler
-        beside an MLM head).
+        The model in eval mode, and the weights that only other classes of the family have (a pooler beside an
+        MLM head).
 
     Raises:
         ValueError: weights are missing, unknown, or of another shape; each is named.
@@ -264,7 +264,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Path):
-    """Put tokenizer files into the target.
+    """Write tokenizer files to the target.
 
     Args:
         checkpoint: the source.
@@ -327,7 +327,7 @@ def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tupl
 
 @torch.no_grad()
 def masked_loss(model, tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """Mean cross entropy in nats over a seeded 15% of the real tokens, each replaced by the mask token."""
+    """Mean cross entropy in nats of a seeded 15% of the real tokens, each replaced by the mask token."""
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15) & mask.bool() & ~special
     masked = ids.masked_fill(chosen, tokenizer.mask_token_id)
@@ -338,7 +338,7 @@ def verify(before: torch.Tensor, model_folder: Path, architecture: str, ids: tor
     """Load the written repository as a user would and compare.
 
     Args:
-        before: float32, what the source's weights gave.
+        before: float32, the outputs of the source's weights.
         model_folder: the new repository.
         architecture: a key of `MODEL_CLASSES`.
         ids: int64 [B, S].

@@ -20,7 +20,7 @@ from typing import Any, Optional
 
 # The oldest transformers that the model code runs on; setup.cfg says the same.
 OLDEST_TRANSFORMERS = "4.54.1"
-# Packages that pip knows under another name than Python does, and that no extra of setup.cfg brings.
+# Packages whose pip name differs from their import name and that no extra in setup.cfg installs.
 OTHER_PACKAGES = {"streaming": "mosaicml-streaming"}
 
 
@@ -34,7 +34,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations, and answers a wrong call with one line instead of its usage.
+    """An argument parser that accepts no abbreviations and answers a wrong command line with one line, not its usage.
 
     Args:
         description: what the script does, the docstring of its module.
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
-        """End the program with exit status 2 and one line, about a misspelt flag if there is one."""
+        """Exit with status 2 and one line, about a misspelt option if there is one."""
         known = self._known_flags()
         unknown = next((flag for flag in self._flags() if flag not in known), None)
         if unknown is not None:
@@ -116,7 +116,7 @@ def old_file(text: str) -> Path:
 
 
 def new_file(text: str) -> str:
-    """Type of an option that names a file to write: it may be there already, its folder must be."""
+    """Type of an option that names a file to write; its folder must exist."""
     if os.path.isdir(text) or not os.access(os.path.dirname(text) or ".", os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {text!r}")
     return text
@@ -130,14 +130,14 @@ def _number(text: str, accept: Callable[[float], bool], expected: str) -> float:
 
 
 def truth(text: str) -> bool:
-    """Type of an option that takes true or false; with `**FLAG` it is true when it is only named."""
+    """Type of an option that takes true or false; with `**FLAG`, the option alone means true."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return words[text.lower()]
 
 
-# Types of options of `TrainingArguments` that would fail late, or silently do nothing sensible.
+# Stricter types for options of `TrainingArguments` whose bad values would fail late or go unnoticed.
 CHECKED = {
     "adam_beta1": share,
     "adam_beta2": share,
@@ -149,7 +149,7 @@ CHECKED = {
     "per_device_train_batch_size": positive_integer,
     "weight_decay": not_negative,
 }
-# What makes an option with true and false a flag.
+# Arguments that let a true/false option also work as a flag.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 
@@ -192,7 +192,7 @@ class TrainingParser(Parser):
             if flag.lstrip("-") in self.refused:
                 self.exit(2, f"{self.prog}: {flag}: {self.refused[flag.lstrip('-')]}\n")
             if flag not in self._option_string_actions and "-" in flag[2:]:
-                self.error("unrecognized")  # transformers would take it
+                self.error("unrecognized")  # transformers would accept it
         others = self._others()
         names = {field.name for field in dataclasses.fields(others.dataclass_types[0]) if field.init}
         recipe = {"disable_tqdm": not sys.stderr.isatty(), **self.recipe}
@@ -210,7 +210,7 @@ class TrainingParser(Parser):
         return [*self._option_string_actions, *others]
 
     def _others(self) -> argparse.ArgumentParser:
-        import accelerate  # noqa: F401  (Trainer needs it; here its absence is told by name)
+        import accelerate  # noqa: F401  (Trainer needs it; importing it here names it if it is missing)
         from transformers import HfArgumentParser, TrainingArguments
 
         others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
@@ -223,7 +223,7 @@ class TrainingParser(Parser):
 
 
 def run(main: Callable[[], None], memory_hint: str = "") -> None:
-    """Run a script. What a user can cause ends it with exit status 1 and one line, `script.py: message`.
+    """Run a script. An error that a user can cause exits with status 1 and one line, `script.py: message`.
 
     With `--traceback` on the command line the exception itself is raised; a bug is always raised.
 
@@ -234,7 +234,7 @@ def run(main: Callable[[], None], memory_hint: str = "") -> None:
     if "--traceback" in sys.argv[1:]:
         check_transformers()
         return main()
-    if not sys.stderr.isatty():  # loading and saving draw bars, which are litter in the log of a job
+    if not sys.stderr.isatty():  # progress bars of loading and saving clutter the log of a job
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         check_transformers()
@@ -247,7 +247,7 @@ def run(main: Callable[[], None], memory_hint: str = "") -> None:
 
 
 def check_transformers() -> None:
-    """Raise ImportError where the installed transformers is older than the model code allows."""
+    """Raise ImportError if the installed transformers is too old for the model code."""
     try:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -262,7 +262,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
-    """Tell an error that a user can cause in one line.
+    """Explain an error that a user can cause, in one line.
 
     Args:
         error: what was raised.
@@ -278,7 +278,7 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
         package = error.name.partition(".")[0]
         wanted = OTHER_PACKAGES.get(package, '".[scripts]"')
         return f"the package {package} is missing: pip install {wanted}"
-    # Only a package that was imported can have raised its errors. huggingface_hub passes on those of its HTTP library.
+    # Only a package that was imported can have raised its errors. huggingface_hub lets its HTTP library's pass.
     named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"))
     named += (("httpx", "HTTPError"), ("httpx2", "HTTPError"))
     memory, *others = (getattr(sys.modules.get(module), name, ()) for module, name in named)

@@ -1,6 +1,6 @@
 """What several scripts need: reading checkpoints, tokenizer files, cards.
 
-torch and transformers are imported in the functions that use them, so that a script's `--help` need not wait for them.
+torch and transformers are imported in the functions that use them, so that a script's `--help` stays fast.
 """
 
 import inspect
@@ -36,12 +36,12 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
-# What is fetched of a repository on the Hub, which may hold the same weights in a dozen other formats.
+# The files to download from the Hub; a repository may also hold the weights in a dozen other formats.
 SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
-# Of what a model repository holds, the JSON files in which transformers looks for code.
+# The JSON files of a model repository in which transformers looks for code.
 REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
 LICENSE_NAME = re.compile(r"\w[\w.+-]*")
-# The limits on length in tokenizer files: ALiBi has no longest input, and padding is the caller's choice.
+# Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
 
@@ -74,7 +74,7 @@ def foreign_config(fields: dict):
             raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
     try:
         return config_class(**fields)
-    except Exception as error:  # any type of value may stand there
+    except Exception as error:  # the value may have any type
         raise ValueError(f"config.json: {one_line(error)}") from error
 
 
@@ -87,7 +87,7 @@ def _is_of(value, kinds: tuple[type, ...]) -> bool:
 
 
 def empty_model(name: str, config):
-    """Build a model whose weights have shapes but take no memory: a config may ask for more than there is.
+    """Build a model on the meta device, since a config may ask for more memory than there is.
 
     Args:
         name: of the model class.
@@ -104,7 +104,7 @@ def empty_model(name: str, config):
     try:
         with torch.device("meta"):
             return repository_class(name)(config).eval()
-    except Exception as error:  # any type of value may stand in the config
+    except Exception as error:  # the config's values may have any type
         raise ValueError(f"config.json describes no {name}, {one_line(error)}") from error
 
 
@@ -133,22 +133,22 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def say_float32(folder: Path) -> None:
-    """Let a folder's config ask for float32, whatever dtype its weights are stored in.
+    """Make a folder's config request float32, whatever the dtype of its weights.
 
-    transformers 5 loads in the dtype that the config names; earlier releases do so in a pipeline and with "auto". They
-    read it from `torch_dtype` before 4.56.
+    transformers 5 loads in the config's dtype; earlier releases do so in a pipeline and with "auto". Before 4.56 the
+    field is `torch_dtype`.
     """
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
 
 
 def load_from(load, source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",), **options):
-    """Call `from_pretrained` of a class for a folder, which is used as it is, or a Hub id.
+    """Call a class's `from_pretrained` with a folder, used as it is, or a Hub id.
 
     Args:
         load: such as `AutoTokenizer.from_pretrained`.
         source: a folder or a Hub id.
-        argument: what the user calls it.
+        argument: its name on the command line.
         files: a folder must hold one of these.
         **options: passed on.
 
@@ -163,14 +163,14 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
         raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
     try:
         return load(source, **options)
-    except (ImportError, MemoryError):  # which `cli.explain` knows better
+    except (ImportError, MemoryError):  # `cli.explain` words these
         raise
     except Exception as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
         raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
 
 
 def check_source(source: str, argument: str) -> None:
-    """Raise ValueError where a source is no folder and cannot be a Hub id; `argument` is what the user calls it."""
+    """Raise ValueError if a source is neither a folder nor a possible Hub id; `argument` is its command-line name."""
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
     if not source or (is_path and not Path(source).is_dir()):
         raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
@@ -179,16 +179,16 @@ def check_source(source: str, argument: str) -> None:
 def find_checkpoint(
     source: str, revision: Optional[str] = None, argument: str = "source", patterns: tuple[str, ...] = SOURCE_PATTERNS
 ) -> tuple[Path, Optional[str]]:
-    """Bring a model repository to this machine.
+    """Find a model repository, downloading it if it is on the Hub.
 
     Args:
         source: a folder, or a Hub id (`owner/name`, or the `name` of an old repository without owner).
         revision: branch, tag or commit of a Hub id.
-        argument: what the user calls `source`, for messages.
+        argument: name of `source` on the command line, for messages.
         patterns: names of the files that are fetched from the Hub.
 
     Returns:
-        The folder, and the commit that it holds (None for a folder that is no Hub snapshot).
+        The folder and its commit (None if it is no Hub snapshot).
 
     Raises:
         ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
@@ -212,7 +212,7 @@ def find_checkpoint(
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The path of a file of a model folder, for reading.
+    """The path of a file in a model folder, for reading.
 
     Args:
         folder: a model folder, or a snapshot in the Hub's cache, whose files are links to `../../blobs`.
@@ -232,7 +232,7 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def weight_files(folder: Path, kinds: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")) -> list[str]:
-    """Find the weights that loaders take from a model folder.
+    """Find the weight files that loaders read from a model folder.
 
     Args:
         folder: holds one of `kinds`, or the `.index.json` of one with its shards.
@@ -297,7 +297,7 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
                 content = load_file(path)
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises whatever it likes
+        except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path}: cannot be read, {unpickling_problem(error)}") from error
         weights.update(check_weights(content, str(path)))
     legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -307,7 +307,7 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
 
 
 def unpickling_problem(error: Exception) -> str:
-    """Why a pickle of weights was not opened: torch's own message advises to open it all the same."""
+    """Why a pickle of weights was not opened; torch's own message advises opening it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         return f"it holds {found[1]}, which is more than tensors"
@@ -315,17 +315,17 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
-    """Make sure that what a file held are the weights of a model.
+    """Check that a file's content is the weights of a model.
 
     Args:
         content: of the file.
         where: the file's name, for messages.
 
     Returns:
-        The tensors by name, without buffers of older code (`position_ids`, `alibi`).
+        The tensors by name, without the buffers of older code (`position_ids`, `alibi`).
 
     Raises:
-        ValueError: there are none, or there is something besides dense floating tensors with finite values; names it.
+        ValueError: there are none, or one is not a dense floating-point tensor with finite values; names it.
     """
     import torch
 
@@ -339,7 +339,7 @@ def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
             continue
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        # A tensor that is larger than what is stored of it repeats itself, and may be too large for any memory.
+        # A tensor larger than its storage repeats itself and may be too large for any memory.
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{where}: {name} is no dense tensor")
@@ -350,12 +350,12 @@ def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
 
 
 def check_layers(weights, num_layers: int, prefix: str) -> None:
-    """Compare the encoder layers that a config asks for with those that are there, before a model is built.
+    """Check, before a model is built, that the weights have the encoder layers that the config asks for.
 
     Args:
         weights: names of the weights.
         num_layers: `num_hidden_layers` of the config.
-        prefix: what stands before a layer's number, such as `bert.encoder.layer.`.
+        prefix: text before a layer's number, such as `bert.encoder.layer.`.
 
     Raises:
         ValueError: `num_layers` is no positive integer, or layers are missing; names them.
@@ -386,7 +386,7 @@ def write_tokenizer_file(path: Path, content: bytes) -> None:
     """Write a tokenizer file, without references to code and without limits on length.
 
     Args:
-        path: of the new file; its name says what it holds.
+        path: of the new file; its name tells its kind.
         content: of the old one.
 
     Raises:
@@ -397,16 +397,16 @@ def write_tokenizer_file(path: Path, content: bytes) -> None:
         fields = read_json(path)
         for limit in LIMITS.get(path.name, ()):
             fields.pop(limit, None)
-        # The others are vocabularies, in which any word may be an entry.
+        # The others are vocabularies, which may contain any word.
         write_json(path, without_references(fields) if path.name in REFERRING_FILES else fields)
 
 
 def load_tokenizer(folder: Path, argument: str = "source"):
-    """Load the tokenizer of a folder, without running code from it and without asking.
+    """Load a folder's tokenizer without running code from the folder and without a prompt.
 
     Args:
         folder: with tokenizer files that were written by `write_tokenizer_file`, and a config.json.
-        argument: what the user calls the source of these files, for messages.
+        argument: name of the files' source on the command line, for messages.
 
     Returns:
         The tokenizer.
@@ -418,14 +418,14 @@ def load_tokenizer(folder: Path, argument: str = "source"):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("A word, and ☃.")  # some of what a damaged one lacks is only missed here
+        tokenizer("A word, and ☃.")  # some damage only shows when text is tokenized
         return tokenizer
     except Exception as error:  # the tokenizers package raises plain exceptions
         raise ValueError(f"{argument}: its tokenizer cannot be used, {one_line(error)}") from error
 
 
 def vocabulary_size(tokenizer) -> int:
-    """How many rows of an embedding a tokenizer needs: its largest id and one."""
+    """How many embedding rows a tokenizer needs: its largest id plus one."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 

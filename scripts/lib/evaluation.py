@@ -1,4 +1,4 @@
-"""Masked language models measured by sequence length: what evaluate_mlm.py does once it has parsed its command line."""
+"""Measure masked language models by sequence length: the work behind evaluate_mlm.py."""
 
 import contextlib
 import csv
@@ -24,7 +24,7 @@ COLUMNS = ("model", "length", "windows", "masked", "loss", "perplexity", "top1",
 
 
 def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, tokens: int) -> list[list[int]]:
-    """Choose what is read: documents in a seeded order until there are enough tokens.
+    """Sample documents in a seeded order until there are enough tokens.
 
     Args:
         texts: the documents.
@@ -32,7 +32,7 @@ def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, t
         longest: the longest length that is measured, in tokens.
         several: whether other lengths are measured too; documents shorter than `longest` are then left out, and of
             each only four times `longest` is read (otherwise sixteen times), so that no book fills the sample.
-        tokens: tokens wanted.
+        tokens: number of tokens to reach.
 
     Returns:
         The tokens of each document, without special tokens.
@@ -55,16 +55,16 @@ def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, t
 
 
 def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tokens: int) -> Iterator[dict]:
-    """Cut documents into windows and mask them, the same tokens at every length.
+    """Cut documents into windows and mask the same tokens at every length.
 
     Args:
         documents: what `sample_documents` returns.
         tokenizer: of the model.
         length: tokens of a window with [CLS] and [SEP].
-        batch_tokens: tokens of a batch, about.
+        batch_tokens: approximate tokens per batch.
 
     Yields:
-        `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 where nothing is masked.
+        `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 except at masked tokens.
     """
     body = length - 2
     generator = torch.Generator().manual_seed(13)
@@ -96,7 +96,7 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
         device: a CUDA device (tensors), or the CPU (the process, on Linux; elsewhere nothing is measured).
 
     Yields:
-        A dict that holds `mib` after the block, in MiB; NaN where nothing could be measured.
+        A dict whose `mib` is the peak in MiB after the block; NaN if it could not be measured.
     """
     result = {"mib": math.nan}
     status = Path("/proc/self/status")
@@ -104,7 +104,7 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
         torch.cuda.reset_peak_memory_stats(device)
     elif status.exists():
         with contextlib.suppress(PermissionError):  # in some containers; the peak is then that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current use
     yield result
     if device.type == "cuda":
         result["mib"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -114,7 +114,7 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
 
 
 def longest_input(config) -> float:
-    """Wordpieces that a model can read: infinity for a MosaicBERT, the size of the position table otherwise."""
+    """Maximum number of tokens: infinite for a MosaicBERT, otherwise the size of the position table."""
     return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
 
 
@@ -127,7 +127,7 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
         tokenizer: its tokenizer.
         documents: what `sample_documents` returns.
         length: tokens of a window.
-        batch_tokens: tokens of a batch, about.
+        batch_tokens: approximate tokens per batch.
 
     Returns:
         windows, masked (tokens scored), loss (nats), perplexity, top1 (share), tokens_per_second (the model's
@@ -169,7 +169,7 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """Save a picture of loss, accuracy, speed and memory by length, one line a model."""
+    """Plot loss, accuracy, speed and memory by length, one line per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,7 +197,7 @@ def draw(rows: list[dict], path: str) -> None:
 
 
 def write_table(rows: list[dict], path: str) -> None:
-    """Write measurements as CSV, beside and then in place."""
+    """Write measurements as CSV, through a temporary file."""
     with open(path + ".new", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -206,7 +206,7 @@ def write_table(rows: list[dict], path: str) -> None:
 
 
 def find_device(name: Optional[str]) -> torch.device:
-    """The device of a name; None: the GPU if there is one.
+    """The device called `name`; None: the GPU if there is one.
 
     Raises:
         ValueError: there is no such device.
@@ -220,13 +220,13 @@ def find_device(name: Optional[str]) -> torch.device:
 
 
 def evaluate(options) -> list[dict]:
-    """Measure the models that the options of evaluate_mlm.py name, and print and write the table.
+    """Measure the models named by the options of evaluate_mlm.py, and print and write the table.
 
     Returns:
         One dict a row of the table, see `COLUMNS`.
 
     Raises:
-        ValueError: options that do not fit each other, the data or a model.
+        ValueError: options that contradict each other, the data or a model.
         OSError: a file cannot be read or written.
     """
     for argument in ("csv", "png"):
@@ -239,7 +239,7 @@ def evaluate(options) -> list[dict]:
     device = find_device(options.device)
     tokenizers = [load_from(AutoTokenizer.from_pretrained, source) for source in options.model]
     if options.png:
-        import matplotlib  # noqa: F401  (found missing now rather than after the measurements)
+        import matplotlib  # noqa: F401  (so that it is missed before the measurements)
 
     texts, rows = list(read_texts(options.data, options.text_field)), []
     print(",".join(COLUMNS))

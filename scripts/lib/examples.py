@@ -1,4 +1,4 @@
-"""Labelled texts: read from files or the Hub, and what kind of problem their labels pose.
+"""Read labelled texts from files or the Hub, and infer the kind of problem from the labels.
 
 Neither torch nor transformers is imported, so that a mistake in the data is told at once.
 """
@@ -64,9 +64,9 @@ def load_examples(sources: list[str], options: argparse.Namespace, split: str) -
 
 
 def _read_examples(sources: list[str], split: str):
-    """Yield where an example is, for messages, and its fields."""
+    """Yield the location of an example, for messages, and its fields."""
     if len(sources) == 1 and not is_file_name(sources[0]):
-        import datasets  # needed for the Hub alone
+        import datasets  # only needed for the Hub
 
         examples = load_dataset(sources[0], split, f"{split}_data")
         names = {k: kind.names for k, kind in examples.features.items() if isinstance(kind, datasets.ClassLabel)}
@@ -86,7 +86,7 @@ def is_number(label) -> bool:
 
 
 def numbers_of(labels: list) -> list:
-    """Labels of a CSV file, where everything is text: numbers if all of them are, otherwise as they are."""
+    """The labels of a CSV file as numbers if all are numbers, otherwise as text."""
     for kind in (int, float):
         with contextlib.suppress(ValueError, TypeError):
             return [kind(label) for label in labels]
@@ -94,7 +94,7 @@ def numbers_of(labels: list) -> list:
 
 
 def infer_problem(labels: list) -> tuple[str, list[str]]:
-    """Tell from training labels what kind of problem they are.
+    """Infer the kind of problem from training labels.
 
     Args:
         labels: lists of names, numbers of which one has a fraction or a decimal point, or names and whole numbers.
@@ -161,7 +161,7 @@ def encode_labels(labels: list, problem: str, names: list[str]) -> np.ndarray:
 
 
 def split_examples(texts: list, labels: list) -> tuple[tuple[list, list], tuple[list, list]]:
-    """Keep a seeded tenth of the examples for validation.
+    """Hold out a seeded tenth of the examples for validation.
 
     Raises:
         ValueError: there are fewer than two examples.

@@ -1,4 +1,4 @@
-"""Fine-tuning for classification and regression: what finetune_classification.py does with its options."""
+"""Fine-tuning for classification and regression: the work behind finetune_classification.py."""
 
 import argparse
 import copy
@@ -57,7 +57,7 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
     if arguments.world_size > 1:
         raise ValueError(f"fine-tuning runs in one process, got {arguments.world_size}: start it without torchrun")
-    for package in ("sklearn", "matplotlib"):  # before the training rather than after it
+    for package in ("sklearn", "matplotlib"):  # so that they are missed before training
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_from(AutoTokenizer.from_pretrained, model_name)

@@ -1,8 +1,8 @@
 """From text to rows for masked language modelling: tokenize once, cut, mask and pack without padding.
 
-Text becomes a folder of tokenized documents (`Documents`): one file of token ids and one of bounds. Documents are cut
-into sequences, and sequences are packed into rows, by number: nothing is copied before a row is needed. A stream is
-tokenized while it is read.
+Text becomes a folder of tokenized documents (`Documents`): one file of token ids and one of bounds. Cutting
+documents into sequences and packing sequences into rows only handles indices; tokens are copied when a row is read. A
+stream is tokenized while it is read.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from .cli import one_line
 from .records import TEXT_FILES, find_files, is_file_name, load_dataset, read_texts
 
 IGNORED = -100  # label of a token that is not predicted
-SHORTEST = 8  # tokens without [CLS] and [SEP]: what is left of a document below this is dropped
+SHORTEST = 8  # tokens without [CLS] and [SEP]: a shorter rest of a document is dropped
 SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
 BATCH_CHARACTERS = 4_000_000  # text handed to the tokenizer at once, enough to occupy all cores
 TOO_SHORT = f"the data holds no document of at least {SHORTEST} tokens"
@@ -80,12 +80,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenize texts into a folder for `Documents`; a fast tokenizer uses all cores.
+    """Tokenize texts into a folder that `Documents` opens; a fast tokenizer uses all cores.
 
     Args:
-        parts: the texts, one iterable a source. An iterable that is there again is not tokenized again.
-        tokenizer: without special tokens, it is asked for ids alone.
-        folder: where to write; it appears when it is complete.
+        parts: the texts, one iterable per source. An iterable that occurs again is not tokenized again.
+        tokenizer: used without special tokens.
+        folder: where to write; it appears only when complete.
 
     Raises:
         ValueError: no document has `SHORTEST` tokens, or the folder cannot be made.
@@ -144,7 +144,7 @@ def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 @dataclass
 class _Source:
-    """Text that can be read more than once, and what tells it from other text."""
+    """Text that can be read repeatedly, with an identity for the cache."""
 
     identity: Any
     read: Any  # () -> Iterator[str]
@@ -154,12 +154,12 @@ class _Source:
 
 
 def open_sources(sources: Sequence[str], text_field: str, argument: str = "data") -> list[_Source]:
-    """Find the text that sources name, one entry a file.
+    """Find the text behind `sources`, one entry per file.
 
     Args:
         sources: names or patterns of `TEXT_FILES`, folders of MDS shards, or `datasets` ids (`id` or `id:config`).
         text_field: name of the field that holds the text.
-        argument: what the user calls `sources`, for messages.
+        argument: name of `sources` on the command line, for messages.
 
     Raises:
         ValueError: no file matches, or there is no such text field.
@@ -177,11 +177,11 @@ def open_sources(sources: Sequence[str], text_field: str, argument: str = "data"
 
 
 def check_sources(sources: Sequence[str], argument: str) -> None:
-    """Raise ValueError, before anything is read, where a source is a file or folder that `load_documents` cannot read.
+    """Raise ValueError early if a source is a file or folder that `load_documents` cannot read.
 
     Args:
         sources: as `load_documents` takes them.
-        argument: what the user calls them.
+        argument: their name on the command line.
     """
     for source in sources:
         if not Documents.is_in(source) and _is_text_file(source, argument):
@@ -236,7 +236,7 @@ def load_documents(
     text_field: str = "text",
     cache_dir: Optional[str] = None,
 ) -> list[Documents]:
-    """Open tokenized documents, and tokenize what is text; the next run with the same text finds it tokenized.
+    """Open tokenized documents and tokenize text, which is cached for the next run.
 
     Args:
         sources: folders that `tokenize` wrote, and whatever `open_sources` takes.
@@ -245,7 +245,7 @@ def load_documents(
         cache_dir: where tokenized text is kept; None: `mosaicbert` in the cache of Hugging Face.
 
     Returns:
-        One entry a tokenized folder, and one for all text.
+        One entry per tokenized folder, and one for all text.
 
     Raises:
         ValueError: see `open_sources`, `tokenize` and `Documents`.
@@ -271,8 +271,8 @@ def cut_documents(
 
     Args:
         sizes: int [N], tokens of each document.
-        lengths: tokens of a sequence with [CLS] and [SEP], at most; each cut draws one of these.
-        shares: for each length, the share of all tokens that is cut to it. They add up to 1.
+        lengths: maximum tokens of a sequence, [CLS] and [SEP] included; each cut draws one of these.
+        shares: for each length, the share of all tokens that is cut to it; they sum to 1.
         seed: of the draws, as `numpy.random.default_rng` takes it.
 
     Returns:
@@ -302,14 +302,14 @@ def cut_documents(
 
 @dataclass
 class Sequences:
-    """Sequences of tokenized documents, by number.
+    """Sequences of tokenized documents, as indices.
 
     Attributes:
         documents: where the tokens are.
-        part: int64 [N], which of the documents' folders a sequence is in.
+        part: int64 [N], the index in `documents` of each sequence.
         start: int64 [N], its first token there.
         size: int64 [N], its tokens without [CLS] and [SEP].
-        cls_token_id, sep_token_id: what stands before and after them.
+        cls_token_id, sep_token_id: put before and after each.
     """
 
     documents: list[Documents]
@@ -328,7 +328,7 @@ class Sequences:
         return self.size + 2
 
     def concatenate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Join sequences in the order of their lengths, because attention serves neighbours of equal length together.
+        """Join sequences sorted by length, since attention serves neighbours of equal length in one call.
 
         Args:
             numbers: int64 [M], which sequences.
@@ -446,7 +446,7 @@ def _cut_batch(batch: dict[str, list], indices: list[int], tokenizer, lengths, s
 
 
 class Masking:
-    """Chooses what is to be predicted, as BERT does.
+    """Chooses the tokens to predict, as BERT does.
 
     Of the chosen tokens `mask_token_share` become [MASK]; of the others half become a random token, and half stay.
     Special tokens are not chosen.
@@ -490,13 +490,13 @@ class Masking:
 
 
 def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Collate rows of `Masking` to one batch without padding.
+    """Collate rows of `Masking` into one batch without padding.
 
     Returns:
         `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], where each sequence
         starts; `max_length_q` and `max_length_k`, tokens of the longest. The names are those of transformers'
-        DataCollatorWithFlattening. `masked_lm_positions`, int64 [M], the places with a label, so that no device is
-        waited for.
+        DataCollatorWithFlattening. `masked_lm_positions`, int64 [M], the positions with a label; passing them avoids a
+        device synchronization.
     """
     batch = {
         name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None] for name in ("input_ids", "labels")
@@ -521,8 +521,8 @@ class PackedRows(torch.utils.data.Dataset):
         seed: of the order and the masks.
 
     Attributes:
-        rows_per_pass: rows that hold every sequence once.
-        num_rows: what `len` says. Set it to what a run needs; it starts as one pass.
+        rows_per_pass: rows in one pass over all sequences.
+        num_rows: what `len` returns, one pass at first; a run sets it to what it needs.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -569,7 +569,7 @@ class PackedRows(torch.utils.data.Dataset):
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """The rows of `PackedRows` from a stream, without end: when the stream ends it is read again in another order.
+    """Endless rows as in `PackedRows` from a stream, which is read again in another order when it ends.
 
     Args:
         sequences: what `stream_sequences` returns.

@@ -1,4 +1,4 @@
-"""Masked language model training on packed rows: what pretrain_mlm.py does once its command line is parsed."""
+"""Masked language model training on packed rows: the work behind pretrain_mlm.py."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ from .training import CarefulTrainer
 
 
 class PretrainingTrainer(CarefulTrainer):
-    """Trainer with the recipe's schedule, rows in their own order, and speed in the log.
+    """Trainer with the recipe's schedule, unshuffled rows, and speed in the log.
 
     Each logged loss comes with `tokens_per_second` and `mfu` (model FLOPs utilization: the FLOPs of forward and
     backward, without recomputation, over what the device can do) of the steps since the last one, and with `seconds`,
@@ -92,10 +92,10 @@ class PretrainingTrainer(CarefulTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _clear_counts(self):
-        self._tokens, self._pairs, self._predicted = 0, 0, 0  # of this process; the last two stay on the device
+        self._tokens, self._pairs, self._predicted = 0, 0, 0  # of this process; the last two live on the device
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # counted in `store_flos`, since reading a number from the device in each step would wait for it
+        return 0  # counted in `store_flos`; reading a number in each step would synchronize with the device
 
     def store_flos(self) -> None:
         config = self.accelerator.unwrap_model(self.model).config
@@ -133,7 +133,7 @@ class PretrainingTrainer(CarefulTrainer):
 
 
 class StopOnTime(TrainerCallback):
-    """Ends a training when its schedule has used up the time."""
+    """Ends training when the schedule has used up its time."""
 
     def __init__(self, trainer: PretrainingTrainer):
         self.trainer = trainer
@@ -144,7 +144,7 @@ class StopOnTime(TrainerCallback):
 
 
 def make_agreement():
-    """A function that gives every process the number of process 0, through the CPU so that no GPU is waited for."""
+    """A function that broadcasts a number from process 0, through the CPU to avoid a GPU synchronization."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return lambda number: number
     group = torch.distributed.new_group(backend="gloo")
@@ -158,7 +158,7 @@ def make_agreement():
 
 
 def replace_json(path: str, content) -> None:
-    """Write a JSON file beside `path` and rename it, so that a reader never sees half of it."""
+    """Write JSON to a temporary file and rename it, so that readers never see a partial file."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -184,7 +184,7 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
 
 
 def build_model(options: argparse.Namespace, vocabulary: int):
-    """Make or load the model that is to be trained, in float32.
+    """Make or load the model to train, in float32.
 
     Args:
         options: of the command line; `model` to start from, or `config` or nothing for random weights, and
@@ -269,7 +269,7 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
         arguments: the options of transformers' Trainer.
 
     Returns:
-        The trainer, done.
+        The trainer, after training.
 
     Raises:
         ValueError: options that contradict each other or the data; each names what was wrong.

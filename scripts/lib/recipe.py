@@ -8,13 +8,13 @@ import torch
 
 
 def linear_schedule(step: float, warmup: int, total: int, final: float) -> float:
-    """The learning rate of a step over its peak: up from 0 in a line, then down in a line.
+    """The learning rate of a step relative to its peak: linear warmup from 0, then linear decay.
 
     Args:
-        step: number of the step, from 0; a fraction where the clock sets the pace.
-        warmup: steps that warm up.
+        step: number of the step, from 0; fractional when time sets the pace.
+        warmup: warmup steps.
         total: steps of the run.
-        final: where the line ends.
+        final: value at the end of the decay.
 
     Source: https://arxiv.org/abs/2312.17482, appendix A.
     """
@@ -26,14 +26,14 @@ def linear_schedule(step: float, warmup: int, total: int, final: float) -> float
 class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
     """`linear_schedule` by steps or by the clock, whichever is further on.
 
-    The first step takes from the time but does not count as progress: it compiles kernels, and would otherwise take the
-    place of the warmup. What `state_dict` holds includes the time used, so a resumed run goes on with the rest of it.
+    The first step uses time but is no progress: it compiles kernels, and would otherwise eat up the warmup.
+    `state_dict` includes the time used, so a resumed run continues with the rest.
 
     Args:
         optimizer: whose learning rates are set.
         warmup, total, final: as `linear_schedule` takes them, in steps.
         max_seconds: when the run is to end, from `start_clock` on; None: the clock does not count.
-        agree: makes one number of those that several processes have.
+        agree: turns the processes' numbers into one.
         clock: seconds, from any origin.
     """
 
@@ -55,7 +55,7 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer)
 
     def start_clock(self) -> None:
-        """Begin to count time, or go on from the time of a loaded state."""
+        """Start the clock, or continue from the time of a loaded state."""
         self._began = self.clock() - self.elapsed
 
     @property
@@ -94,7 +94,7 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
 
 
 def count_flops(config, tokens, pairs, predicted):
-    """FLOPs of the matrix products of one training step, forward and backward (twice forward).
+    """FLOPs of the matrix products in one training step: forward, and backward at twice that.
 
     Args:
         config: of the model.
@@ -119,6 +119,6 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(6):  # the first one warms up
         began = time.perf_counter()
-        (a @ a)[0, 0].item()  # reading a number waits for the device
+        (a @ a)[0, 0].item()  # reading a number synchronizes
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds[1:])

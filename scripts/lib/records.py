@@ -23,7 +23,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     Args:
         sources: names or patterns; `~` is the home directory, `**` any number of folders.
         suffixes: kinds of files that the caller reads, such as `.jsonl`; each may be gzipped (`.gz`).
-        argument: what the user calls `sources`, for messages.
+        argument: name of `sources` on the command line, for messages.
 
     Returns:
         The files in the order of their sources, those of one pattern sorted. A file named twice is there twice.
@@ -52,7 +52,7 @@ def load_dataset(source: str, split: str, argument: str = "data", **options):
     Args:
         source: `id`, `id:config` or `id:config:split`.
         split: the split of a source that names none.
-        argument: what the user calls `source`, for messages.
+        argument: name of `source` on the command line, for messages.
         **options: of `datasets.load_dataset`.
 
     Returns:
@@ -61,7 +61,7 @@ def load_dataset(source: str, split: str, argument: str = "data", **options):
     Raises:
         ValueError: there is no such dataset, or it cannot be reached or read.
     """
-    import datasets  # needed for the Hub and for streams alone
+    import datasets  # only needed for the Hub and for streams
 
     name, config, named_split = (*source.split(":"), "", "")[:3]
     try:
@@ -71,7 +71,7 @@ def load_dataset(source: str, split: str, argument: str = "data", **options):
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source is meant as a file or a pattern rather than as a `datasets` id."""
+    """Whether a source names a file or a pattern rather than a `datasets` id."""
     suffixes = (*TEXT_FILES, ".csv", ".tsv", ".parquet")
     known = kind_of(source) in suffixes or "*" in source or source.startswith(("/", ".", "~"))
     return known or os.path.exists(source)
@@ -137,8 +137,8 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(2**31 - 1)  # a text may be a book; the default is 131,072 characters
-    # Strict, or else a quote that is never closed takes all that follows for one text.
+    csv.field_size_limit(2**31 - 1)  # a text may be a book; the default limit is 131,072 characters
+    # Strict, or else an unclosed quote turns the rest of the file into one text.
     rows, number = csv.DictReader(lines, strict=True), 1
     try:
         names = list(filter(None, rows.fieldnames or ()))
@@ -157,7 +157,7 @@ def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
 def _parse(path: str, number: int, text: str):
     try:
         content = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character is valid JSON, and no text
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character is valid JSON but not valid text
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         return content
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
-"""What in a JSON file of a model repository makes a loader run code, or read a file, from somewhere else.
+"""Find what in a model repository's JSON files makes a loader run code or read files from elsewhere.
 
-With `trust_remote_code=True`, transformers runs whatever code the files of a repository name, and much of it may lie in
-another repository. A converted or pushed repository names no code but its own.
+With `trust_remote_code=True`, transformers runs whatever code a repository's files name, even in another repository. A
+converted or pushed repository names no code but its own.
 """
 
 import re
@@ -27,15 +27,15 @@ FOREIGN_CLASS = re.compile(r"\S--\w+\.\w+")
 
 
 def foreign_references(content, own_modules: Collection[str] = (), place: str = "") -> Iterator[str]:
-    """Find what leads out of a repository.
+    """Find references that lead out of a repository.
 
     Args:
         content: of a JSON file, or a part of it.
         own_modules: names of the repository's own Python modules, which `auto_map` may name.
-        place: where `content` stands in the file.
+        place: path of `content` in the file.
 
     Yields:
-        Place and value of each finding.
+        Path and value of each reference.
     """
     if isinstance(content, dict):
         for name, value in content.items():

@@ -1,6 +1,6 @@
-"""The output folder of a training run: never mixed with another run's, with checkpoints that are whole.
+"""The output folder of a training run: whole checkpoints, and never a mix of two runs.
 
-torch is imported where it is used, so that a folder that is refused is refused at once.
+torch is imported where it is used, so that a bad folder is refused at once.
 """
 
 import json
@@ -17,7 +17,7 @@ from .cli import one_line
 if TYPE_CHECKING:
     import torch
 
-# What a run leaves in its output folder and another one would mix up with its own.
+# What a run leaves in its output folder, and the next run must not mix with its own.
 RESULTS = (
     "checkpoint-*",
     "seed-*",
@@ -40,10 +40,10 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, re
         folder: of the run.
         overwrite: whether results of an earlier run may be replaced, see `clear_results`.
         resume: None, `last`, or a checkpoint's folder.
-        resumable: whether the script can go on from a checkpoint.
+        resumable: whether the script can resume from a checkpoint.
 
     Returns:
-        The checkpoint to go on from; None: start at step 0.
+        The checkpoint to resume from; None: start at step 0.
 
     Raises:
         ValueError: the folder is none, cannot be written, or holds results and neither is given; both are given, the
@@ -86,20 +86,20 @@ def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, re
 
 
 def check_is_folder(folder: Path) -> None:
-    """Raise ValueError where an output folder is a file."""
+    """Raise ValueError if an output folder is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {folder} is a file, expected a folder")
 
 
 def clear_results(folder: Path) -> None:
-    """Remove what an earlier run left, and only that."""
+    """Remove the results of an earlier run, and nothing else."""
     for pattern in RESULTS:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def newest_checkpoint(folder: Path) -> Optional[str]:
-    """The newest whole checkpoint of a run, or None; prints what is passed over, and why."""
+    """The newest whole checkpoint of a run, or None; prints which ones are skipped and why."""
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = find_fault(path)
@@ -110,14 +110,14 @@ def newest_checkpoint(folder: Path) -> Optional[str]:
 
 
 def find_fault(checkpoint: Path) -> Optional[str]:
-    """What keeps a run from going on from a checkpoint: a file that is missing or cut, or weights that are not finite.
+    """Why a run cannot resume from a checkpoint: a missing or truncated file, or weights that are not finite.
 
     Returns:
         The reason, or None for a whole checkpoint.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
-    try:  # what a checkpoint writes last
+    try:  # written last
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "trainer_state.json is missing"
@@ -146,7 +146,7 @@ def find_fault(checkpoint: Path) -> Optional[str]:
 
 
 def is_finite(*tensors: "torch.Tensor") -> bool:
-    """Whether no tensor holds NaN or infinity; one answer is read from the device."""
+    """Whether all values are finite; synchronizes with the device once."""
     import torch
 
     parts = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]  # FSDP's parts are DTensors
@@ -154,7 +154,7 @@ def is_finite(*tensors: "torch.Tensor") -> bool:
 
 
 def publish(stage: Path, folder: Path) -> None:
-    """Move the files of a finished run to its folder, the weights last, so that they never lie beside older files."""
+    """Move the files of a finished run to its folder, the weights last, so that they never meet older files."""
     for path in stage.iterdir():
         path.chmod(0o644)
     for path in sorted(stage.iterdir(), key=lambda path: path.suffix == ".safetensors"):

@@ -1,4 +1,4 @@
-"""How good predictions are, for each kind of problem, in numbers and as a picture."""
+"""Scores of predictions for each kind of problem, and the confusion matrix."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from .examples import MULTI, REGRESSION, SINGLE
 
-# What decides between epochs and between seeds; higher is better.
+# The score that decides between epochs and between seeds; higher is better.
 DECIDING = {SINGLE: "accuracy", MULTI: "micro_f1", REGRESSION: "spearman"}
 
 
@@ -74,7 +74,7 @@ def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
 
 
 def draw_confusion(truth: np.ndarray, predicted: np.ndarray, names: list[str], path: Path) -> None:
-    """Save a picture of which class was taken for which, as shares of the true class."""
+    """Plot the confusion matrix, as shares of the true class."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all, whenever the process is stopped."""
+"""Write a folder whole or not at all, even if the process is killed."""
 
 import contextlib
 import ctypes
@@ -67,7 +67,7 @@ def _places(source: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, overwrite: bool = False, argument: str = "target", **inputs: Input) -> Iterator[Path]:
-    """Offer an empty folder beside the target, which takes the target's place when the block ends well.
+    """Yield an empty folder beside the target, which replaces the target if the block succeeds.
 
     The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
     the next run of the same target, and an old target that was on its way out is put back first.
@@ -124,7 +124,7 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
 
 @contextlib.contextmanager
 def _locked(stage: Path, target: Path, argument: str) -> Iterator[None]:
-    """Make the stage and hold a lock on it, which ends with the process."""
+    """Make the stage and hold a lock on it for the life of the process."""
     while True:
         try:
             stage.mkdir()
@@ -157,7 +157,7 @@ def _locked(stage: Path, target: Path, argument: str) -> Iterator[None]:
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
-    """Put `new` into the target's place; what was there is moved into the stage."""
+    """Replace the target with `new`, moving the old one into the stage."""
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
@@ -172,7 +172,7 @@ def _replace(target: Path, new: Path, old: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two paths change places in one step; returns False where the system cannot do that."""
+    """Exchange two paths atomically; returns False if the system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
@@ -182,7 +182,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def make_readable(folder: Path) -> None:
-    """Give all files and folders the rights that new ones have: some libraries write files for their owner alone."""
+    """Give all files and folders default permissions; some libraries write files that only the owner can read."""
     rights = folder.stat().st_mode & 0o777
     for path in folder.rglob("*"):
         path.chmod(rights if path.is_dir() else rights & 0o666)

@@ -1,4 +1,4 @@
-"""The Trainer of the training scripts: a log of lines, and a stop where the numbers are none any more."""
+"""The Trainer of the training scripts, which logs in lines and stops when numbers are no longer finite."""
 
 import math
 import os
@@ -14,10 +14,10 @@ from .runs import is_finite
 
 
 class CarefulTrainer(Trainer):
-    """A Trainer that logs in lines, and stops where the loss or the weights are no numbers any more.
+    """A Trainer that logs in lines and stops when the loss or the weights are no longer finite.
 
-    No step waits for the device: the first loss that is not finite is noted there, and looked up when the log reads a
-    loss anyway. A checkpoint is saved only after its weights have been looked at. Needs `logging_nan_inf_filter` off.
+    No step synchronizes with the device: the first loss that is not finite is noted there, and read when the log reads
+    a loss anyway. A checkpoint is saved only after its weights have been checked. Needs `logging_nan_inf_filter` off.
     """
 
     def __init__(self, **kwargs):
@@ -66,7 +66,7 @@ class CarefulTrainer(Trainer):
 
 
 class Divergence(FloatingPointError):
-    """The loss or the weights of a run are no numbers any more.
+    """The loss or the weights of a run are no longer finite.
 
     Args:
         step: the first one where that was so.
@@ -84,7 +84,7 @@ class Divergence(FloatingPointError):
 
 
 class Bars(ProgressCallback):
-    """The progress bars of transformers without its printing of the log."""
+    """transformers' progress bars, without its printing of the log."""
 
     def on_log(self, args, state, control, **kwargs):
         pass
@@ -104,9 +104,9 @@ def format_log(step: int, max_steps: int, logs: dict[str, float]) -> Optional[st
     """One entry of the log as a line, such as `step 120/3000  loss 3.41  lr 4.9e-04  142k tok/s`.
 
     Returns:
-        The line; None for what is neither a training loss nor an evaluation.
+        The line; None unless it is a training loss or an evaluation.
     """
-    # A run that the clock ends does not know how many steps it will take.
+    # A run limited by time does not know its number of steps.
     parts = [f"step {step}  {logs['progress']:.0%}" if "progress" in logs else f"step {step}/{max_steps}"]
     if "loss" in logs:
         parts.append(f"loss {logs['loss']:.3f}")
