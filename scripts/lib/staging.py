@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import itertools
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ except ImportError:  # Windows: two runs that write the same target at once are 
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+# In a stage: what is to take the target's place, and what was there.
+NEW, OLD = "new", "old"
 
 # What a script reads: a name, a pattern, a Hub id, several of these, or nothing.
 Input = Union[None, str, Path, Sequence[str]]
@@ -86,8 +89,7 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
             folders or an input, or another run is writing it.
     """
     target = Path(os.path.realpath(target))
-    stage = target.parent / f".{target.name}.stage"
-    for place in (target, stage):
+    for place in (target, stage_of(target)):
         check_apart(place, argument, **inputs)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{argument}: {target} is a file, expected a folder")
@@ -95,36 +97,42 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{argument}: {target.parent} cannot be made, {one_line(error)}") from error
-    with _locked(stage, target, argument):
-        new, old = stage / "new", stage / "old"
-        try:
-            if old.exists() and not target.exists():
-                os.rename(old, target)
-            for litter in (new, old):
-                if litter.exists():
-                    shutil.rmtree(litter)
-            content = sorted(target.iterdir()) if target.exists() else []
-            if content and not overwrite:
-                raise ValueError(
-                    f"{argument}: {target} exists and is not an empty folder; pass --overwrite to replace it"
-                )
-            folders = [path.name for path in content if path.is_dir()]
-            if folders:  # a home, a checkout, a run: nothing that a script here has written whole
-                raise ValueError(
-                    f"{argument}: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
-                )
-            new.mkdir()
-            yield new
-            make_readable(new)
-            _replace(target, new, old)
-        finally:
-            if target.exists() or not old.exists():
-                shutil.rmtree(stage, ignore_errors=True)
+    with open_stage(target, argument) as stage, contextlib.ExitStack() as locks:
+        if target.exists():  # a training may be writing there
+            locks.enter_context(locked(target, argument))
+        content = sorted(target.iterdir()) if target.exists() else []
+        if content and not overwrite:
+            raise ValueError(f"{argument}: {target} exists and is not an empty folder; pass --overwrite to replace it")
+        folders = [path.name for path in content if path.is_dir()]
+        if folders:  # a home, a checkout, a run: nothing that a script here has written whole
+            raise ValueError(
+                f"{argument}: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
+            )
+        before = _signature(target)
+        (stage / NEW).mkdir()
+        yield stage / NEW
+        make_readable(stage / NEW)
+        if _signature(target) != before:
+            raise ValueError(f"{argument}: another program changed {target} meanwhile, so it is left as it is now")
+        replace(target, stage, argument)
+
+
+def stage_of(target: Path) -> Path:
+    """The hidden folder beside a folder, where what takes its place is written: on the same disk, so that it can."""
+    return target.parent / f".{target.name}.stage"
 
 
 @contextlib.contextmanager
-def _locked(stage: Path, target: Path, argument: str) -> Iterator[None]:
-    """Make the stage and hold a lock on it for the life of the process."""
+def open_stage(target: Path, argument: str) -> Iterator[Path]:
+    """Make a target's stage and hold a lock on it.
+
+    What is `NEW` or `OLD` there, left by a killed run or by this one, is put back or cleared at both ends, and a stage
+    that is then empty is removed.
+
+    Raises:
+        ValueError: another run holds the lock, or the stage cannot be made.
+    """
+    stage = stage_of(target)
     while True:
         try:
             stage.mkdir()
@@ -132,43 +140,111 @@ def _locked(stage: Path, target: Path, argument: str) -> Iterator[None]:
             pass
         except PermissionError as error:
             raise ValueError(f"{argument}: {target.parent} cannot be written, {one_line(error)}") from error
-        if fcntl is None:
-            break
-        try:
-            descriptor = os.open(stage, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # a run that has just ended removed it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ValueError(f"target: another run is writing {target}") from error
-        except OSError:
-            pass  # a network file system that locks no folders
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(stage)):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        if fcntl is not None:
-            os.close(descriptor)
+        with contextlib.ExitStack() as lock:
+            try:
+                descriptor = lock.enter_context(locked(stage, argument, target))
+                if descriptor is not None and not os.path.samestat(os.fstat(descriptor), os.stat(stage)):
+                    continue
+            except FileNotFoundError:
+                continue  # a run that has just ended removed it
+            try:
+                put_back(target, stage)
+                yield stage
+            finally:
+                put_back(target, stage)
+                with contextlib.suppress(OSError):
+                    stage.rmdir()
+            return
 
 
-def _replace(target: Path, new: Path, old: Path) -> None:
-    """Replace the target with `new`, moving the old one into the stage."""
+def put_back(target: Path, stage: Path) -> None:
+    """Put an old target back that no new one has replaced, and clear what has no use any more."""
+    old, new = stage / OLD, stage / NEW
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    elif old.exists() and new.exists():  # another program made the target after the old one had gone
+        numbers = (target.with_name(f"{target.name}.old-{number}") for number in itertools.count(1))
+        kept = next(path for path in numbers if not os.path.lexists(path))
+        os.rename(old, kept)
+        print(f"what {target} held before another program made it anew is kept in {kept}", flush=True)
+    for litter in (old, new):
+        if litter.exists():
+            shutil.rmtree(litter)
+
+
+def replace(target: Path, stage: Path, argument: str) -> None:
+    """Let what is `NEW` in the stage take the target's place; what was there is then in the stage.
+
+    Raises:
+        ValueError: another program made the target where the two could not change places in one step.
+    """
+    new = stage / NEW
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):
-        # Killed between these two, the next run finds `old` without a target, and puts it back.
+        # Killed between these two, the next run finds the old target without a new one, and puts it back.
+        os.rename(target, stage / OLD)
         try:
-            os.rename(target, old)
             os.rename(new, target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                os.rename(old, target)
-            raise
+        except OSError as error:
+            if not target.exists():
+                raise
+            raise ValueError(f"{argument}: another program made {target} meanwhile") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, argument: str, target: Optional[Path] = None) -> Iterator[Optional[int]]:
+    """Hold a lock on a folder, which ends with this process.
+
+    Args:
+        folder: to lock.
+        argument: what the user calls the target.
+        target: what is written; None: the folder itself.
+
+    Yields:
+        The descriptor that holds the lock, None on Windows.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    if fcntl is None:
+        yield None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _descriptors.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{argument}: another run is writing {target or folder}") from error
+        except OSError:
+            pass  # a network file system that locks no folders
+        yield descriptor
+    finally:
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
+
+
+_descriptors = set()
+
+
+def _unlock_child() -> None:
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+if fcntl is not None:  # a process that prepares batches would keep the lock for as long as it outlives a killed run
+    os.register_at_fork(after_in_child=_unlock_child)
+
+
+def _signature(folder: Path) -> Optional[list[tuple]]:
+    """What tells whether a folder or something in it has changed; None where there is no folder."""
+    if not folder.exists():
+        return None
+    paths = [folder, *sorted(folder.iterdir())]
+    return [
+        (path.name, status.st_ino, status.st_size, status.st_mtime_ns) for path in paths for status in [path.lstat()]
+    ]
 
 
 def _exchange(first: Path, second: Path) -> bool:

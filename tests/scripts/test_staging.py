@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -122,6 +123,74 @@ def test_an_old_target_that_cannot_be_put_back_is_kept_for_the_next_run(tmp_path
         pass
     assert (target / "precious.txt").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_another_program_put_in_the_place_of_the_target_is_kept_beside_the_old(tmp_path, monkeypatch, capsys):
+    """Without an exchange in one step the target is gone for a moment, in which another program may make it."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious.txt").write_text("kept")
+    rename = os.rename
+
+    def rename_slowly(source, place):
+        rename(source, place)
+        if source == target:
+            target.mkdir()
+            (target / "other.txt").write_text("kept too")
+
+    monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(staging.os, "rename", rename_slowly)
+    with pytest.raises(ValueError, match="^target: another program made .*target meanwhile"):
+        with staging.staged_folder(target, overwrite=True):
+            pass
+    assert (target / "other.txt").read_text() == "kept too"
+    assert (tmp_path / "target.old-1" / "precious.txt").read_text() == "kept"
+    assert "is kept in" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda target: (target / "notes.txt").write_text("new"),
+        lambda target: (target / "a").write_text("changed"),
+        lambda target: (shutil.rmtree(target), target.mkdir()),
+    ],
+)
+def test_a_target_that_another_program_changes_meanwhile_is_left_as_it_is(tmp_path, change):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(ValueError, match="^target: another program changed .*target meanwhile, so it is left as it is"):
+        with staging.staged_folder(target, overwrite=True) as stage:
+            (stage / "a").write_text("new")
+            change(target)
+            state = {path.name: path.read_text() for path in target.iterdir()}
+    assert {path.name: path.read_text() for path in target.iterdir()} == state
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_target_in_which_a_training_works_is_refused(tmp_path):
+    with staging.locked(tmp_path, "output_dir"), pytest.raises(ValueError, match="another run is writing"):
+        with staging.staged_folder(tmp_path, overwrite=True):
+            pass
+
+
+def test_the_children_of_a_process_hold_no_lock_for_it(tmp_path):
+    (said, say), (ended, end) = os.pipe(), os.pipe()
+    with staging.locked(tmp_path, "output_dir"):
+        child = os.fork()
+        if not child:
+            os.close(end)
+            os.write(say, b"here")
+            os.read(ended, 1)  # until the parent closes its end
+            os._exit(0)
+        assert os.read(said, 4) == b"here"
+    try:
+        with staging.locked(tmp_path, "output_dir"):
+            pass
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
 
 
 def test_a_link_keeps_pointing_to_the_target_that_is_replaced(tmp_path):
