@@ -114,8 +114,9 @@ def sdpa_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     def attend(query, key, value, start, end):
         bias = alibi_bias(slopes, place[start:end], place).to(query.dtype)[None]  # [1, H, end - start, M]
         if (attended := packed.attended(start, end)) is not None:
-            # The lowest number, not -inf: a row without any token must not become NaN.
-            bias = bias.masked_fill(~attended[:, None], torch.finfo(bias.dtype).min)
+            # A query with no key to attend to sees all of them: the softmax of nothing is NaN.
+            attended = attended | ~attended.any(dim=-1, keepdim=True)
+            bias = bias.masked_fill(~attended[:, None], float("-inf"))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
     if packed.keeps_padding:

@@ -812,6 +812,11 @@ class BertForTokenClassification(BertPreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=encoded.packed.unpack(logits), **encoded.extras)
 
 
+# Score of padding as start or end of an answer: no answer, but a number that can be averaged, scaled and squared in any
+# dtype. exp(-50) = 2e-22.
+PADDING_SCORE = -50.0
+
+
 class BertForQuestionAnswering(BertPreTrainedModel):
     """MosaicBERT with scores for the first and the last token of an answer."""
 
@@ -845,7 +850,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
         Returns:
             `QuestionAnsweringModelOutput`: loss, the mean of both cross entropies (float32); start_logits and
-            end_logits [B, S], the lowest number of their dtype at padding.
+            end_logits [B, S], -50 at padding.
 
         Raises:
             ValueError: see `BertModel.forward`; only one of the positions, or one of another shape.
@@ -856,7 +861,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         encoded = self.encode_rows(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = encoded.packed.unpack(self.qa_outputs(encoded.hidden))  # [B, S, 2]
         if attention_mask is not None:
-            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill((attention_mask == 0)[..., None], PADDING_SCORE)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None:

@@ -64,6 +64,32 @@ def test_sequences_in_one_row_with_kept_padding_do_not_mix(backend):
     numerics.assert_same(backend(qkv, kept, *arguments), backend(qkv, dropped, *arguments), SAME)
 
 
+LONE_TOKENS = {
+    "dropped padding": pack_padded(
+        torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]), (3, 4), torch.device("cpu")
+    ),
+    "kept padding": pack_rows(torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]), (3, 4), torch.device("cpu")),
+    "texts in one row": pack_flattened(torch.arange(6), None, (1, 5), keep_padding=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LONE_TOKENS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_with_a_score_of_minus_60000_still_sees_nothing_but_itself(backend, layout, dtype):
+    """The lowest number of float16, -65,504, left room for padding and for other texts."""
+    packed = LONE_TOKENS[layout]
+    total = packed.positions.shape[0]
+    key, value = (torch.randn(total, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    key = key / key.norm(dim=-1, keepdim=True) * 400
+    qkv = torch.stack((-key, key, value), dim=1).to(dtype).requires_grad_()
+    context = BACKENDS[backend](qkv, packed, torch.tensor([0.5, 0.1]), 0.375, 0.0)
+    real = slice(None) if packed.key_mask is None else packed.key_mask.flatten()
+    assert torch.equal(context[real], qkv[real, 2])
+    context[real].sum().backward()
+    assert qkv.grad.isfinite().all() and (qkv.grad[real, 2] == 1).all()
+
+
 def test_slopes_for_twelve_heads_are_those_of_eight_and_every_second_one_of_sixteen():
     expected = [2.0**-power for power in (1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5)]
     numerics.assert_same(torch.tensor(alibi_slopes(12)), torch.tensor(expected), 1e-7)

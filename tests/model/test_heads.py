@@ -96,13 +96,36 @@ def test_question_answering_never_points_at_padding():
     output = model(ids, mask, start_positions=start, end_positions=end)
     assert isinstance(output, QuestionAnsweringModelOutput)
     assert output.start_logits.shape == output.end_logits.shape == (3, 12)
-    assert (output.start_logits[~mask.bool()] == torch.finfo(torch.float32).min).all()
+    assert (output.start_logits[~mask.bool()] == -50).all() and (output.end_logits[~mask.bool()] == -50).all()
+    assert output.start_logits[mask.bool()].abs().max() < 10
     # Ends 40 and -1 lie outside the 12 places: cut off, not counted.
     expected = (F.cross_entropy(output.start_logits, start) + F.cross_entropy(output.end_logits[:1], end[:1])) / 2
     numerics.assert_same(output.loss, expected, SAME)
     assert trains(model, output.loss)
     half = model.bfloat16()(ids, mask)
     assert torch.isfinite(half.start_logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_answers_can_be_averaged_scaled_squared_and_smoothed(dtype):
+    """With the lowest number of their dtype at padding these were infinite or NaN."""
+    ids, mask = ragged_batch([9, 5, 12])
+    one, other = (tiny_model(BertForQuestionAnswering, seed=seed).to(dtype)(ids, mask).start_logits for seed in (0, 1))
+    mean = (one + other) / 2
+    assert ((mean.float().softmax(-1) < 1e-20) == ~mask.bool()).all()
+    assert (one * other).isfinite().all() and F.mse_loss(one, other).isfinite()
+
+    def distance(student, teacher):
+        return F.kl_div((student / 0.5).log_softmax(-1), (teacher / 0.5).softmax(-1), reduction="sum")
+
+    one, other = one.float().detach().requires_grad_(), other.float()
+    distilled = distance(one, other)
+    rows = [distance(one[row, :length], other[row, :length]) for row, length in enumerate((9, 5, 12))]
+    numerics.assert_same(distilled, sum(rows), SAME)
+    entropy = -(one.softmax(-1) * one.softmax(-1).log()).sum()
+    total = distilled + entropy + F.cross_entropy(one, torch.tensor([1, 2, 3]), label_smoothing=0.1)
+    total.backward()
+    assert total.isfinite() and one.grad.isfinite().all()
 
 
 def test_multiple_choice_scores_each_choice_alone():
