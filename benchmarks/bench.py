@@ -5,6 +5,7 @@ python benchmarks/bench.py attention|model|train|pretrain|startup|host
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
 python benchmarks/bench.py compare --with PATH                this checkout against another one, in one process
 python benchmarks/bench.py table --write docs/performance.md  the tables of results, from the CSV
+python benchmarks/bench.py table --goals --write benchmarks/README.md
 python benchmarks/bench.py plot                               cost against length, from the CSV
 
 The numbers of a case are checked first, and a wrong number stops the command. Contenders take turns in one
@@ -357,18 +358,18 @@ def device_table(rows: dict, device: str) -> str:
     cases = [case for case in CASES if case.device == device and not case.name.startswith("length-")]
     names = {case.name for case in cases}
     processors = sorted({processor for processor, case, _ in rows if case in names})
-    head = ["case", "workload", "baseline", *processors, "goal", "memory, MiB"]
+    head = ["workload", "baseline", *processors, "memory, MiB", "case"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     sources = {}
     for case in cases:
-        for name, goal in case.against.items():
+        for name in case.against:
             found = [rows.get((processor, case.name, name)) for processor in processors]
             if not any(found):
                 continue
             mine = [rows.get((processor, case.name, case.ours)) for processor in processors]
             memory = next(f"{mib(own)} / {mib(row)}" for own, row in zip(mine, found) if row)
-            cells = [case.name, case.what, LABELS.get(name, name), *map(partial(ratio_of, case), found, mine)]
-            lines.append(f"| {' | '.join([*cells, goal_of(case, name, goal), memory])} |")
+            cells = [case.what, LABELS.get(name, name), *map(partial(ratio_of, case), found, mine), memory, case.name]
+            lines.append(f"| {' | '.join(cells)} |")
             for row in filter(None, found):
                 about = "{processor}, {threads} threads, torch {torch}, transformers {transformers}".format(**row)
                 if device == "cuda":
@@ -387,14 +388,18 @@ def ratio_of(case, row: Optional[dict], mine: Optional[dict]) -> str:
     return text + (f", {int(mine['tokens_per_second']):,} tokens/s" if case.command == "pretrain" else "")
 
 
-def goal_of(case, name: str, goal: Optional[float]) -> str:
-    """What a case shall reach against the contender `name`, in words."""
-    goals = [] if goal is None else [f"{goal:.2f}"]
-    if case.memory_goal and case.memory_goal[0] == name:
-        goals.append(f"memory {case.memory_goal[1]:.2f}")
-    if case.speed_goal:
-        goals.append(f"{case.speed_goal:,} tokens/s")
-    return ", ".join(goals) or "–"
+def goals() -> str:
+    """The goals of benchmarks/README.md, a Markdown table of what each case is to reach against its contenders."""
+    lines = ["| case | goal |", "| --- | --- |"]
+    for case in CASES:
+        wanted = [f"{LABELS.get(name, name)} {goal:.2f}" for name, goal in case.against.items() if goal]
+        if case.memory_goal:
+            wanted.append(f"memory of {LABELS[case.memory_goal[0]]} {case.memory_goal[1]:.2f}")
+        if case.speed_goal:
+            wanted.append(f"{case.speed_goal:,} tokens/s")
+        if wanted:
+            lines.append(f"| {case.name} | {'; '.join(wanted)} |")
+    return "\n".join(lines)
 
 
 def between_markers(text: str, inner: str) -> str:
@@ -475,7 +480,8 @@ def main() -> None:
         measuring.add_argument(
             "--rehearse", action="store_true", help="run the GPU cases on the CPU with tiny sizes; needs --out"
         )
-    tabulating = commands.add_parser("table", help="print the tables of results")
+    tabulating = commands.add_parser("table", help="print the tables of results, or the goals")
+    tabulating.add_argument("--goals", action="store_true", help="the table of goals instead")
     tabulating.add_argument("--write", type=Path, help="file to write them into, between its markers")
     drawing = commands.add_parser("plot", help="plot cost against length")
     drawing.add_argument("--out", type=Path, default=RESULTS / "cost_by_length.png")
@@ -483,11 +489,12 @@ def main() -> None:
     if arguments.command == "plot":
         plot(arguments.out)
     elif arguments.command == "table":
+        tables = goals() if arguments.goals else table()
         if arguments.write is None:
-            print(table())
+            print(tables)
         else:
             text = arguments.write.read_text(encoding="utf-8")
-            arguments.write.write_text(between_markers(text, table()), encoding="utf-8")
+            arguments.write.write_text(between_markers(text, tables), encoding="utf-8")
     else:
         run(parser, arguments)
 

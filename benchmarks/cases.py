@@ -82,9 +82,30 @@ CPU_CASES = (
         {"published": 3.3, "BERT": 3.2, "ModernBERT": None},
     ),
     Case("C3", "model", "encoder, one text of 2,048", LONG, {"published": 3.2, "BERT": 1.3, "ModernBERT": None}),
-    Case("C4-ragged", "model", "as C1-2, bfloat16", RAGGED, {"published": 1.0, "BERT": 2.3}, dtype="bfloat16"),
-    Case("C4-long", "model", "as C3, bfloat16", LONG, {"published": 1.0, "BERT": 1.1}, dtype="bfloat16"),
-    Case("C4-full", "model", "as C7-full, bfloat16", EIGHT, {"published": 1.0, "BERT": 0.85}, dtype="bfloat16"),
+    Case(
+        "C4-ragged",
+        "model",
+        "encoder, 8 texts of 48 to 512 tokens, bfloat16",
+        RAGGED,
+        {"published": 1.0, "BERT": 2.3},
+        dtype="bfloat16",
+    ),
+    Case(
+        "C4-long",
+        "model",
+        "encoder, one text of 2,048, bfloat16",
+        LONG,
+        {"published": 1.0, "BERT": 1.1},
+        dtype="bfloat16",
+    ),
+    Case(
+        "C4-full",
+        "model",
+        "encoder, 8 texts of 128 tokens, bfloat16",
+        EIGHT,
+        {"published": 1.0, "BERT": 0.85},
+        dtype="bfloat16",
+    ),
     *(
         Case(
             f"C4-{length}",
@@ -137,7 +158,7 @@ CPU_CASES = (
         for mode in ("forward", "step")
         for count, length in ((8, 128), (1, 4096))
     ),
-    Case("compile", "model", "as C7-full, against ours under torch.compile", EIGHT, {"ours, compiled": None}),
+    Case("compile", "model", "encoder, 8 texts of 128 tokens, eager against compiled", EIGHT, {"ours, compiled": None}),
 )
 
 # For the plot of cost against length. The published formula holds five [12, S, S] buffers: 3.2 GiB each at 8,192.
@@ -172,7 +193,7 @@ GPU_CASES = (
     Case(
         "G4-backward",
         "attention",
-        "its backward",
+        "attention backward, 32 texts, N(512, 128)",
         normal_law(1024, 32),
         {"Flex": 1.8},
         mode="backward",
@@ -215,7 +236,15 @@ GPU_CASES = (
         {"BERT": 1.6, "published": 5.0, "ModernBERT": None},
         **GPU,
     ),
-    Case("G10-step", "train", "MLM step on it", RAGGED * 8, {"published": 4.5, "BERT": 2.4}, mode="step", **GPU),
+    Case(
+        "G10-step",
+        "train",
+        "MLM step, 8 × (8 texts of 48 to 512 tokens)",
+        RAGGED * 8,
+        {"published": 4.5, "BERT": 2.4},
+        mode="step",
+        **GPU,
+    ),
     Case(
         "G11",
         "train",
@@ -263,7 +292,7 @@ GPU_CASES = (
     Case(
         "G14-layers",
         "pretrain",
-        "as G14-base, against layers that are compiled or not fused",
+        "pretraining step, base size, against compiled or unfused layers",
         (128,) * 512,
         {"ours, unfused layers": None, "ours, layers compiled": None},
         **PRETRAINING,

@@ -234,10 +234,11 @@ def test_cases_are_what_their_names_say():
     assert len(short) == 64 and (min(short), max(short)) == (5, 32)
 
 
-def test_the_tables_in_docs_are_what_the_results_say():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page, write", [("docs/performance.md", bench.table), ("benchmarks/README.md", bench.goals)])
+def test_the_tables_in_docs_are_those_of_results_and_cases(page, write):
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert bench.read_rows(), "there are no results"
-    assert bench.between_markers(page, bench.table()) == page
+    assert bench.between_markers(text, write()) == text
 
 
 def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
@@ -245,12 +246,12 @@ def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
     case = next(case for case in CASES if case.name == "C7-short")
     for processor, seconds, names in (("One", 2.0, ("ours", "BERT")), ("Two", 3.0, ("ours", "BERT", "published"))):
         times = {name: [1.0 if name == "ours" else seconds] for name in names}
-        rows = bench.make_rows(case, times, dict.fromkeys(names, 1), dict.fromkeys(names, 2.0**20), "command")
+        rows = bench.make_rows(case, times, dict.fromkeys(names, 1), dict.fromkeys(names, 1.0), "command")
         bench.append_rows(tmp_path / "model.csv", [{**row, "processor": processor} for row in rows])
     head, _, *lines = bench.table().splitlines()
-    assert "| baseline | One | Two | goal |" in head
-    assert "| BERT-base, SDPA | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) | 2.50 |" in lines[0]
-    assert "| published formula | – | 3.00 (3.00–3.00) | – |" in lines[1]
+    assert "| baseline | One | Two | memory, MiB | case |" in head
+    assert "| BERT-base, SDPA | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) | 1 / 1 | C7-short |" in lines[0]
+    assert "| published formula | – | 3.00 (3.00–3.00) | 1 / 1 | C7-short |" in lines[1]
     assert [line.split(",")[0] for line in lines[2:] if line] == ["Measured on One", "Measured on Two"]
 
 
