@@ -3,13 +3,16 @@ PYTHON ?= python3
 PIP = pip install --disable-pip-version-check --constraint constraints.txt
 RELEASES = 4.54.1 4.57.6 5.0.0 5.3.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
-MATRIX_TESTS = tests/loading/test_loading.py tests/loading/test_architectures.py tests/loading/test_save_formats.py tests/model/test_reference.py tests/model/test_padding.py \
-	tests/model/test_heads.py tests/model/test_errors.py tests/model/test_model.py tests/loading/test_trainer.py \
-	tests/scripts/test_checkpoint_conversion.py tests/scripts/test_hub.py tests/model/test_users.py tests/model/test_tools.py tests/model/test_vocabulary.py
+MATRIX_TESTS = tests/card/test_loads.py tests/card/test_parity.py tests/card/test_conversion.py \
+	tests/loading/test_loading.py tests/loading/test_architectures.py tests/loading/test_save_formats.py \
+	tests/model/test_reference.py tests/model/test_padding.py tests/model/test_heads.py \
+	tests/model/test_errors.py tests/model/test_model.py tests/loading/test_trainer.py \
+	tests/scripts/test_checkpoint_conversion.py tests/scripts/test_hub.py tests/model/test_users.py \
+	tests/model/test_tools.py tests/model/test_vocabulary.py
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 
-.PHONY: demo test matrix releases gpu gpu-report lint clean
+.PHONY: demo card test matrix releases gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/ready
 
@@ -19,8 +22,11 @@ demo: .venv/demo  ## fill a mask with the shipped checkpoint
 test: .venv/test  ## the default suite, one process per core with one thread each
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-gpu: .venv/test  ## the tests that need a CUDA or ROCm device
-	.venv/bin/python -m pytest -m gpu
+card: .venv/test  ## what the package promises: it loads, is the published model, extrapolates, converts
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests/card
+
+gpu: .venv/test  ## the tests that need a CUDA or ROCm device, and the card on it
+	.venv/bin/python -m pytest -m "gpu or card"
 
 # With the packages that $(PYTHON) has: a machine with a GPU may have no network, and has its own torch.
 gpu-report:  ## tests, benchmarks and a sweep on one GPU in at most 8 minutes, written to the folder OUT
@@ -33,7 +39,7 @@ lint: .venv/lint
 matrix: $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported release; run two at a time with -j2
 
 matrix-%: .venv-%/ready
-	OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS)
+	OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest -k "not compiled and not interpreter" $(MATRIX_TESTS)
 
 releases: .venv/test  ## loading, tying and saving on every minor release of transformers; its table is docs/releases.md
 	OMP_NUM_THREADS=1 .venv/bin/python tests/loading/releases.py

@@ -82,7 +82,17 @@ def parts_of(out: Path, repeats: int, limit: float, commit: Optional[str], rehea
     on_device = ("--rehearse",) if rehearse else ("--device", "cuda")
     # Verbose, so that a run that is stopped says how far it came. A file that needs a missing package cannot be
     # collected; the others still run.
-    pytest = ("-m", "pytest", "-m", "gpu", "-vv", "--continue-on-collection-errors", "-p", "no:cacheprovider", *workers)
+    pytest = (
+        "-m",
+        "pytest",
+        "-m",
+        "gpu or card",
+        "-vv",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        *workers,
+    )
     return [
         Part("tests", pytest, 11),
         bench("host", 2, "--device", "cpu"),

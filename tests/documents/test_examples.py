@@ -20,7 +20,6 @@ def test_the_notebook_was_saved_with_its_picture():
     assert outputs(nbformat.read(NOTEBOOK, as_version=4), "image/png")
 
 
-@pytest.mark.skipif(not (ROOT / "model.safetensors").exists(), reason="no checkpoint is shipped yet")
 def test_the_notebook_runs():
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

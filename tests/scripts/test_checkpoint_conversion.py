@@ -4,19 +4,17 @@ import json
 
 import convert_checkpoint
 import numerics
-import numpy
 import push_to_hub
 import pytest
 import repositories
 import torch
-from conftest import ROOT
 from folders import stock_bert, write_complete_repository, write_tokenizer
 from lib import checkpoint_conversion, common
 from lib.references import foreign_references
 from models import ragged_batch, tiny_config, tiny_model
-from repositories import published_config
+from repositories import composer_file, published_config, published_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from mosaicbert.bert_layers import (
     BertForMaskedLM,
@@ -24,22 +22,9 @@ from mosaicbert.bert_layers import (
     BertForTokenClassification,
     BertModel,
 )
-from mosaicbert.configuration_bert import AUTO_MAP
 
 SAME = numerics.SAME[torch.float32]
 CODE = set(common.CODE_FILES)
-TINY = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 101}
-
-
-def hub_config(name):
-    """A published config.json, in a tiny size."""
-    return {**json.loads((ROOT / "tests" / "data" / "hub-configs" / f"{name}.json").read_text()), **TINY}
-
-
-def published_weights():
-    """Weights of a tiny MLM under the published names, decoder weight included."""
-    weights = tiny_model().state_dict()
-    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def published_folder(folder, config=None):
@@ -56,53 +41,6 @@ def loaded_equals(folder, weights, auto=AutoModelForMaskedLM):
     ids, mask = ragged_batch([9, 4])
     numerics.assert_same(model(ids, mask).logits[..., :101], expected(ids, mask).logits, SAME)
     return model
-
-
-@pytest.mark.parametrize("case", ["mlm-12heads-dim16", "seqcls-6heads-dim32"])
-def test_converted_reference_cases_give_the_published_numbers(tmp_path, case):
-    source = ROOT / "tests" / "data" / "reference" / case
-    lines = checkpoint_conversion.convert(str(source), tmp_path, check=True)
-    assert lines[-1].startswith("outputs before and after differ by 0.0e+00")
-    expected = load_file(source / "expected.safetensors")
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, torch_dtype=torch.float64)
-    mask = expected["attention_mask"]
-    hidden = model(expected["input_ids"], mask, expected.get("token_type_ids")).last_hidden_state
-    layers = model.config.num_hidden_layers
-    name = "last_hidden_at_attended" if "last_hidden_at_attended" in expected else f"hidden_{layers}_at_attended"
-    numerics.assert_same(hidden[mask.bool()], expected[name], numerics.PUBLISHED[torch.float64])
-
-
-def test_dnabert_2_config_becomes_a_complete_repository(tmp_path):
-    """No model_type, no architectures, no pad_token_id, `auto_map` elsewhere, a tokenizer whose [PAD] is 3."""
-    source, target = tmp_path / "dnabert", tmp_path / "new"
-    weights = published_folder(source, hub_config("dnabert-2-117m"))
-    words = "\n".join(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *(f"w{n}" for n in range(96))])
-    (source / "vocab.txt").write_text(words)
-    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 512}')
-    checkpoint_conversion.convert(str(source), target)
-    config = json.loads((target / "config.json").read_text())
-    assert config["architectures"] == ["MosaicBertForMaskedLM"]
-    assert config["pad_token_id"] == 3
-    assert config["auto_map"] == AUTO_MAP
-    assert not any("--" in reference for reference in config["auto_map"].values())
-    assert CODE <= {path.name for path in target.iterdir()}
-    assert AutoTokenizer.from_pretrained(target).model_max_length > 1e6
-    loaded_equals(target, weights)
-
-
-def test_a_finetuned_descendant_loses_its_references_to_another_repository(tmp_path):
-    source, target = tmp_path / "old", tmp_path / "new"
-    config = hub_config("dnabert-2-finetuned")
-    assert all("--" in reference for reference in config["auto_map"].values())
-    model = tiny_model(BertForSequenceClassification)
-    repositories.write_repository(source, model=model, config=config, code=False)
-    checkpoint_conversion.convert(str(source), target, check=True)
-    written = json.loads((target / "config.json").read_text())
-    assert not any("--" in reference for reference in written["auto_map"].values())
-    assert written["problem_type"] == "single_label_classification"
-    reloaded = AutoModelForSequenceClassification.from_pretrained(target, trust_remote_code=True)
-    ids, mask = ragged_batch([9, 4])
-    numerics.assert_same(reloaded(ids, mask).logits, model(ids, mask).logits, SAME)
 
 
 FOREIGN = "evil/repo--code.Class"
@@ -319,43 +257,6 @@ def test_a_file_without_text_is_named(tmp_path):
 
 
 # Composer
-
-
-def composer_file(path, **state):
-    """A Composer checkpoint with its config, tokenizer and random state; returns the weights."""
-    weights = published_weights()
-    folder = path.parent / "tokenizer"
-    folder.mkdir()
-    write_tokenizer(folder, [f"w{n}" for n in range(96)])
-    tokenizer = {
-        "vocab": {"file_extension": ".txt", "content": (folder / "vocab.txt").read_text().split("\n")},
-        "tokenizer_config": {
-            "file_extension": ".json",
-            "content": json.loads((folder / "tokenizer_config.json").read_text()),
-        },
-    }
-    config = {"file_extension": ".json", "content": tiny_config().to_dict(), "class": "bert_layers.BertForMaskedLM"}
-    torch.save(
-        {
-            "state": {
-                "model": {f"model.{name}": tensor for name, tensor in weights.items()},
-                "integrations": {"huggingface": {"model": {"config": config}, "tokenizer": tokenizer}},
-                **state,
-            },
-            "rng": [{"numpy": numpy.random.RandomState(0).get_state(), "torch": torch.get_rng_state()}],
-        },
-        path,
-    )
-    return weights
-
-
-def test_a_composer_checkpoint_gives_the_right_predictions(tmp_path):
-    target = tmp_path / "new"
-    target.mkdir()
-    weights = composer_file(tmp_path / "ep1-ba10-rank0.pt")
-    checkpoint_conversion.convert(str(tmp_path / "ep1-ba10-rank0.pt"), target, check=True)
-    loaded_equals(target, weights)
-    assert len(AutoTokenizer.from_pretrained(target)) == 101
 
 
 def test_no_reference_to_foreign_code_survives_from_a_composer_checkpoint(tmp_path):
