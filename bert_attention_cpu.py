@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .bert_checks import is_traced
+from .bert_checks import flash_backward, flash_forward, is_traced, softmax_gradient
 from .bert_linear_cpu import is_amd_with_bfloat16
 
 # Queries per call where a head looks at its band only. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
@@ -56,6 +56,8 @@ LONGEST_PRODUCT = 2048
 
 def cpu_declines(qkv, packed) -> Optional[str]:
     """Why `cpu_attention` cannot serve a call on the CPU, or None when it can."""
+    if flash_forward is None or flash_backward is None:
+        return f"torch {torch.__version__} lacks the kernel that it calls"
     if packed.has_holes:
         return "the attention mask has holes, and their distances have no strided form"
     if packed.keeps_padding or is_traced():  # a layer that is compiled alone gets a batch without padding
@@ -266,10 +268,7 @@ def formula_for(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Formula:
         fits = scores <= PRODUCT_SCORES
     if dtype == torch.bfloat16 and fits and is_amd_with_bfloat16():
         return Formula(attend_by_products, products_backward)
-    return Formula(
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    )
+    return Formula(flash_forward, flash_backward)
 
 
 def weights_by_products(query, key, mask, scale):
@@ -338,7 +337,7 @@ def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is
         both = part[:2]
         weights = weights_by_products(query[part], key[both], attn_mask[:, part[1], part[2]], scale)
         grad_weights = (grad[part] @ value[both].transpose(-1, -2)).float()
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
+        grad_scores = softmax_gradient(grad_weights, weights, -1, torch.float32)
         grad_scores = grad_scores.mul_(scale).to(query.dtype)
         grads[0][part] = grad_scores @ key[both]
         grads[1][both] = grad_scores.transpose(-1, -2) @ query[part]

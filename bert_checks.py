@@ -1,14 +1,65 @@
-"""What several files ask: whether torch traces, whether a layer is plain, whether an argument is what it must be."""
+"""What several files ask: whether torch traces, whether a layer is plain, whether an argument is what it must be.
+
+All private names of torch that the model files use are here too, each with what stands in where a release lacks it.
+"""
 
 from typing import Optional
 
 import torch
 from torch import nn
 
+# As setup.cfg declares it.
+OLDEST_TORCH = (2, 6)
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    raise ImportError(f"MosaicBERT needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, got {torch.__version__}")
+
+
+def private(path: str, fallback=None):
+    """A private name of torch.
+
+    Args:
+        path: attributes from `torch` on, separated by dots.
+        fallback: what a release without the name uses.
+    """
+    found = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return fallback if found is None else found
+
+
+def global_hooks_by_kind() -> bool:
+    """Whether hooks are registered for all modules; torch before 2.8 has no function for it."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return any(getattr(nn.modules.module, f"_global_{kind}_hooks", None) for kind in kinds)
+
+
+def softmax_gradient_by_formula(
+    grad: torch.Tensor, weights: torch.Tensor, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Gradient of softmax's argument, in `dtype`, from that of its result `weights`."""
+    return (weights * (grad - (grad * weights).sum(dim, keepdim=True))).to(dtype)
+
+
+def assert_now(condition: torch.Tensor, message: str) -> None:
+    """Raise RuntimeError unless a bool scalar is True, waiting for its device."""
+    if not condition:
+        raise RuntimeError(message)
+
+
+any_global_hook = private("nn.modules.module._has_any_global_hook", global_hooks_by_kind)
+functorch_is_active = private("_C._are_functorch_transforms_active", lambda: False)
+dispatch_mode_is_active = private("utils._python_dispatch.is_in_torch_dispatch_mode", lambda: False)
+softmax_gradient = private("_softmax_backward_data", softmax_gradient_by_formula)
+assert_on_device = private("_assert_async", assert_now)
+# Where these are None, another attention or torch's public product serves the call.
+onednn_linear = private("ops.mkldnn._linear_pointwise")
+flash_forward = private("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+flash_backward = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
+
 
 def is_traced() -> bool:
     """Whether torch.compile, export, a trace or torch.func is at work, so that nothing may depend on data."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_is_active()
 
 
 def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
@@ -18,7 +69,7 @@ def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
         and type(layer.weight) in (nn.Parameter, torch.Tensor)
         and "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()
+        and not any_global_hook()
     )
 
 

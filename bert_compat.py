@@ -7,6 +7,16 @@ import torch
 from transformers import PreTrainedModel
 
 
+def asked_attention(config):
+    """The attention implementation that was asked for; None: the choice is ours. Its name is private to transformers."""
+    return getattr(config, "_attn_implementation_internal", None)
+
+
+def ask_attention(config, name: str) -> None:
+    """Set the attention implementation of a config, past transformers' own check of the name."""
+    config._attn_implementation_internal = name
+
+
 class CompatiblePreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` that loads, ties and saves alike on every supported release.
 

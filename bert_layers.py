@@ -43,8 +43,8 @@ from transformers.utils import can_return_tuple
 
 from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
-from .bert_checks import as_integers, check_ids, check_shape, check_tensor, is_plain, is_traced
-from .bert_compat import CompatiblePreTrainedModel
+from .bert_checks import as_integers, assert_on_device, check_ids, check_shape, check_tensor, is_plain, is_traced
+from .bert_compat import CompatiblePreTrainedModel, ask_attention, asked_attention
 from .bert_linear_cpu import in_parts, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
 from .bert_padding import PackedBatch, pack_batch
@@ -458,8 +458,8 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
             | {"pad_token_id": config.pad_token_id}
         )
         cover_starting_size(config)
-        if config._attn_implementation_internal is None:
-            config._attn_implementation_internal = AUTOMATIC
+        if asked_attention(config) is None:
+            ask_attention(config, AUTOMATIC)
         super().__init__(config, *inputs, **kwargs)
         check_attention_name(config._attn_implementation)
 
@@ -474,7 +474,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
             ValueError: an unknown name.
         """
         check_attention_name(attn_implementation)
-        self.config._attn_implementation_internal = attn_implementation
+        ask_attention(self.config, attn_implementation)
 
     def encode_rows(self, *arguments, **kwargs) -> "Encoded":
         """What the encoder hands to a head that needs one text per row.
@@ -488,7 +488,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         encoded = self.bert(*arguments, packed_output=True, **kwargs)
         packed, message = encoded.packed, message % "position_ids that restart"
         if packed.restarts is not None and is_traced():
-            torch._assert_async(~packed.restarts, message)
+            assert_on_device(~packed.restarts, message)
         elif packed.restarts or packed.num_sequences != packed.shape[0]:
             raise ValueError(message)
         return encoded

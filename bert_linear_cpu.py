@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .bert_checks import is_plain, is_traced
+from .bert_checks import is_plain, is_traced, onednn_linear
 
 # Fewest rows of a product that is worth a choice.
 FEWEST_ROWS = 128
@@ -47,7 +47,7 @@ def float32_product(x, weight, bias):
 
 def onednn_product(x, weight, bias):
     """x @ weight.T + bias by oneDNN, which torch itself asks for float32 under inductor only; it has no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
+    return onednn_linear(x, weight, bias, "none", [], "none")
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -97,7 +97,7 @@ def product_for(dtype: torch.dtype, rows: int) -> Callable:
     vendor, flags = processor()
     if rows < FEWEST_ROWS:
         return F.linear
-    if vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available():
+    if vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available() and onednn_linear is not None:
         if dtype == torch.float32 or dtype == torch.bfloat16 and is_amd_with_bfloat16():
             return onednn_product
     if dtype == torch.bfloat16 and vendor == "GenuineIntel" and "amx_tile" not in flags:

@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from .bert_checks import as_integers, check_boundaries, check_shape, check_tensor, is_traced
+from .bert_checks import as_integers, assert_on_device, check_boundaries, check_shape, check_tensor, is_traced
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class PackedBatch:
         """Fail, on the device if need be, when `cu_seqlens` does not know every sequence."""
         if self.restarts is not None:
             message = "compiled code needs cu_seq_lens_q to pool texts that position_ids tell apart"
-            torch._assert_async(~self.restarts, message)
+            assert_on_device(~self.restarts, message)
 
     @property
     def rows(self) -> tuple[int, int]:

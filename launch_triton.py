@@ -8,9 +8,8 @@ import logging
 from typing import Callable, NamedTuple, Optional
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .bert_checks import is_traced
+from .bert_checks import dispatch_mode_is_active, is_traced
 
 try:
     import triton
@@ -78,7 +77,7 @@ def launch(kernel, grid, tensors, strides, numbers, constants, tile: Tile) -> No
 
 def is_observed(tensor: torch.Tensor) -> bool:
     """Whether something needs to see operators where a kernel would run: a compiler, a tracer, a mode, a subclass."""
-    return is_traced() or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or is_in_torch_dispatch_mode()
+    return is_traced() or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or dispatch_mode_is_active()
 
 
 def fastest(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
