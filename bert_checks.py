@@ -3,6 +3,7 @@
 All private names of torch that the model files use are here too, each with what stands in where a release lacks it.
 """
 
+import re
 from typing import Optional
 
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 
 # As setup.cfg declares it.
 OLDEST_TORCH = (2, 6)
-if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-    raise ImportError(f"MosaicBERT needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, got {torch.__version__}")
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
+    raise ImportError(f"MosaicBERT needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, got {torch.__version__}")
 
 
 def private(path: str, fallback=None):

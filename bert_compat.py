@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def asked_attention(config):
-    """The attention implementation that was asked for; None: the choice is ours. Its name is private to transformers."""
+    """The attention implementation that was asked for, None for no wish; transformers keeps it under a private name."""
     return getattr(config, "_attn_implementation_internal", None)
 
 

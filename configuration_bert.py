@@ -2,13 +2,21 @@
 
 import math
 import numbers
+import re
 import shutil
 from pathlib import Path
 from typing import Optional
 
 from transformers import BertConfig as StockBertConfig
+from transformers import __version__ as release
 from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_relative_import_files
+
+# As setup.cfg declares it. This file is the first that transformers loads.
+OLDEST_TRANSFORMERS = (4, 54, 1)
+if tuple(map(int, re.findall(r"\d+", release)[:3])) < OLDEST_TRANSFORMERS:
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    raise ImportError(f"MosaicBERT needs transformers {oldest} or newer, got {release}")
 
 # What a MosaicBERT reads beyond transformers' BertConfig, with the values that a config without them stands for.
 EXTRA_FIELDS = {
