@@ -17,6 +17,9 @@ def write_card(
     license: Optional[str] = None,
     title: Optional[str] = None,
     notes: str = "",
+    template: str = "card_template.md",
+    metadata: Optional[dict] = None,
+    **fields: str,
 ) -> None:
     """Write the README.md of a model.
 
@@ -30,6 +33,9 @@ def write_card(
         license: identifier such as `apache-2.0`; None: what the source's card says, or `unknown`.
         title: None: the name of the source.
         notes: Markdown to end with.
+        template: name of the template beside this file.
+        metadata: what the Hub reads, beside or instead of what is said of every model here.
+        **fields: what else the template asks for.
 
     Raises:
         ValueError: `license` is no identifier.
@@ -43,15 +49,17 @@ def write_card(
     name = re.sub(r"[^\w .+/-]", "_", name)  # foreign names must stay plain text in Markdown and YAML
     stated = stated_license(folder) if folder is not None and license is None else None
     license = license or stated or "unknown"
-    metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **({"base_model": name} if is_hub_id else {})}
+    metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **(metadata or {})}
+    if is_hub_id:
+        metadata["base_model"] = name
     if license != "unknown":
         metadata["license"] = license
     if source is None:
         origin = "none: trained from random weights"
     else:
         origin = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder"
-    template = string.Template((Path(__file__).with_name("card_template.md")).read_text(encoding="utf-8"))
-    text = template.substitute(
+    text = string.Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(
+        fields,
         metadata=yaml.safe_dump(metadata, sort_keys=True).strip(),
         title=title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT"),
         source=origin,

@@ -20,8 +20,11 @@ from typing import Any, Optional
 
 # The oldest transformers that the model code runs on; setup.cfg says the same.
 OLDEST_TRANSFORMERS = "4.54.1"
-# Packages whose pip name differs from their import name and that no extra in setup.cfg installs.
-OTHER_PACKAGES = {"streaming": "mosaicml-streaming"}
+# What installs the packages that the extra `scripts` does not bring.
+OTHER_PACKAGES = {
+    "streaming": "mosaicml-streaming",
+    **dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), '".[export]"'),
+}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

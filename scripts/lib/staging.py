@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Optional, Union
 
@@ -69,7 +69,9 @@ def _places(source: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, overwrite: bool = False, argument: str = "target", **inputs: Input) -> Iterator[Path]:
+def staged_folder(
+    target: Path, overwrite: bool = False, argument: str = "target", own: Collection[str] = (), **inputs: Input
+) -> Iterator[Path]:
     """Yield an empty folder beside the target, which replaces the target if the block succeeds.
 
     The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
@@ -79,6 +81,7 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
         target: the folder to make; of a symbolic link, the folder that it points to.
         overwrite: replace a target that exists and holds files.
         argument: what the user calls the target.
+        own: names of the folders that a target of this kind holds.
         **inputs: as `check_apart` takes them; `source=args.source, data=args.data`.
 
     Yields:
@@ -86,7 +89,7 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
 
     Raises:
         ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
-            folders or an input, or another run is writing it.
+            other folders or an input, or another run is writing it.
     """
     target = Path(os.path.realpath(target))
     for place in (target, stage_of(target)):
@@ -103,7 +106,7 @@ def staged_folder(target: Path, overwrite: bool = False, argument: str = "target
         content = sorted(target.iterdir()) if target.exists() else []
         if content and not overwrite:
             raise ValueError(f"{argument}: {target} exists and is not an empty folder; pass --overwrite to replace it")
-        folders = [path.name for path in content if path.is_dir()]
+        folders = [path.name for path in content if path.is_dir() and path.name not in own]
         if folders:  # a home, a checkout, a run: nothing that a script here has written whole
             raise ValueError(
                 f"{argument}: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Export a MosaicBERT to ONNX or to GGUF, for the engines that people serve encoders with.
+
+SOURCE is a Hub id or a folder of any repository of the family (mosaic-bert-base, DNABERT-2, their fine-tuned
+descendants, …). ONNX files serve the model's own task in ONNX Runtime, OpenVINO, transformers.js, sentence-transformers
+and optimum. GGUF files give embeddings in llama.cpp and Ollama. TARGET gets one file for each type, what its engines
+read beside it, and a card. Each file is compared with the source before TARGET appears, and the card says how far apart
+their outputs are.
+
+    export.py mosaicml/mosaic-bert-base my-onnx --format onnx --tokenizer bert-base-uncased
+    export.py ./my-classifier my-onnx --format onnx --types int8
+    export.py . my-gguf --format gguf
+"""
+
+from pathlib import Path
+
+from lib.cli import Parser, run
+from lib.staging import staged_folder
+
+
+def main() -> None:
+    """Parse the command line and export."""
+    parser = Parser(__doc__)
+    parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
+    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("--format", required=True, choices=("onnx", "gguf"), help="of the files")
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        choices=("float32", "float16", "int8"),
+        default=["float32", "float16", "int8"],
+        help="one file for each; int8 is for weights alone, Q8_0 in GGUF",
+    )
+    parser.add_argument("--features", action="store_true", help="export the encoder without its head, for embeddings")
+    parser.add_argument(
+        "--chunked",
+        action="store_true",
+        help="ONNX: attend from some queries at a time, so that memory does not grow with the square of the length",
+    )
+    parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    args = parser.parse_args()
+    if args.chunked and args.format != "onnx":
+        parser.error("--chunked is for --format onnx: llama.cpp makes its own attention")
+    from lib.exporting import export
+
+    with staged_folder(args.target, args.overwrite, own=("onnx",), source=args.source) as stage:
+        lines = export(
+            args.source,
+            stage,
+            args.format,
+            args.target.resolve().name,
+            list(dict.fromkeys(args.types)),
+            args.features,
+            args.chunked,
+            args.tokenizer,
+            args.revision,
+            args.license,
+        )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main, "a text of 2,048 tokens is compared, for which attention needs 200 MB a head")
