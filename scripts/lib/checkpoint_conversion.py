@@ -290,6 +290,25 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
     return load_tokenizer(target, argument)
 
 
+def count_tokens(tokenizer, rows: int, argument: str) -> int:
+    """How many of a model's rows its tokenizer uses.
+
+    Args:
+        tokenizer: of the model.
+        rows: of its vocabulary.
+        argument: what the user calls the tokenizer.
+
+    Raises:
+        ValueError: it uses more than there are.
+    """
+    num_tokens = vocabulary_size(tokenizer)
+    if num_tokens > rows:
+        raise ValueError(
+            f"{argument}: its tokenizer has {num_tokens} entries, more than the {rows} rows of the model's vocabulary"
+        )
+    return num_tokens
+
+
 @torch.no_grad()
 def sample_outputs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """First output of the model (logits, or hidden states), floating."""
@@ -404,12 +423,8 @@ def convert(
     if words is None:
         lines.append("no tokenizer files found; add them with --tokenizer")
 
-    num_tokens = model.config.vocab_size if words is None else vocabulary_size(words)
-    if num_tokens > model.config.vocab_size:
-        raise ValueError(
-            f"{'tokenizer' if tokenizer else 'source'}: its tokenizer has {num_tokens} entries, more than the "
-            f"{model.config.vocab_size} rows of the model's vocabulary"
-        )
+    rows = model.config.vocab_size
+    num_tokens = rows if words is None else count_tokens(words, rows, "tokenizer" if tokenizer else "source")
     if check:
         ids, mask = sample_batch(words, texts, num_tokens)
         before = sample_outputs(copy.deepcopy(model).float(), ids, mask)

@@ -12,8 +12,8 @@ from typing import Optional
 import torch
 
 from .cards import write_card
-from .checkpoint_conversion import build_model, read_checkpoint, write_tokenizer
-from .common import LIMITS, read_json, vocabulary_size, write_json
+from .checkpoint_conversion import build_model, count_tokens, read_checkpoint, write_tokenizer
+from .common import LIMITS, lower_unused_biases, read_json, write_json
 
 # Lengths of the texts in the batches that source and target are compared on: one token, one text, ragged, long.
 CHECKED_BATCHES = ((1,), (130,), (9, 1, 40), (3, 64, 1, 200, 17), (2048,))
@@ -131,7 +131,10 @@ def export(
         raise ValueError(
             f"source: {format.upper()} has no place for the head of a {architecture}; --features exports its encoder"
         )
-    comparison = Comparison(model, min(vocabulary_size(words), model.config.vocab_size))
+    num_tokens = count_tokens(words, model.config.vocab_size, "tokenizer" if tokenizer else "source")
+    if type(model).__name__ == "BertForMaskedLM":
+        lower_unused_biases(model, num_tokens)
+    comparison = Comparison(model, num_tokens)
     write = {"onnx": write_onnx, "gguf": write_gguf}[format]
     files = write(model, words, target, name, types, chunked, comparison)
     task = TASKS[type(model).__name__]
