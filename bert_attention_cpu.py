@@ -94,14 +94,15 @@ def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     smallest = math.log(torch.finfo(slopes.dtype).tiny)
     if longest >= CUT_FROM or trained and slopes.amax() * (1 - longest) < smallest:
         reach = [min(far, longest) for far in head_reach(qkv.detach(), slopes, scale)]
-        bias.masked_fill_(torch.arange(1 - longest, longest).abs() > torch.tensor(reach)[:, None], NOTHING)
+        distance = torch.arange(1 - longest, longest, device=bias.device).abs()
+        bias.masked_fill_(distance > torch.tensor(reach, device=bias.device)[:, None], NOTHING)
     arguments = (qkv, bias, scale, plan_calls(lengths, reach), packed.reversal)
     return CPUAttention.apply(*arguments) if trained else attend_by_plan(*arguments, trained=False)[0]
 
 
 def distance_bias(slopes, span):
     """-slope * |distance| for the distances 1 - span to span - 1: [H, 2 * span - 1] in the dtype of `slopes` [H]."""
-    return -slopes[:, None] * torch.arange(1 - span, span).abs()
+    return -slopes[:, None] * torch.arange(1 - span, span, device=slopes.device).abs()
 
 
 def head_reach(qkv, slopes, scale):

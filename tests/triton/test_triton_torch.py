@@ -133,6 +133,24 @@ def served_here(monkeypatch):
 
 
 @on_kernels
+def test_a_model_computes_the_same_under_another_default_device(served_here):
+    model = tiny_model(attn_implementation="triton").to(DEVICE)
+    ids, mask = (tensor.to(DEVICE) for tensor in ragged_batch([9, 5]))
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = loss_and_gradients()
+    with torch.device("meta"):
+        found = loss_and_gradients()
+    for got, want in zip(found, expected):
+        assert_same(got, want, 1e-5)
+
+
+@on_kernels
 def test_compiled_model_is_one_graph_with_an_operator_for_each_attention(served_here):
     graphs = []
 

@@ -1,0 +1,47 @@
+"""A model on the CPU computes the same while torch's default device is another one."""
+
+import numerics
+import pytest
+import torch
+from heads import HEADS, assert_equal_outputs, call_of, head, name_of, outputs
+from models import ragged_batch, tiny_model
+
+from mosaicbert.bert_layers import ATTENTION_BACKENDS, AUTOMATIC
+
+SAME = numerics.SAME[torch.float32]
+# Triton's row and the fused layers: tests/triton/test_triton_torch.py.
+NAMES = [AUTOMATIC, *(name for name in ATTENTION_BACKENDS if name != "triton")]
+
+
+def loss_and_gradients(model, *args, **kwargs):
+    model.zero_grad()
+    loss = model(*args, **kwargs).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_attention_implementation(name):
+    model = tiny_model(attn_implementation=name)
+    ids, mask = ragged_batch([450, 20])
+    texts = torch.cat((torch.arange(400), torch.arange(50))).expand(2, -1)
+    for layout in ({"attention_mask": mask}, {"position_ids": texts}, {}):
+        with torch.no_grad():
+            expected = model(ids, **layout).logits
+            with torch.device("meta"):
+                found = model(ids, **layout).logits
+        numerics.assert_same(found, expected, SAME)
+        expected = loss_and_gradients(model, ids, labels=ids, **layout)
+        with torch.device("meta"):
+            found = loss_and_gradients(model, ids, labels=ids, **layout)
+        for got, want in zip(found, expected):
+            numerics.assert_same(got, want, SAME)
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("model_class", HEADS, ids=name_of)
+def test_every_head(model_class, unpad):
+    model, call = head(model_class, unpad_inputs=unpad), call_of(model_class)
+    expected = outputs(model, **call)
+    with torch.device("meta"):
+        assert_equal_outputs(outputs(model, **call), expected)
