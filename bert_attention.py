@@ -2,6 +2,24 @@
 
 Both follow the contract of the backend table: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`.
 
+**Radius.** Keys far from a query weigh nothing, so the backends for GPUs and for long sequences on the CPU leave them
+out. Let C = |scale| * |q_i| * max|k|, which bounds the absolute value of query i's scores before their bias
+(Cauchy-Schwarz), and `own` = scale * q_i.k_i, its score with its own key, at distance 0. As a share of the row, all
+keys beyond distance r weigh at most each of
+
+- 2 * exp(C - own - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
+  occurs at most twice, and the row weighs at least exp(own).
+- 2 * exp(2 * C - slope * r). No score is below -C before its bias, and as a key r tokens nearer is at least r positions
+  nearer, the keys beyond r are at most the share exp(-slope * r) of those on their side of the query, which are all in
+  the row. (The 2 is for a key in the backward pass, which gathers from two sides. The bound does not hold where keys
+  are masked: the nearer key may be one of them.)
+
+The smaller one is 2^-24, half a unit in the last place of a float32 sum, at
+r = min(C - own + 24 ln 2 + ln(2 / (1 - exp(-slope))), 2 * C + 25 ln 2) / slope.
+Distances are symmetric and each key meets each distance at most twice as well, so the largest r of all queries also
+bounds what a key gathers in the backward pass. Where a mask has holes, distances in positions are at least distances in
+token numbers, and r stays valid when it is counted in tokens.
+
 Letters: N rows, M row length, T tokens, H heads, D head size.
 """
 

@@ -1,35 +1,24 @@
-"""Packed, bidirectional ALiBi attention in Triton: forward, backward, dropout, and no work on what weighs nothing.
+"""Packed, bidirectional ALiBi attention in Triton: forward, backward, dropout; skips tiles with negligible weight.
 
 Sequences lie one after another in T tokens; `cu_seqlens` says where each starts. No tensor of size S x S is stored and
 no padding is computed. Three kernels walk over tiles: the forward pass and the query gradient own a tile of queries
 and walk over keys, the key and value gradient owns a tile of keys and walks over queries. One program writes each
 output tile, with a fixed order of additions, so every run gives the same bits. This is why backward has two kernels:
-they multiply seven matrices a tile where one kernel with atomic additions would multiply five, but they need neither
-atomics nor a float32 buffer for the query gradient.
+they compute seven matrix products per tile where one kernel with atomic additions would compute five, but they need
+neither atomics nor a float32 buffer for the query gradient.
 
-**The bias** slope * |i - j| costs one addition a score. In a tile on one side of the diagonal it splits into a part of
-the row and a part of the column; only tiles on the diagonal need the absolute value.
+**The bias** slope * |i - j| costs one addition per score. In a tile on one side of the diagonal it splits into a part
+of the row and a part of the column; only tiles on the diagonal need the absolute value.
 
-**What is skipped** (see `_radius`). A query's largest score is at least its score with itself, scale * q_i.k_i, where
-the distance is 0. Let `low` be the most negative of these in a sequence and head (0 if none is negative), and
-C = |scale| * max|q| * max|k|, which bounds every product (Cauchy-Schwarz). Two bounds hold for the weight of all keys
-beyond distance r, as a share of the row:
+**Skipping.** Tiles beyond the radius within which keys weigh anything are not visited; bert_attention.py proves the
+bound. Here it is taken for a whole sequence and head: C from the largest norms, and `own` from the query with the
+lowest score with itself, or 0 where none is negative. Both come from one pass over the queries and keys, which short
+sequences do without (see `LONGEST_UNSKIPPED`).
 
-- 2 * exp(C + low - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
-  occurs at most twice, and the row weighs at least exp(-low).
-- 2 * exp(2 * C - slope * r). No product is below -C, and as a key r tokens nearer is at least r positions nearer, the
-  keys beyond r are at most the share exp(-slope * r) of those on their side of the query, which are all in the row.
-  (Not where keys are masked: the nearer key may be one.)
-
-The smaller counts. It is 2^-24, half a unit in the last place of a float32 sum, at
-r = min(C + low + 24 ln 2 + ln(2 / (1 - exp(-slope))), 2 * C + 25 ln 2) / slope.
-Distances are symmetric and each key meets each distance at most twice as well, so the same r bounds what a key
-gathers in backward. Where a mask has holes, distances in positions are at least distances in token numbers, and r stays
-valid when it is counted in tokens. C and low come from one pass over the queries and keys, which short sequences do
-without (see `LONGEST_UNSKIPPED`).
-
-Letters: B batch, S padded length, T tokens, N sequences, H heads, D head size. In the kernels, OWN and OTHER are the
-rows of the tile that a program owns and of those that it walks over, and BLOCK_DIM is D rounded up to a power of two.
+Letters: S padded length, T tokens, N sequences, H heads, D head size. As in other attention kernels, a tile has BLOCK_M
+queries and BLOCK_N keys, and m_i and l_i are the running maximum and sum of a row. Functions that serve queries and
+keys alike say ROWS for the rows that a program owns and STEP for those that it reads at a time. BLOCK_DIM is D rounded
+up to a power of two.
 """
 
 import bisect
@@ -39,16 +28,13 @@ from typing import Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, triton_declines, with_channels
+from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, with_channels
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
     raise
-
-MAX_HEAD_DIM = 128
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Where no sequence is longer, nothing is measured or skipped. On an H100 (D = 64, 12 heads) measuring takes 1.7 ns a
 # token and the forward pass 6.1 at length 512, of which skipping saves a sixth; at 1,024 it saves a third of 11.
@@ -85,35 +71,35 @@ def _locate(cu_seqlens, num_sequences, program, ROWS: tl.constexpr):
         owned = tl.load(cu_seqlens + middle) // ROWS + middle <= program
         low = tl.where(owned, middle, low)
         high = tl.where(owned, high, middle)
-    start = tl.load(cu_seqlens + low)
-    length = tl.load(cu_seqlens + low + 1) - start
-    return low, start, length, (program - start // ROWS - low) * ROWS
+    seq_start = tl.load(cu_seqlens + low)
+    length = tl.load(cu_seqlens + low + 1) - seq_start
+    return low, seq_start, length, (program - seq_start // ROWS - low) * ROWS
 
 
 @triton.jit
-def _flattest_head(place, num_heads, POWER: tl.constexpr):
-    """The head that comes at a place when the heads of `alibi_slopes` are sorted by slope, the flattest first.
+def _flattest_head(rank, num_heads, POWER: tl.constexpr):
+    """The head of a rank when the heads of `alibi_slopes` are sorted by slope, the flattest first.
 
     The flattest head's programs work longest and must not start last. Other slopes than those of `alibi_slopes` are
-    served in this order as well, which costs time at most.
+    served in this order as well, which can only cost time.
 
     Args:
-        place: int32, from 0.
+        rank: int32, from 0.
         num_heads: H.
         POWER: the largest power of two up to H; head POWER + n lies between heads n - 1 and n.
     """
-    between = place - (2 * POWER - num_heads)
+    between = rank - (2 * POWER - num_heads)
     pair = num_heads - POWER - 1 - between // 2
     head = tl.where(between % 2 == 0, pair, POWER + pair)
-    return tl.where(between < 0, POWER - 1 - place, head)
+    return tl.where(between < 0, POWER - 1 - rank, head)
 
 
 @triton.jit
-def _peaks(peaks, sequence, start, length, head, ROWS: tl.constexpr):
+def _peaks(peaks, sequence, seq_start, length, head, ROWS: tl.constexpr):
     """The largest of each of the three numbers that `_measure_kernel` found in the tiles of a sequence."""
     num_heads = tl.num_programs(1)
     count = (length + ROWS - 1) // ROWS
-    peaks += ((start // ROWS + sequence) * num_heads + head) * 3
+    peaks += ((seq_start // ROWS + sequence) * num_heads + head) * 3
     query_peak = 0.0
     key_peak = 0.0
     low = 0.0
@@ -128,7 +114,7 @@ def _peaks(peaks, sequence, start, length, head, ROWS: tl.constexpr):
 
 @triton.jit
 def _radius(query_peak, key_peak, low, slope, scale, MASKED: tl.constexpr):
-    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; the proof stands at the top.
+    """Distance in tokens beyond which keys together weigh under 2^-24 of a row; bert_attention.py has the proof.
 
     Args:
         query_peak: largest |q|^2 of the sequence and head.
@@ -148,18 +134,18 @@ def _radius(query_peak, key_peak, low, slope, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _window(first, length, radius, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Where the walk of the tile [first, first + OWN) begins, meets the diagonal, leaves it and stops.
+def _window(first, length, radius, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Where the walk of the tile [first, first + ROWS) begins, meets the diagonal, leaves it and stops.
 
-    Works on scalars and on blocks of tiles alike; `benchmarks/triton_report.py` counts with it.
+    Works on scalars and on blocks of tiles alike.
 
     Returns:
-        int32 rows of the other side: begin <= diagonal < leave <= stop; all but the stop are multiples of OTHER.
+        int32 rows of the other side: begin <= diagonal < leave <= stop; all but the stop are multiples of STEP.
     """
-    end = tl.minimum(first + OWN, length)
-    begin = tl.maximum(first - radius, 0) // OTHER * OTHER
-    diagonal = first // OTHER * OTHER
-    leave = (end + OTHER - 1) // OTHER * OTHER
+    end = tl.minimum(first + ROWS, length)
+    begin = tl.maximum(first - radius, 0) // STEP * STEP
+    diagonal = first // STEP * STEP
+    leave = (end + STEP - 1) // STEP * STEP
     stop = tl.maximum(tl.minimum(end + radius, length), leave)
     return begin, diagonal, leave, stop
 
@@ -173,9 +159,9 @@ def _start(
     scale,
     num_sequences,
     POWER: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
     MEASURED: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """What a program of an attention kernel owns, and how far it walks.
 
@@ -185,54 +171,54 @@ def _start(
     """
     num_heads = tl.num_programs(1)
     head = _flattest_head(tl.program_id(1), num_heads, POWER)
-    sequence, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), OWN)
+    sequence, seq_start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), ROWS)
     slope = tl.load(slopes + head)
     if peaks is None:
         radius = EVERYTHING
     else:
-        query_peak, key_peak, low = _peaks(peaks, sequence, start, length, head, MEASURED)
+        query_peak, key_peak, low = _peaks(peaks, sequence, seq_start, length, head, MEASURED)
         radius = _radius(query_peak, key_peak, low, slope, scale, key_mask is not None)
-    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
+    begin, diagonal, leave, stop = _window(first, length, radius, ROWS, STEP)
     stream = sequence * num_heads + head
-    return head.to(tl.int64), slope * LOG2E, stream, start, length, first, begin, diagonal, leave, stop
+    return head.to(tl.int64), slope * LOG2E, stream, seq_start, length, first, begin, diagonal, leave, stop
 
 
 @triton.jit
-def _steps(begin, diagonal, leave, stop, OTHER: tl.constexpr, IS_FAR: tl.constexpr):
+def _steps(begin, diagonal, leave, stop, STEP: tl.constexpr, IS_FAR: tl.constexpr):
     """How many tiles of the other side a walk visits, off the diagonal (IS_FAR) or on it."""
     if IS_FAR:
-        return (diagonal - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
+        return (diagonal - begin) // STEP + (stop - leave + STEP - 1) // STEP
     else:
-        return (leave - diagonal) // OTHER
+        return (leave - diagonal) // STEP
 
 
 @triton.jit
-def _visit(step, first, begin, diagonal, leave, OTHER: tl.constexpr, IS_FAR: tl.constexpr):
+def _visit(step, first, begin, diagonal, leave, STEP: tl.constexpr, IS_FAR: tl.constexpr):
     """First row of the tile that a walk visits at a step, and its row next to the diagonal (on it, any row nearby)."""
     if IS_FAR:
-        other = begin + step * OTHER
+        other = begin + step * STEP
         other += tl.where(other < diagonal, 0, leave - diagonal)
-        return other, tl.where(other < first, other + OTHER - 1, other)
+        return other, tl.where(other < first, other + STEP - 1, other)
     else:
-        return diagonal + step * OTHER, first
+        return diagonal + step * STEP, first
 
 
 @triton.jit
-def _read(base, stride, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def _read(base, stride, seq_start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """The tile of ROWS rows from `first` of the sequence at `start`, zero beyond the sequence and beyond the head.
 
     Offsets have 64 bits: T * 3 * H * D may pass 2^31. What a walk does not change comes first in their sum.
     """
     rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_DIM)
-    pointers = (base + start.to(tl.int64) * stride + channels)[None, :] + rows.to(tl.int64)[:, None] * stride
+    pointers = (base + seq_start.to(tl.int64) * stride + channels)[None, :] + rows.to(tl.int64)[:, None] * stride
     exists = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
     return tl.load(pointers, mask=exists, other=0.0)
 
 
 @triton.jit
 def _write(
-    tile, base, stride, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+    tile, base, stride, seq_start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):
     """Store the rows that the sequence has and the channels that the head has, in the dtype of the output.
 
@@ -240,13 +226,13 @@ def _write(
     """
     rows = tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_DIM)
-    pointers = base + (start + first).to(tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    pointers = base + (seq_start + first).to(tl.int64) * stride + rows[:, None] * stride + channels[None, :]
     exists = (rows < length - first)[:, None] & (channels < HEAD_DIM)[None, :]  # [ROWS, BLOCK_DIM]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _positions(positions, start, rows, length):
+def _positions(positions, seq_start, rows, length):
     """Column of each token in its padded row: read where the mask has holes, else the token's number.
 
     Rows beyond the sequence get the column of its last one, so that no distance has the wrong sign.
@@ -254,78 +240,54 @@ def _positions(positions, start, rows, length):
     if positions is None:
         return rows
     else:
-        return tl.load(positions + start + tl.minimum(rows, length - 1)).to(tl.int32)
+        return tl.load(positions + seq_start + tl.minimum(rows, length - 1)).to(tl.int32)
 
 
 @triton.jit
-def _keys_valid(key_mask, start, rows, length):
-    """Which keys exist and are no padding."""
+def _keys_valid(key_mask, seq_start, rows, length):
+    """Which keys exist and are not padding."""
     valid = rows < length
     if key_mask is not None:
-        valid = valid & (tl.load(key_mask + start + rows, mask=valid, other=0) != 0)
+        valid = valid & (tl.load(key_mask + seq_start + rows, mask=valid, other=0) != 0)
     return valid
 
 
 @triton.jit
-def _scores(
-    own_tile,
-    other_tile,
-    own_positions,
-    positions,
-    start,
-    length,
-    first,
-    other,
-    near,
-    factor,
-    slope,
-    extra,
-    OTHER: tl.constexpr,
-    IS_FAR: tl.constexpr,
-):
-    """Scaled products of two tiles with their bias, in base 2.
+def _add_alibi(s, extra, rows, columns, near, slope, is_left, IS_FAR: tl.constexpr):
+    """Add the bias to the scores of a tile.
 
-    Off the diagonal the bias splits into a part of the row and a part of the column. Distances are counted from `near`,
-    the other tile's row next to the diagonal, so that both parts have one sign and nothing cancels.
+    Off the diagonal it splits into a part of the row and a part of the column. Distances are counted from `near`, so
+    that both parts have one sign and nothing cancels.
 
     Args:
-        own_tile: [OWN, BLOCK_DIM], queries or keys.
-        other_tile: [OTHER, BLOCK_DIM], keys or queries.
-        own_positions: int32 [OWN].
-        positions: see `_positions`.
-        start: first token of the sequence.
-        length: tokens of the sequence.
-        first: first row of the own tile.
-        other: first row of the other tile.
-        near: see `_visit`.
-        factor: multiplies the products.
+        s: float32 [ROWS, STEP], in base 2.
+        extra: float32 [STEP], added to each row.
+        rows: int32 [ROWS], positions of the rows.
+        columns: int32 [STEP], positions of the columns.
+        near: int32, position of the column next to the diagonal.
         slope: of the head, in base 2.
-        extra: float32 [OTHER], added to each row.
-        OTHER: rows of the other tile.
-        IS_FAR: whether the other tile lies off the diagonal.
+        is_left: whether the columns come before the rows.
+        IS_FAR: whether the tile lies off the diagonal.
 
     Returns:
-        float32 [OWN, OTHER] without the row's part of the bias, and that part, float32 [OWN].
+        float32 [ROWS, STEP] without the row's part of the bias, and that part, float32 [ROWS].
     """
-    scores = tl.dot(own_tile, tl.trans(other_tile), input_precision="ieee")  # [OWN, OTHER]
-    others = other + tl.arange(0, OTHER)
-    nearest = _positions(positions, start, near, length)
-    row = (own_positions - nearest).to(tl.float32)  # [OWN]
-    column = (_positions(positions, start, others, length) - nearest).to(tl.float32)  # [OTHER]
+    row = (rows - near).to(tl.float32)  # [ROWS]
+    column = (columns - near).to(tl.float32)  # [STEP]
     if IS_FAR:
-        side = tl.where(other < first, slope, -slope)
-        return scores * factor + (extra + column * side)[None, :], row * -side
+        side = tl.where(is_left, slope, -slope)
+        return s + (extra + column * side)[None, :], row * -side
     else:
-        return scores * factor + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
+        return s + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
 
 
 @triton.jit
 def _keep(seed, stream, queries, keys, dropout_p):
-    """Which weights dropout keeps, for token numbers that broadcast to the tile.
+    """Which weights dropout keeps, for numbers of queries and keys that broadcast to the tile.
 
-    Philox keyed by the seed and counted by (key, query, stream): a weight's fate depends on its place alone, not on
-    tile sizes. Seven rounds are the fewest that pass BigCrush (https://doi.org/10.1145/2063384.2063405). One draw a
-    weight costs about as much as moving four neighbouring draws to the threads that need them.
+    Philox keyed by the seed and counted by (key, query, stream): whether a weight is kept depends on its position, not
+    on tile sizes. Seven rounds are the fewest that pass BigCrush (https://doi.org/10.1145/2063384.2063405). One draw
+    per weight costs about as much as moving four neighbouring draws to the threads that need them.
     """
     zero = (queries + keys) * 0
     draws, _, _, _ = tl.philox(tl.load(seed), zero + keys, zero + queries, zero + stream, zero, 7)
@@ -352,7 +314,7 @@ def _measure_kernel(
     Writes `peaks` float32 [T // ROWS + N, H, 3], except for tiles without tokens.
     """
     head = tl.program_id(1)
-    _, start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), ROWS)
+    _, seq_start, length, first = _locate(cu_seqlens, num_sequences, tl.program_id(0), ROWS)
     if first >= length:
         return
     query = qkv + head.to(tl.int64) * head_stride
@@ -361,8 +323,8 @@ def _measure_kernel(
     key_peak = tl.zeros((STEP,), tl.float32)
     low = tl.zeros((STEP,), tl.float32)
     for step in range(0, ROWS, STEP):
-        q = _read(query, stride, start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
-        k = _read(key, stride, start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
+        q = _read(query, stride, seq_start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
+        k = _read(key, stride, seq_start, first + step, length, STEP, HEAD_DIM, BLOCK_DIM).to(tl.float32)
         query_peak = tl.maximum(query_peak, _or_infinity(tl.sum(q * q, axis=1)))
         key_peak = tl.maximum(key_peak, _or_infinity(tl.sum(k * k, axis=1)))
         low = tl.maximum(low, _or_infinity(tl.sum(q * k, axis=1) * -scale))
@@ -374,7 +336,7 @@ def _measure_kernel(
 
 @triton.jit
 def _or_infinity(values):
-    """Infinity in place of NaN: a maximum would drop NaN, and with it the news that nothing is bounded."""
+    """Infinity instead of NaN: a maximum would drop NaN, and with it the information that nothing is bounded."""
     return tl.where(values == values, values, float("inf"))
 
 
@@ -400,65 +362,68 @@ def _forward_kernel(
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
     MEASURED: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """A tile of queries walks over the keys.
 
     Writes `out` [T, H, D] and `lse` float32 [H, T], the base-2 logarithm of each softmax's sum of exponentials.
     """
-    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    head, slope, stream, seq_start, length, start_m, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_M, BLOCK_N
     )
-    if first >= length:
+    if start_m >= length:
         return
     query = qkv + head * head_stride
     key = query + part_stride
     value = key + part_stride
     factor = scale * LOG2E
-    rows = first + tl.arange(0, OWN)
-    own_positions = _positions(positions, start, rows, length)
-    q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    pos_m = _positions(positions, seq_start, offs_m, length)
+    q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
 
-    row_max = tl.full((OWN,), LOWEST, tl.float32)
-    row_sum = tl.zeros((OWN,), tl.float32)
-    context = tl.zeros((OWN, BLOCK_DIM), tl.float32)
+    m_i = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
+    # The diagonal comes first: it holds each query's own key, whose bias is 0 and whose score is often the largest of
+    # the row. m_i then no longer changes, and the tiles that follow scale l_i and acc by exactly 1.
     for is_far in tl.static_range(2):
-        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
-            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
-            others = other + tl.arange(0, OTHER)
-            k = _read(key, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            extra = tl.where(_keys_valid(key_mask, start, others, length), 0.0, float("-inf"))
-            scores, row_bias = _scores(
-                q, k, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
-            )
-            new_max = tl.maximum(row_max, tl.max(scores, axis=1) + row_bias)
-            weights = tl.exp2(scores + (row_bias - new_max)[:, None])  # [OWN, OTHER]
-            shrink = tl.exp2(row_max - new_max)
-            row_max = new_max
-            row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+        for step in range(_steps(begin, diagonal, leave, stop, BLOCK_N, is_far)):
+            start_n, near = _visit(step, start_m, begin, diagonal, leave, BLOCK_N, is_far)
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = _read(key, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+            extra = tl.where(_keys_valid(key_mask, seq_start, offs_n, length), 0.0, float("-inf"))
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_M, BLOCK_N]
+            near = _positions(positions, seq_start, near, length)
+            pos_n = _positions(positions, seq_start, offs_n, length)
+            s, row_bias = _add_alibi(s, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
+            m_new = tl.maximum(m_i, tl.max(s, axis=1) + row_bias)
+            p = tl.exp2(s + (row_bias - m_new)[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            m_i = m_new
+            l_i = l_i * alpha + tl.sum(p, axis=1)
             if seed is not None:
-                keep = _keep(seed, stream, rows[:, None], others[None, :], dropout_p)
-                weights = tl.where(keep, weights, 0.0)
-            v = _read(value, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            context = tl.dot(weights.to(v.dtype), v, context * shrink[:, None], input_precision="ieee")
+                keep = _keep(seed, stream, offs_m[:, None], offs_n[None, :], dropout_p)
+                p = tl.where(keep, p, 0.0)
+            v = _read(value, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
 
     # Only a row whose keys are all masked has no sum; its output is zero, and an infinite sum silences it in backward.
-    has_keys = row_sum > 0
-    share = 1.0 / tl.where(has_keys, row_sum, 1.0)
+    has_keys = l_i > 0
+    share = 1.0 / tl.where(has_keys, l_i, 1.0)
     if seed is not None:
         share = share / (1.0 - dropout_p)
-    row_lse = tl.where(has_keys, row_max + tl.log2(row_sum), float("inf"))
-    tl.store(lse + head * total + start + rows, row_lse, mask=rows < length)
+    lse_i = tl.where(has_keys, m_i + tl.log2(l_i), float("inf"))
+    tl.store(lse + head * total + seq_start + offs_m, lse_i, mask=offs_m < length)
     out_stride = tl.num_programs(1) * HEAD_DIM
     out += head * HEAD_DIM
-    _write(context * share[:, None], out, out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    _write(acc * share[:, None], out, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "total"])
 def _query_gradient_kernel(
-    qkv,
     out,
+    qkv,
     out_gradient,
     gradient,
     lse,
@@ -482,17 +447,18 @@ def _query_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
     MEASURED: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """A tile of queries walks over the keys.
 
-    Writes the query's part of `gradient` [T, 3, H, D], and `delta` float32 [H, T], the products out . out_gradient.
+    Writes the query's part of `gradient` [T, 3, H, D], and `delta` float32 [H, T], the dot products of `out` and
+    `out_gradient`.
     """
-    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    head, slope, stream, seq_start, length, start_m, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_M, BLOCK_N
     )
-    if first >= length:
+    if start_m >= length:
         return
     query = qkv + head * head_stride
     key = query + part_stride
@@ -501,37 +467,38 @@ def _query_gradient_kernel(
     out_gradient += head * out_gradient_head_stride
     out_stride = tl.num_programs(1) * HEAD_DIM
     factor = scale * LOG2E
-    rows = first + tl.arange(0, OWN)
-    valid = rows < length
-    own_positions = _positions(positions, start, rows, length)
-    q = _read(query, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    do = _read(out_gradient, out_gradient_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    o = _read(out, out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)  # [OWN]
-    tl.store(delta + head * total + start + rows, row_delta, mask=valid)
-    row_lse = tl.load(lse + head * total + start + rows, mask=valid, other=float("inf"))
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    valid = offs_m < length
+    pos_m = _positions(positions, seq_start, offs_m, length)
+    q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+    do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+    o = _read(out, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+    delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
+    tl.store(delta + head * total + seq_start + offs_m, delta_i, mask=valid)
+    lse_i = tl.load(lse + head * total + seq_start + offs_m, mask=valid, other=float("inf"))
 
-    dq = tl.zeros((OWN, BLOCK_DIM), tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     for is_far in tl.static_range(2):
-        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
-            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
-            others = other + tl.arange(0, OTHER)
-            k = _read(key, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            v = _read(value, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            extra = tl.where(_keys_valid(key_mask, start, others, length), 0.0, float("-inf"))
-            scores, row_bias = _scores(
-                q, k, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
-            )
-            weights = tl.exp2(scores + (row_bias - row_lse)[:, None])  # [OWN, OTHER]
-            dweights = tl.dot(do, tl.trans(v), input_precision="ieee")
+        for step in range(_steps(begin, diagonal, leave, stop, BLOCK_N, is_far)):
+            start_n, near = _visit(step, start_m, begin, diagonal, leave, BLOCK_N, is_far)
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = _read(key, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+            v = _read(value, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+            extra = tl.where(_keys_valid(key_mask, seq_start, offs_n, length), 0.0, float("-inf"))
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_M, BLOCK_N]
+            near = _positions(positions, seq_start, near, length)
+            pos_n = _positions(positions, seq_start, offs_n, length)
+            s, row_bias = _add_alibi(s, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
+            p = tl.exp2(s + (row_bias - lse_i)[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if seed is not None:
-                keep = _keep(seed, stream, rows[:, None], others[None, :], dropout_p)
-                dweights = tl.where(keep, dweights / (1.0 - dropout_p), 0.0)
-            dscores = weights * (dweights - row_delta[:, None])
-            dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
+                keep = _keep(seed, stream, offs_m[:, None], offs_n[None, :], dropout_p)
+                dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
+            ds = p * (dp - delta_i[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     gradient += head * HEAD_DIM
-    _write(dq * scale, gradient, 3 * out_stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    _write(dq * scale, gradient, 3 * out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "total"])
@@ -560,63 +527,64 @@ def _key_value_gradient_kernel(
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
     MEASURED: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """A tile of keys walks over the queries.
 
-    Writes the key's and the value's part of `gradient` [T, 3, H, D]. Scores stand transposed, [keys, queries], so that
-    they enter the next product from registers.
+    Writes the key's and the value's part of `gradient` [T, 3, H, D]. Scores are transposed, [keys, queries], so that
+    they enter the next matrix product from registers.
     """
-    head, slope, stream, start, length, first, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, OWN, OTHER, MEASURED
+    head, slope, stream, seq_start, length, start_n, begin, diagonal, leave, stop = _start(
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_N, BLOCK_M
     )
-    if first >= length:
+    if start_n >= length:
         return
     query = qkv + head * head_stride
     key = query + part_stride
     value = key + part_stride
     out_gradient += head * out_gradient_head_stride
-    lse += head * total + start
-    delta += head * total + start
+    lse += head * total + seq_start
+    delta += head * total + seq_start
     part = tl.num_programs(1) * HEAD_DIM
     gradient += head * HEAD_DIM + part
     factor = scale * LOG2E
-    rows = first + tl.arange(0, OWN)
-    own_positions = _positions(positions, start, rows, length)
-    k = _read(key, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    v = _read(value, stride, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    pos_n = _positions(positions, seq_start, offs_n, length)
+    k = _read(key, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+    v = _read(value, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
 
-    dk = tl.zeros((OWN, BLOCK_DIM), tl.float32)
-    dv = tl.zeros((OWN, BLOCK_DIM), tl.float32)
+    dk = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     for is_far in tl.static_range(2):
-        for step in range(_steps(begin, diagonal, leave, stop, OTHER, is_far)):
-            other, near = _visit(step, first, begin, diagonal, leave, OTHER, is_far)
-            others = other + tl.arange(0, OTHER)
-            q = _read(query, stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
-            do = _read(out_gradient, out_gradient_stride, start, other, length, OTHER, HEAD_DIM, BLOCK_DIM)
+        for step in range(_steps(begin, diagonal, leave, stop, BLOCK_M, is_far)):
+            start_m, near = _visit(step, start_n, begin, diagonal, leave, BLOCK_M, is_far)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+            do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
             # Queries beyond the sequence need no mask: they weigh exp2(bias), at most 1, and multiply zeros.
-            extra = -tl.load(lse + others, mask=others < length, other=0.0)  # [OTHER]
-            scores, row_bias = _scores(
-                k, q, own_positions, positions, start, length, first, other, near, factor, slope, extra, OTHER, is_far
-            )
-            weights = tl.exp2(scores + row_bias[:, None])  # [OWN, OTHER]
+            extra = -tl.load(lse + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
+            near = _positions(positions, seq_start, near, length)
+            pos_m = _positions(positions, seq_start, offs_m, length)
+            s, row_bias = _add_alibi(s, extra, pos_n, pos_m, near, slope, start_m < start_n, is_far)
+            p = tl.exp2(s + row_bias[:, None])
             if key_mask is not None:
-                weights = tl.where(_keys_valid(key_mask, start, rows, length)[:, None], weights, 0.0)
-            dropped = weights
+                p = tl.where(_keys_valid(key_mask, seq_start, offs_n, length)[:, None], p, 0.0)
+            dropped = p
             if seed is not None:
-                keep = _keep(seed, stream, others[None, :], rows[:, None], dropout_p)
-                dropped = tl.where(keep, weights / (1.0 - dropout_p), 0.0)
+                keep = _keep(seed, stream, offs_m[None, :], offs_n[:, None], dropout_p)
+                dropped = tl.where(keep, p / (1.0 - dropout_p), 0.0)
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
-            dweights = tl.dot(v, tl.trans(do), input_precision="ieee")  # [OWN, OTHER]
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             if seed is not None:
-                dweights = tl.where(keep, dweights / (1.0 - dropout_p), 0.0)
-            column_delta = tl.load(delta + others, mask=others < length, other=0.0)  # [OTHER]
-            dscores = weights * (dweights - column_delta[None, :])
-            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+                dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
+            delta_m = tl.load(delta + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
+            ds = p * (dp - delta_m[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    _write(dk * scale, gradient, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
-    _write(dv, gradient + part, 3 * part, start, first, length, OWN, HEAD_DIM, BLOCK_DIM)
+    _write(dk * scale, gradient, 3 * part, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+    _write(dv, gradient + part, 3 * part, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
 
 
 # Tile sizes to try, by what they are for. The first of each is safe on any card, and runs where nothing can be timed.
@@ -672,31 +640,44 @@ def tiles_for(kernel, dtype: torch.dtype, head_dim: int, has_dropout: bool, memo
 
     def fits(tile):
         # Two owned tiles, and two of the other side for each stage of the pipeline.
-        rows = 2 * (tile.own + tile.other * tile.stages)
+        rows = 2 * (tile.rows + tile.step * tile.stages)
         return rows * _block_dim(head_dim) * dtype.itemsize <= memory
 
     return [tile for tile in _TILES[kernel][kind] if fits(tile)] or [Tile(32, 32, 4, 1)]
 
 
 def _block_dim(head_dim: int) -> int:
-    """D rounded up to a power of two of at least 16, which is what tl.dot multiplies."""
+    """D rounded up to a power of two of at least 16, the smallest that tl.dot multiplies."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _run(kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers) -> None:
+def constants_of(kernel, num_heads: int, head_dim: int, tile: Tile) -> dict:
+    """The constexpr arguments of an attention kernel: its program owns BLOCK_M queries, or BLOCK_N keys."""
+    owns_keys = kernel is _key_value_gradient_kernel
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": _block_dim(head_dim),
+        "POWER": 1 << num_heads.bit_length() - 1,
+        "MEASURED": MEASURED_TOKENS,
+        "BLOCK_M": tile.step if owns_keys else tile.rows,
+        "BLOCK_N": tile.rows if owns_keys else tile.step,
+    }
+
+
+def _run(kernel, max_seqlen, tensors, strides, numbers) -> None:
     """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind."""
-    total, _, heads, head_dim = qkv.shape
-    constants = (head_dim, _block_dim(head_dim), 1 << heads.bit_length() - 1, MEASURED_TOKENS)
+    qkv, has_dropout = tensors["qkv"], tensors["seed"] is not None
+    _, _, heads, head_dim = qkv.shape
 
     def run(tile):
-        grid = (total // tile.own + cu_seqlens.shape[0] - 1, heads, 1)
-        launch(kernel, grid, tensors, strides, numbers, (*constants, tile.own, tile.other), tile)
+        grid = (numbers["total"] // tile.rows + numbers["num_sequences"], heads, 1)
+        launch(kernel, grid, tile, tensors, strides, numbers, constants_of(kernel, heads, head_dim, tile))
 
-    key = (kernel, qkv.device, qkv.dtype, head_dim, seed is None, bisect.bisect_left(_LENGTHS, max_seqlen))
+    key = (kernel.fn, qkv.device, qkv.dtype, head_dim, has_dropout, bisect.bisect_left(_LENGTHS, max_seqlen))
     tile = _chosen.get(key)
     if tile is None:
         memory = shared_memory(qkv.device) if qkv.is_cuda else 2**20
-        tiles = tiles_for(kernel, qkv.dtype, head_dim, seed is not None, memory)
+        tiles = tiles_for(kernel, qkv.dtype, head_dim, has_dropout, memory)
         tile = tiles[0]
         if qkv.is_cuda and torch.cuda.is_current_stream_capturing():
             return run(tile)  # nothing can be timed while a graph is captured
@@ -712,7 +693,16 @@ def _as_bytes(key_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _forward(
-    qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    slopes: torch.Tensor,
+    positions: Optional[torch.Tensor],
+    key_mask: Optional[torch.Tensor],
+    seed: Optional[torch.Tensor],
+    scale: float,
+    dropout_p: float,
+    max_seqlen: int,
+    skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward kernels: one, or two where something may be skipped.
 
@@ -737,13 +727,41 @@ def _forward(
     if out.numel() == 0:
         return out, lse, peaks
     total, _, heads, head_dim = qkv.shape
-    strides, numbers = qkv.stride()[:3], (scale, dropout_p, cu_seqlens.shape[0] - 1, total)
+    stride, part_stride, head_stride, _ = qkv.stride()
+    strides = {"stride": stride, "part_stride": part_stride, "head_stride": head_stride}
+    num_sequences = cu_seqlens.shape[0] - 1
     if skip:
-        constants = (head_dim, _block_dim(head_dim), *_MEASURING[:2])
-        tensors = (qkv, peaks, cu_seqlens)
-        launch(_measure_kernel, (peaks.shape[0], heads, 1), tensors, strides, numbers[::2], constants, _MEASURING)
-    tensors = (qkv, out, lse, cu_seqlens, slopes, peaks if skip else None, positions, _as_bytes(key_mask), seed)
-    _run(_forward_kernel, qkv, cu_seqlens, max_seqlen, seed, tensors, strides, numbers)
+        launch(
+            _measure_kernel,
+            grid=(peaks.shape[0], heads, 1),
+            tile=_MEASURING,
+            tensors={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens},
+            strides=strides,
+            numbers={"scale": scale, "num_sequences": num_sequences},
+            constants={
+                "HEAD_DIM": head_dim,
+                "BLOCK_DIM": _block_dim(head_dim),
+                "ROWS": _MEASURING.rows,
+                "STEP": _MEASURING.step,
+            },
+        )
+    _run(
+        _forward_kernel,
+        max_seqlen,
+        tensors={
+            "qkv": qkv,
+            "out": out,
+            "lse": lse,
+            "cu_seqlens": cu_seqlens,
+            "slopes": slopes,
+            "peaks": peaks if skip else None,
+            "positions": positions,
+            "key_mask": _as_bytes(key_mask),
+            "seed": seed,
+        },
+        strides=strides,
+        numbers={"scale": scale, "dropout_p": dropout_p, "num_sequences": num_sequences, "total": total},
+    )
     return out, lse, peaks
 
 
@@ -759,91 +777,6 @@ def _empty_results(qkv, cu_seqlens, skip):
 
 
 def _backward(
-    out_gradient,
-    qkv,
-    out,
-    lse,
-    peaks,
-    cu_seqlens,
-    slopes,
-    positions,
-    key_mask,
-    seed,
-    scale,
-    dropout_p,
-    max_seqlen,
-    skip,
-) -> torch.Tensor:
-    """Launch the two backward kernels.
-
-    Args:
-        out_gradient: [T, H, D].
-        qkv: as for `_forward`, and so are the arguments from `cu_seqlens` on.
-        out: what `_forward` returned, and so are `lse` and `peaks`.
-
-    Returns:
-        The gradient of `qkv`, [T, 3, H, D] in its dtype.
-    """
-    qkv, out_gradient = with_channels(qkv), with_channels(out_gradient)
-    gradient = qkv.new_empty(qkv.shape)
-    if out.numel() == 0:
-        return gradient
-    delta = torch.empty_like(lse)
-    shared = (gradient, lse, delta, cu_seqlens, slopes, peaks if skip else None, positions, _as_bytes(key_mask), seed)
-    strides = (*qkv.stride()[:3], *out_gradient.stride()[:2])
-    numbers = (scale, dropout_p, cu_seqlens.shape[0] - 1, qkv.shape[0])
-    for kernel, own in (
-        (_query_gradient_kernel, (qkv, out, out_gradient)),  # first, because it writes `delta`
-        (_key_value_gradient_kernel, (qkv, out_gradient)),
-    ):
-        _run(kernel, qkv, cu_seqlens, max_seqlen, seed, (*own, *shared), strides, numbers)
-    return gradient
-
-
-class _Attention(torch.autograd.Function):
-    """The attention in eager mode, where a custom operator would cost about 0.1 ms of Python a call."""
-
-    @staticmethod
-    def forward(ctx, qkv, *rest):
-        results = _forward(qkv, *rest)
-        ctx.save_for_backward(qkv, *results, *rest[:5])
-        ctx.numbers = rest[5:]
-        return results[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, out_gradient):
-        return _backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
-
-
-# The Hub's loader gives each revision of this file a module name of its own, and several may live in one process.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention", mutates_args=())
-def _attention(
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    slopes: torch.Tensor,
-    positions: Optional[torch.Tensor],
-    key_mask: Optional[torch.Tensor],
-    seed: Optional[torch.Tensor],
-    scale: float,
-    dropout_p: float,
-    max_seqlen: int,
-    skip: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_forward` as one operator, for whoever traces: torch.compile, fake tensors, dispatch modes, functorch."""
-    return _forward(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
-
-
-@_attention.register_fake
-def _(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip):
-    return _empty_results(qkv, cu_seqlens, skip)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_backward", mutates_args=())
-def _attention_backward(
     out_gradient: torch.Tensor,
     qkv: torch.Tensor,
     out: torch.Tensor,
@@ -859,9 +792,80 @@ def _attention_backward(
     max_seqlen: int,
     skip: bool,
 ) -> torch.Tensor:
-    """`_backward` as one operator."""
-    forward = (out, lse, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip)
-    return _backward(out_gradient, qkv, *forward)
+    """Launch the two backward kernels.
+
+    Args:
+        out_gradient: [T, H, D].
+        qkv: as for `_forward`, and so are the arguments from `cu_seqlens` on.
+        out: what `_forward` returned, and so are `lse` and `peaks`.
+
+    Returns:
+        The gradient of `qkv`, [T, 3, H, D] in its dtype.
+    """
+    qkv, out_gradient = with_channels(qkv), with_channels(out_gradient)
+    gradient = qkv.new_empty(qkv.shape)
+    if out.numel() == 0:
+        return gradient
+    stride, part_stride, head_stride, _ = qkv.stride()
+    out_gradient_stride, out_gradient_head_stride, _ = out_gradient.stride()
+    tensors = {
+        "qkv": qkv,
+        "out_gradient": out_gradient,
+        "gradient": gradient,
+        "lse": lse,
+        "delta": torch.empty_like(lse),
+        "cu_seqlens": cu_seqlens,
+        "slopes": slopes,
+        "peaks": peaks if skip else None,
+        "positions": positions,
+        "key_mask": _as_bytes(key_mask),
+        "seed": seed,
+    }
+    strides = {
+        "stride": stride,
+        "part_stride": part_stride,
+        "head_stride": head_stride,
+        "out_gradient_stride": out_gradient_stride,
+        "out_gradient_head_stride": out_gradient_head_stride,
+    }
+    numbers = {
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "num_sequences": cu_seqlens.shape[0] - 1,
+        "total": qkv.shape[0],
+    }
+    # The query gradient comes first, because it writes `delta`.
+    _run(_query_gradient_kernel, max_seqlen, {"out": out, **tensors}, strides, numbers)
+    _run(_key_value_gradient_kernel, max_seqlen, tensors, strides, numbers)
+    return gradient
+
+
+class _Attention(torch.autograd.Function):
+    """The attention in eager mode, where a custom operator would cost about 0.1 ms of Python per call."""
+
+    @staticmethod
+    def forward(ctx, qkv, *rest):
+        results = _forward(qkv, *rest)
+        ctx.save_for_backward(qkv, *results, *rest[:5])
+        ctx.numbers = rest[5:]
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_gradient):
+        return _backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+
+
+# The same as operators, for whoever traces: torch.compile, fake tensors, dispatch modes, functorch. The Hub's loader
+# gives each revision of this file a module name of its own, and several may live in one process.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+_attention = torch.library.custom_op(f"{_NAMESPACE}::alibi_attention", _forward, mutates_args=())
+_attention_backward = torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_backward", _backward, mutates_args=())
+
+
+@_attention.register_fake
+def _(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip):
+    return _empty_results(qkv, cu_seqlens, skip)
 
 
 @_attention_backward.register_fake
@@ -884,188 +888,43 @@ def _gradients(ctx, out_gradient, *_):
 _attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def _attend(
-    qkv, cu_seqlens, max_seqlen, slopes, scale, dropout_p, positions=None, key_mask=None, skip=True
-) -> torch.Tensor:
-    """Draw the dropout's key where there is dropout, and run the kernels."""
-    # The kernels index these by place alone.
-    cu_seqlens, slopes, positions, key_mask = (
-        None if tensor is None else tensor.contiguous() for tensor in (cu_seqlens, slopes, positions, key_mask)
-    )
-    seed = None
-    if dropout_p > 0:
-        # From torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and nothing
-        # waits for the host.
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
-    skip = skip and max_seqlen > LONGEST_UNSKIPPED
-    arguments = (
-        *(qkv, cu_seqlens, slopes, positions, key_mask, seed),
-        *(float(scale), float(dropout_p), max_seqlen, skip),
-    )
-    if is_observed(qkv):
-        return _attention(*arguments)[0]
-    if qkv.requires_grad and torch.is_grad_enabled():
-        return _Attention.apply(*arguments)
-    return _forward(*arguments)[0]
-
-
 def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """The `triton` row of the backend table.
 
     Args:
         qkv: float16, bfloat16 or float32 [T, 3, H, D], D at most 128; any strides, copied only if its channels are not
             contiguous. float32 is computed in float32, without TensorFloat-32.
-        packed: the `PackedBatch` that says which tokens form a sequence, where they stand and which are padding.
+        packed: the `PackedBatch` that says which tokens form a sequence, their positions and which are padding.
         alibi_slopes: float32 [H], positive, on the device of `qkv`; gets no gradient.
         scale: factor of the scores.
         dropout_p: probability of dropping a weight, in [0, 1).
 
     Returns:
-        [T, H, D] in the dtype of `qkv`. Positions that hold padding (`packed.key_mask`) get values without meaning.
-        The gradient of `qkv` is one dense tensor [T, 3, H, D].
+        [T, H, D] in the dtype of `qkv`. Ignore the values at padding (`packed.key_mask`). The gradient of `qkv` is one
+        dense tensor [T, 3, H, D].
 
-    Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax; the bias and the
-    skipping are ours.
+    Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax.
     """
-    return _attend(
-        qkv,
-        packed.cu_seqlens,
-        packed.max_seqlen,
-        alibi_slopes,
-        scale,
-        dropout_p,
-        positions=packed.positions if packed.has_holes else None,
-        key_mask=packed.key_mask,
-    )
-
-
-def _check_arguments(qkv, rank: int, dropout_p, alibi_slopes, causal) -> None:
-    if not isinstance(qkv, torch.Tensor) or qkv.dim() != rank or qkv.shape[-3] != 3:
-        layout = "[T, 3, H, D]" if rank == 4 else "[B, S, 3, H, D]"
-        got = tuple(qkv.shape) if isinstance(qkv, torch.Tensor) else type(qkv).__name__
-        raise ValueError(f"qkv must be a tensor {layout}, got {got}")
-    if qkv.dtype not in DTYPES:
-        raise ValueError(f"qkv must be {', '.join(str(dtype) for dtype in DTYPES)}, got {qkv.dtype}")
-    heads, head_dim = qkv.shape[-2:]
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"qkv must have heads of 1 to {MAX_HEAD_DIM} channels, got {head_dim}")
-    if reason := triton_declines(qkv.device):
-        raise ValueError(f"qkv must be on a device that Triton can use: {reason}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if causal:
-        raise ValueError("causal must be False: this attention looks both ways")
-    if alibi_slopes is None:
-        return
-    if not isinstance(alibi_slopes, torch.Tensor) or alibi_slopes.shape != (heads,):
-        got = tuple(alibi_slopes.shape) if isinstance(alibi_slopes, torch.Tensor) else type(alibi_slopes).__name__
-        raise ValueError(f"alibi_slopes must be a tensor [H] with H = {heads}, got {got}")
-    if alibi_slopes.dtype != torch.float32 or alibi_slopes.device != qkv.device:
-        raise ValueError(
-            f"alibi_slopes must be float32 on {qkv.device}, got {alibi_slopes.dtype} on {alibi_slopes.device}"
+    # The kernels index these by position alone.
+    cu_seqlens, slopes, positions, key_mask = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (
+            packed.cu_seqlens,
+            alibi_slopes,
+            packed.positions if packed.has_holes else None,
+            packed.key_mask,
         )
-
-
-def _check_values(total: int, cu_seqlens, alibi_slopes) -> None:
-    """Check what only the device knows; waits for it once."""
-    facts = [cu_seqlens[0], cu_seqlens[-1], cu_seqlens.diff().amin()]
-    if alibi_slopes is not None:
-        facts.append(alibi_slopes.amin())
-    start, end, shortest, *slope = torch.stack([fact.double() for fact in facts]).tolist()
-    if start != 0 or end != total or shortest < 0:
-        raise ValueError(
-            f"cu_seqlens must start at 0, never fall and end at T = {total}; it starts at {start:.0f}, ends at "
-            f"{end:.0f}, and its smallest step is {shortest:.0f}"
-        )
-    if slope and not slope[0] > 0:
-        raise ValueError(f"alibi_slopes must be positive, got {slope[0]}")
-
-
-def flash_attn_varlen_qkvpacked_func(
-    qkv,
-    cu_seqlens,
-    max_seqlen,
-    dropout_p=0.0,
-    softmax_scale=None,
-    alibi_slopes=None,
-    *,
-    causal=False,
-    skip=True,
-    check=True,
-):
-    """Bidirectional ALiBi attention over packed sequences; names and order of the flash-attn 2 package.
-
-    Deterministic forward and backward. Softmax and sums are float32; float32 input is computed in float32, without
-    TensorFloat-32. Gradients reach `qkv`; slopes get none.
-
-    Args:
-        qkv: float16, bfloat16 or float32 [T, 3, H, D], D from 1 to 128; any strides (copied unless the last axis is
-            contiguous).
-        cu_seqlens: int32 [N + 1] on the device of `qkv`, the first token of each sequence, then T.
-        max_seqlen: tokens of the longest sequence; chooses tile sizes, never results.
-        dropout_p: probability of dropping an attention weight, in [0, 1); drawn from torch's generator.
-        softmax_scale: factor of the scores; None: 1 / sqrt(D).
-        alibi_slopes: float32 [H], positive, on the device of `qkv`; None: no bias.
-        causal: must be False.
-        skip: leave out tiles that weigh under 2^-24 of a row (see the top of this file).
-        check: also check the values of `cu_seqlens` and `alibi_slopes`, which waits for the device; not done under
-            torch.compile.
-
-    Returns:
-        [T, H, D] in the dtype of `qkv`.
-
-    Raises:
-        ValueError: an argument is not as described; the message names it.
-
-    Source: as for `triton_attention`.
-    """
-    _check_arguments(qkv, 4, dropout_p, alibi_slopes, causal)
-    total, _, heads, head_dim = qkv.shape
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
-        raise ValueError(f"cu_seqlens must be a tensor [N + 1] with N at least 1, got {got}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
-        raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
-    if check and not torch.compiler.is_compiling():
-        _check_values(total, cu_seqlens, alibi_slopes)
-    slopes = qkv.new_zeros(heads, dtype=torch.float32) if alibi_slopes is None else alibi_slopes
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return _attend(qkv, cu_seqlens, max_seqlen, slopes, scale, dropout_p, skip=skip)
-
-
-def flash_attn_qkvpacked_func(
-    qkv, dropout_p=0.0, softmax_scale=None, alibi_slopes=None, *, causal=False, skip=True, check=True
-):
-    """Bidirectional ALiBi attention over B sequences of equal length.
-
-    Args:
-        qkv: float16, bfloat16 or float32 [B, S, 3, H, D].
-        dropout_p: as for `flash_attn_varlen_qkvpacked_func`.
-        softmax_scale: as there.
-        alibi_slopes: as there.
-        causal: as there.
-        skip: as there.
-        check: as there.
-
-    Returns:
-        [B, S, H, D] in the dtype of `qkv`.
-
-    Raises:
-        ValueError: an argument is not as described; the message names it.
-
-    Source: as for `triton_attention`.
-    """
-    _check_arguments(qkv, 5, dropout_p, alibi_slopes, causal)
-    batch, length = qkv.shape[:2]
-    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device) * length
-    context = flash_attn_varlen_qkvpacked_func(
-        qkv.flatten(0, 1),
-        cu_seqlens,
-        length,
-        dropout_p,
-        softmax_scale,
-        alibi_slopes,
-        skip=skip,
-        check=check,
     )
-    return context.unflatten(0, (batch, length))
+    seed = None
+    if dropout_p > 0:
+        # From torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and nothing
+        # waits for the host.
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
+    skip = packed.max_seqlen > LONGEST_UNSKIPPED
+    tensors = (qkv, cu_seqlens, slopes, positions, key_mask, seed)
+    arguments = (*tensors, float(scale), float(dropout_p), packed.max_seqlen, skip)
+    if is_observed(qkv):
+        return _attention(*arguments)[0]
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _Attention.apply(*arguments)
+    return _forward(*arguments)[0]

@@ -14,8 +14,8 @@ try:
 except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
     raise
 
-# Rows and channels that a program computes, 8 numbers a thread. Nothing is kept or reused, so memory is the limit, and
-# any size that fills the card reaches it.
+# One row and 1,024 channels per program, 8 numbers per thread. Nothing is kept or reused, so memory bandwidth is the
+# limit, and any size that fills the card reaches it.
 TILE = Tile(1, 1024, 4, 1)
 
 # 1 / sqrt(2) and 1 / sqrt(2 pi).
@@ -60,8 +60,15 @@ def _forward(gated: torch.Tensor) -> torch.Tensor:
     total, features = gated.shape[0], gated.shape[1] // 2
     out = gated.new_empty(total, features)
     if out.numel():
-        grid = (total, triton.cdiv(features, TILE.other), 1)
-        launch(_forward_kernel, grid, (gated, out), (gated.stride(0), features), (), (TILE.other,), TILE)
+        launch(
+            _forward_kernel,
+            grid=(total, triton.cdiv(features, TILE.step), 1),
+            tile=TILE,
+            tensors={"gated": gated, "out": out},
+            strides={"stride": gated.stride(0), "features": features},
+            numbers={},
+            constants={"BLOCK": TILE.step},
+        )
     return out
 
 
@@ -79,14 +86,24 @@ class _GeGLU(torch.autograd.Function):
         total, features = out_gradient.shape
         gradient = gated.new_empty(gated.shape)
         if gradient.numel():
-            grid = (total, triton.cdiv(features, TILE.other), 1)
-            strides = (gated.stride(0), out_gradient.stride(0), features)
-            launch(_backward_kernel, grid, (gated, out_gradient, gradient), strides, (), (TILE.other,), TILE)
+            launch(
+                _backward_kernel,
+                grid=(total, triton.cdiv(features, TILE.step), 1),
+                tile=TILE,
+                tensors={"gated": gated, "out_gradient": out_gradient, "gradient": gradient},
+                strides={
+                    "stride": gated.stride(0),
+                    "out_gradient_stride": out_gradient.stride(0),
+                    "features": features,
+                },
+                numbers={},
+                constants={"BLOCK": TILE.step},
+            )
         return gradient
 
 
 def triton_geglu(gated):
-    """gelu(gate) * value, with the exact GELU; sums in float32, and backward keeps nothing but `gated`.
+    """gelu(gate) * value with the exact GELU, computed in float32; backward keeps nothing but `gated`.
 
     Args:
         gated: float16, bfloat16 or float32 [..., 2 F], gates first; any strides, copied only if its channels are not

@@ -1,7 +1,4 @@
-"""Starting Triton kernels: whether a device can, with which tile size, and without Triton's dispatch once compiled.
-
-A kernel that goes through `launch` takes its arguments in this order: tensors (or None), strides, numbers, constants.
-"""
+"""How Triton kernels start: on which devices, with which tile size, and without Triton's dispatch once compiled."""
 
 import functools
 import logging
@@ -24,55 +21,78 @@ class Tile(NamedTuple):
     """A tile size, and how a block computes it.
 
     Attributes:
-        own: rows that a program owns.
-        other: rows or channels that it takes at a time.
-        warps: warps a block.
+        rows: rows that a program owns.
+        step: rows or channels that it reads at a time.
+        warps: warps per block.
         stages: stages of the software pipeline.
     """
 
-    own: int
-    other: int
+    rows: int
+    step: int
     warps: int
     stages: int
 
 
-# From 3.6 on, a compiled kernel takes the same arguments as the function it was compiled from; earlier releases differ.
-_RUNS_COMPILED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+def _runs_compiled(version: str) -> bool:
+    """Whether a compiled kernel of this Triton runs by the arguments of its function: from 3.6 to the newest tested."""
+    return (3, 6) <= tuple(int(part) for part in version.split(".")[:2]) <= (3, 7)
+
+
+_RUNS_COMPILED = _runs_compiled(triton.__version__)
 _compiled = {}
 
 
-def launch(kernel, grid, tensors, strides, numbers, constants, tile: Tile) -> None:
+def launch(kernel, grid, tile: Tile, tensors: dict, strides: dict, numbers: dict, constants: dict) -> None:
     """Run a kernel on the current stream of the first tensor's device.
 
-    Triton's dispatch takes 30 to 38 µs of Python for the attention kernels; what it compiled is kept and runs again in
-    about 10 µs.
+    Triton's dispatch takes 18 to 20 µs of Python for the attention kernels (Triton 3.7.1); what it compiled is kept and
+    runs again in 7 to 8 µs.
 
     Args:
         kernel: a triton.jit function; `numbers` must not be specialized (floats never are).
         grid: three integers.
-        tensors: the tensors, None where an optional one is absent.
-        strides: integers that the kernel is compiled for (whether they are 1 or divisible by 16).
-        numbers: integers and floats that change from call to call.
-        constants: values of the kernel's constexpr arguments.
         tile: gives the warps and the stages.
+        tensors: the kernel's arguments by name, in its order: the tensors, None where an optional one is absent.
+        strides: then integers that the kernel is compiled for (whether they are 1 or divisible by 16).
+        numbers: then integers and floats that change from call to call.
+        constants: then values of its constexpr arguments.
 
-    Source: ours.
+    Raises:
+        TypeError: names or order are not those of the kernel.
     """
-    device = tensors[0].get_device()
+    arguments = (*tensors.values(), *strides.values(), *numbers.values(), *constants.values())
+    device = arguments[0].get_device()
     with torch.cuda.device(device):
-        kinds = tuple([x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors])
-        key = (kernel, device, kinds, strides, constants, tile)
-        if torch.version.hip:  # Triton addresses what lies within 2 GiB by 32 bits there
-            key += tuple([x is not None and x.untyped_storage().nbytes() < 2**31 for x in tensors])
+        key = _key(kernel, device, tile, tensors, strides, constants)
         compiled = _compiled.get(key)
         if compiled is not None:
-            compiled[grid](*tensors, *strides, *numbers, *constants)
+            compiled[grid](*arguments)
             return
+        names = [*tensors, *strides, *numbers, *constants]
+        if names != list(kernel.arg_names):
+            raise TypeError(f"the kernel takes {', '.join(kernel.arg_names)}, got {', '.join(names)}")
         # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-        compiled = kernel[grid](*tensors, *strides, *numbers, *constants, **options)
-        if _RUNS_COMPILED and compiled is not None:  # the interpreter compiles nothing
+        compiled = kernel[grid](*arguments, **options)
+        if key is not None and compiled is not None:  # the interpreter compiles nothing
             _compiled[key] = compiled
+
+
+def _key(kernel, device, tile, tensors, strides, constants) -> Optional[tuple]:
+    """All that decides what Triton compiles, or None where only its own dispatch can tell; arguments of `launch`.
+
+    Beside types, alignment and options, the key of Triton's own cache (`JITFunction.run`, 3.7.1) holds the knobs for
+    debugging and instrumentation, and what a hook that may change the compiler's stages returns.
+    """
+    knobs = triton.knobs if _RUNS_COMPILED else None
+    if knobs is None or knobs.runtime.add_stages_inspection_hook is not None:
+        return None
+    kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors.values()]
+    if torch.version.hip:  # Triton addresses what lies within 2 GiB by 32 bits there
+        kinds += [x is not None and x.untyped_storage().nbytes() < 2**31 for x in tensors.values()]
+    modes = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
+    # The function, as a kernel computes its hash at every look-up.
+    return (kernel.fn, device, tile, *modes, *kinds, *strides.values(), *constants.values())
 
 
 def is_observed(tensor: torch.Tensor) -> bool:
@@ -117,7 +137,7 @@ def shared_memory(device: torch.device) -> int:
 
 @triton.jit
 def _product_kernel(out, SIZE: tl.constexpr):
-    """Writes a product of two matrices of ones, [SIZE, SIZE]."""
+    """Writes the matrix product of two matrices of ones, [SIZE, SIZE]."""
     rows = tl.arange(0, SIZE)
     ones = tl.full((SIZE, SIZE), 1.0, tl.float16)
     tl.store(out + rows[:, None] * SIZE + rows[None, :], tl.dot(ones, ones))
@@ -135,9 +155,9 @@ def _reason_against(device: torch.device) -> Optional[str]:
         out = torch.empty(16, 16, device=device)
         for _ in range(2):  # by Triton's dispatch, then without it
             out.fill_(float("nan"))
-            launch(_product_kernel, (1, 1, 1), (out,), (), (), (16,), Tile(16, 16, 4, 1))
+            launch(_product_kernel, (1, 1, 1), Tile(16, 16, 4, 1), {"out": out}, {}, {}, {"SIZE": 16})
             if not (out == 16).all():
-                raise RuntimeError(f"a product of ones must be 16 everywhere, got {out[0, 0].item()}")
+                raise RuntimeError(f"a matrix product of ones must be 16 everywhere, got {out[0, 0].item()}")
     except Exception as error:  # Drivers, compilers and cards fail in more ways than can be named.
         reason = f"a small kernel failed on {device}: {type(error).__name__}: {error}"
         logger.warning("Triton kernels are not used: %s", reason)
@@ -156,7 +176,5 @@ def triton_declines(device: torch.device) -> Optional[str]:
 
     Returns:
         The reason in words, or None when they run there.
-
-    Source: ours.
     """
     return _reason_against(device)

@@ -1,8 +1,8 @@
 """LayerNorm(dropout(x) + residual) in Triton: one kernel forward and one backward.
 
 The sum and the dropout mask are never stored: backward reads `x` and `residual` again, draws the same mask and
-recomputes mean and variance. The gradients of weight and bias are summed by rows in a fixed order, in partial sums of
-`PARTS` programs that torch adds up, so every run gives the same bits.
+recomputes mean and variance. For the gradients of weight and bias, each of `PARTS` programs sums its rows in a fixed
+order and torch adds up the partial sums, so every run gives the same bits.
 
 Letters: T tokens, E hidden size.
 """
@@ -22,7 +22,7 @@ except ImportError:  # The Hub's loader skips imports inside `try`; the caller d
     raise
 
 MAX_SIZE = 8192
-# Programs of the backward kernel at most: enough to fill a card, few enough that adding their sums costs nothing.
+# At most this many programs run backward: enough to fill a card, few enough that adding their sums costs nothing.
 PARTS = 512
 
 
@@ -133,7 +133,7 @@ def _backward_kernel(
 
 @functools.cache
 def _tile(size: int) -> Tile:
-    """A row at a time: 8 numbers a thread up to size 1,024, then 16 and more."""
+    """One row per program: 8 numbers per thread up to size 1,024, then 16 and more."""
     block = max(16, triton.next_power_of_2(size))
     return Tile(1, block, 4 if block <= 1024 else 8, 1)
 
@@ -142,9 +142,16 @@ def _forward(x, residual, weight, bias, seed, eps: float, dropout_p: float, dtyp
     out = torch.empty_like(x, dtype=dtype)  # contiguous, even where the rows of x lie apart
     if out.numel():
         total, size = x.shape
-        tensors, tile = (x, residual, weight, bias, out, seed), _tile(size)
-        strides = (x.stride(0), residual.stride(0), size)
-        launch(_forward_kernel, (total, 1, 1), tensors, strides, (eps, dropout_p), (tile.other,), tile)
+        tile = _tile(size)
+        launch(
+            _forward_kernel,
+            grid=(total, 1, 1),
+            tile=tile,
+            tensors={"x": x, "residual": residual, "weight": weight, "bias": bias, "out": out, "seed": seed},
+            strides={"stride": x.stride(0), "residual_stride": residual.stride(0), "size": size},
+            numbers={"eps": eps, "dropout_p": dropout_p},
+            constants={"BLOCK": tile.step},
+        )
     return out
 
 
@@ -152,8 +159,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, dtype):
         ctx.save_for_backward(x, residual, weight, seed)
-        ctx.numbers = (eps, dropout_p)
-        ctx.bias_dtype = bias.dtype
+        ctx.eps, ctx.dropout_p, ctx.bias_dtype = eps, dropout_p, bias.dtype
         return _forward(x, residual, weight, bias, seed, eps, dropout_p, dtype)
 
     @staticmethod
@@ -166,10 +172,30 @@ class _AddLayerNorm(torch.autograd.Function):
         x_gradient = None if seed is None and x.dtype == residual.dtype else x.new_empty(x.shape)
         sums = x.new_empty(min(total, PARTS), 2, size, dtype=torch.float32)
         if total:
-            tensors = (x, residual, weight, out_gradient, x_gradient, residual_gradient, sums, seed)
-            strides, tile = (x.stride(0), residual.stride(0), out_gradient.stride(0), size), _tile(size)
-            numbers = (*ctx.numbers, total)
-            launch(_backward_kernel, (len(sums), 1, 1), tensors, strides, numbers, (tile.other,), tile)
+            tile = _tile(size)
+            launch(
+                _backward_kernel,
+                grid=(len(sums), 1, 1),
+                tile=tile,
+                tensors={
+                    "x": x,
+                    "residual": residual,
+                    "weight": weight,
+                    "out_gradient": out_gradient,
+                    "x_gradient": x_gradient,
+                    "residual_gradient": residual_gradient,
+                    "sums": sums,
+                    "seed": seed,
+                },
+                strides={
+                    "stride": x.stride(0),
+                    "residual_stride": residual.stride(0),
+                    "out_gradient_stride": out_gradient.stride(0),
+                    "size": size,
+                },
+                numbers={"eps": ctx.eps, "dropout_p": ctx.dropout_p, "total": total},
+                constants={"BLOCK": tile.step},
+            )
         weight_gradient, bias_gradient = sums.sum(0)
         x_gradient = residual_gradient if x_gradient is None else x_gradient
         weight_gradient, bias_gradient = weight_gradient.to(weight.dtype), bias_gradient.to(ctx.bias_dtype)
@@ -193,7 +219,7 @@ def triton_add_layer_norm(
     Returns:
         [..., E].
 
-    Source: https://arxiv.org/abs/1607.06450, equation 3; recomputation in backward is ours.
+    Source: https://arxiv.org/abs/1607.06450, equation 3.
     """
     seed = None
     if dropout_p > 0:

@@ -194,16 +194,7 @@ class Attention:
         if name == "eager":
             return lambda qkv: layers.eager_attention(qkv, self.packed, self.slopes, self.scale, 0.0)
         if name == "ours, skipping off":
-            triton = sys.modules[layers.triton_attention.__module__]
-            return lambda qkv: triton.flash_attn_varlen_qkvpacked_func(
-                qkv,
-                self.packed.cu_seqlens,
-                self.packed.max_seqlen,
-                softmax_scale=self.scale,
-                alibi_slopes=self.slopes,
-                skip=False,
-                check=False,
-            )
+            return self.attend_unskipped
         if name == "Flex":
             return self.flex()
         if name == FLASH_ATTENTION_4:
@@ -238,6 +229,15 @@ class Attention:
                 return attend(qkv)
 
         return attend_by_backend
+
+    def attend_unskipped(self, qkv):
+        """Our Triton attention without skipping."""
+        leaf = sys.modules[layers.triton_attention.__module__]
+        limit, leaf.LONGEST_UNSKIPPED = leaf.LONGEST_UNSKIPPED, self.packed.max_seqlen
+        try:
+            return leaf.triton_attention(qkv, self.packed, self.slopes, self.scale, 0.0)
+        finally:
+            leaf.LONGEST_UNSKIPPED = limit
 
     def flex(self):
         """FlexAttention, compiled, with ALiBi and a mask that keeps sequences apart."""

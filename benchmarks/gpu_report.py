@@ -285,9 +285,9 @@ def summarize(out: Path, outcomes: dict, seconds: float, rehearsed: bool) -> str
         cells = []
         for (kernel, count, length), sizes in best.items():
             fastest = sorted(sizes, key=lambda row: float(row["microseconds"]))[:3]
-            shown = ["({own}, {other}, {warps}, {stages}) {microseconds} µs".format(**row) for row in fastest]
+            shown = ["({rows}, {step}, {warps}, {stages}) {microseconds} µs".format(**row) for row in fastest]
             cells.append([kernel, f"{count} × {length}", ", ".join(shown)])
-        head = ["kernel", "batch", "fastest (own, other, warps, stages)"]
+        head = ["kernel", "batch", "fastest (rows, step, warps, stages)"]
         text += ["## Tile sizes", markdown_table(head, cells)]
     return "\n\n".join(text) + "\n"
 

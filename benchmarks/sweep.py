@@ -27,13 +27,13 @@ leaf = sys.modules[layers.triton_attention.__module__]
 HEADS, HEAD_DIM = 12, 64
 # Sequences and their length in tokens.
 BATCHES = ((1, 8192), (4, 2048), (32, 512))
-# Each kernel's name in the table, and its products of [length, D] matrices.
+# Each kernel's name in the table, and its matrix products of [length, D] matrices.
 KERNELS = {
     "_forward_kernel": ("forward", 2),
     "_query_gradient_kernel": ("query gradient", 3),
     "_key_value_gradient_kernel": ("key and value gradient", 4),
 }
-# Rows of a program, rows of a step, warps, stages: with 8 warps only what is large enough.
+# Rows per program, rows per step, warps, stages: 8 warps only where the tile is large enough.
 SIZES = (
     *itertools.product((64, 128), (32, 64, 128), (4,), (2, 3, 4)),
     *itertools.product((128,), (64, 128), (8,), (2, 3)),
@@ -53,36 +53,35 @@ def launches(batch, device: str) -> list:
     count, length = batch
     calls, run = [], leaf._run
 
-    def recorded(kernel, *arguments):
-        calls.append((kernel, *arguments))
-        run(kernel, *arguments)
+    def recorded(*arguments, **named):
+        calls.append(partial(run, *arguments, **named))
+        calls[-1]()
 
     qkv = torch.randn(count * length, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device, requires_grad=True)
     starts = torch.arange(count + 1, dtype=torch.int32, device=device) * length
     packed = padding.pack_flattened(starts, length, (1, len(qkv)))
     slopes = torch.tensor(attention.alibi_slopes(HEADS), device=device)
 
-    def start(arguments, tile):
+    def start(call, tile):
         chosen, leaf._chosen = leaf._chosen, Always(tile)
         try:
-            run(*arguments)
+            call()
         finally:
             leaf._chosen = chosen
 
-    leaf._run = recorded
+    leaf._run, unskipped, leaf.LONGEST_UNSKIPPED = recorded, leaf.LONGEST_UNSKIPPED, length
     leaf._chosen, chosen = Always(launching.Tile(*SIZES[0])), leaf._chosen
     try:
-        context = leaf._attend(qkv, packed.cu_seqlens, length, slopes, HEAD_DIM**-0.5, 0.0, skip=False)
-        context.sum().backward()
+        leaf.triton_attention(qkv, packed, slopes, HEAD_DIM**-0.5, 0.0).sum().backward()
     finally:
-        leaf._run, leaf._chosen = run, chosen
-    return [(arguments[0].__name__, partial(start, arguments)) for arguments in calls]
+        leaf._run, leaf._chosen, leaf.LONGEST_UNSKIPPED = run, chosen, unskipped
+    return [(call.args[0].__name__, partial(start, call)) for call in calls]
 
 
-def compile_share(place: int, places: int) -> None:
-    """Compile every `places`-th tile size from `place` on, by running it."""
+def compile_share(first: int, shares: int) -> None:
+    """Compile every `shares`-th tile size from `first` on, by running it."""
     for _, run in launches(BATCHES[-1], "cuda"):
-        for size in SIZES[place::places]:
+        for size in SIZES[first::shares]:
             with contextlib.suppress(Exception):  # told when it is timed
                 run(launching.Tile(*size))
 
@@ -124,9 +123,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("sweep.py: it needs a GPU")
-    places = arguments.processes
-    with ProcessPoolExecutor(places, multiprocessing.get_context("spawn")) as pool:
-        for share in [pool.submit(compile_share, place, places) for place in range(places)]:
+    shares = arguments.processes
+    with ProcessPoolExecutor(shares, multiprocessing.get_context("spawn")) as pool:
+        for share in [pool.submit(compile_share, first, shares) for first in range(shares)]:
             if error := share.exception():  # what is not compiled yet is compiled when it is timed
                 print(f"compiling: {type(error).__name__}: {error}", flush=True)
     about = {name: value for name, value in provenance("cuda").items() if name != "threads"}

@@ -1,33 +1,26 @@
-"""What can be known about the Triton kernels without a GPU: the compiler's report, and how many tiles they visit.
+"""What the compiler reports on the Triton kernels, without a GPU: registers, spills and shared memory.
 
-    python benchmarks/triton_report.py compile                       registers, spills, shared memory of every tile size
-    python benchmarks/triton_report.py tiles                         tiles visited with and without skipping
-    python benchmarks/triton_report.py tiles --checkpoint . --text FILE   also with the norms of a checkpoint
+    python benchmarks/triton_report.py
 
-Tables go to benchmarks/results/.
+Compiles every tile size for every target and writes benchmarks/results/triton_compile.csv.
 """
 
 import argparse
 import csv
-import gzip
 import importlib
 import itertools
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import triton
-import triton.language as tl
 from loading import ROOT, load_checkout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-RESULTS = ROOT / "benchmarks" / "results"
+TABLE = ROOT / "benchmarks" / "results" / "triton_compile.csv"
 
 PACKAGE = load_checkout(ROOT).__package__
 kernels = importlib.import_module(f"{PACKAGE}.flash_attn_triton")
@@ -52,9 +45,6 @@ FUSED_KERNELS = ("_forward_kernel", "_backward_kernel")
 FUSED = [("geglu_triton", ()), ("layer_norm_triton", ()), ("layer_norm_triton", ("dropout",))]
 # The arguments that are None without an extra.
 OPTIONAL = {"dropout": "seed", "holes": "positions", "masked": "key_mask"}
-
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-BOUNDS = (0, 5, 10, 20)
 
 
 def tiles_for(name: str, target: str, dtype: torch.dtype, head_dim: int, extras=()) -> list:
@@ -84,20 +74,20 @@ def compile_function(function, constants: dict, target: str, dtype: torch.dtype,
         constants: its constexpr arguments.
         target: a key of `TARGETS`.
         dtype: a key of `DTYPES`.
-        warps: warps of a block.
+        warps: warps per block.
         stages: stages of the pipeline.
         extras: of "dropout", "holes" and "masked", those that are on; the arguments of the others are None.
 
     Returns:
-        Registers a thread, bytes a thread spilled, bytes of shared memory a block.
+        Registers per thread, bytes spilled per thread, bytes of shared memory per block.
     """
     absent = {name for extra, name in OPTIONAL.items() if extra not in extras}
     constants = {**constants, **{name: None for name in function.arg_names if name in absent}}
     signature = {name: argument_type(name, dtype, constants) for name in function.arg_names}
     # torch aligns what it allocates, and strides and sizes are multiples of 16 for any usual model.
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name.endswith("stride") or name in ("size", "features")
     }
     source = ASTSource(function, signature, constants, aligned)
@@ -121,22 +111,16 @@ def compile_kernel(name: str, tile, target: str, dtype: torch.dtype, head_dim: i
     Returns:
         What `compile_function` returns.
     """
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
-        "POWER": 8,  # of 12 heads
-        "MEASURED": kernels.MEASURED_TOKENS,
-        "OWN": tile.own,
-        "OTHER": tile.other,
-    }
-    return compile_function(getattr(kernels, name), constants, target, dtype, tile.warps, tile.stages, extras)
+    kernel = getattr(kernels, name)
+    constants = kernels.constants_of(kernel, 12, head_dim, tile)
+    return compile_function(kernel, constants, target, dtype, tile.warps, tile.stages, extras)
 
 
 def compile_fused(file: str, name: str, target: str, extras=()) -> tuple:
     """Compile a kernel of a fused layer in bfloat16 at the base size; returns its tile size and the report."""
     leaf = importlib.import_module(f"{PACKAGE}.{file}")
     tile = leaf.TILE if file == "geglu_triton" else leaf._tile(768)
-    constants = {"BLOCK": tile.other}
+    constants = {"BLOCK": tile.step}
     arguments = (constants, target, torch.bfloat16, tile.warps, tile.stages, extras)
     return tile, compile_function(getattr(leaf, name), *arguments)
 
@@ -176,141 +160,20 @@ def compile_rows(targets):
             yield row(kernel, torch.bfloat16, None, extras, *compile_fused(file, name, target, extras))
 
 
-_window, _radius = kernels._window, kernels._radius
-
-
-@triton.jit
-def _count_kernel(peaks, slopes, visited, length, TILES: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Tiles that one head visits over all its own tiles, by the loop bounds of the attention kernels."""
-    head = tl.program_id(0)
-    first = tl.arange(0, TILES) * OWN
-    peaks += head * 3
-    slope = tl.load(slopes + head)
-    radius = _radius(tl.load(peaks), tl.load(peaks + 1), tl.load(peaks + 2), slope, 1.0, False)
-    begin, _, leave, stop = _window(first, length, radius, OWN, OTHER)
-    tiles = (leave - begin) // OTHER + (stop - leave + OTHER - 1) // OTHER
-    tl.store(visited + head, tl.sum(tl.where(first < length, tiles, 0), axis=0))
-
-
-def count_tiles(length: int, peaks: torch.Tensor, slopes: torch.Tensor, own=128, other=64) -> list:
-    """Tiles that each head visits in a sequence.
-
-    Args:
-        length: S.
-        peaks: float32 [H, 3], for a scale of 1: largest |q|^2 and |k|^2, and the most negative score of a query with
-            itself, negated.
-        slopes: float32 [H].
-        own: rows of the tile that a program owns.
-        other: rows of the tiles that it walks over.
-
-    Returns:
-        H integers. Without skipping, each would be ceil(S / own) * ceil(S / other).
-    """
-    visited = torch.zeros(len(slopes), dtype=torch.int32)
-    tiles = triton.next_power_of_2(-(-length // own))
-    _count_kernel[(len(slopes),)](peaks, slopes, visited, length, TILES=tiles, OWN=own, OTHER=other)
-    return visited.tolist()
-
-
-def tile_rows(source: str, peaks: torch.Tensor, slopes: torch.Tensor):
-    """One row of the table for each length."""
-    for length in LENGTHS:
-        visited = sum(count_tiles(length, peaks, slopes))
-        dense = len(slopes) * -(-length // 128) * -(-length // 64)
-        yield {
-            "bound": source,
-            "length": length,
-            "heads": len(slopes),
-            "tile": "128x64",
-            "visited": visited,
-            "dense": dense,
-            "share": f"{visited / dense:.4f}",
-        }
-
-
-def slopes_of(num_heads: int) -> torch.Tensor:
-    attention = importlib.import_module(f"{PACKAGE}.bert_attention")
-    return torch.tensor(attention.alibi_slopes(num_heads), dtype=torch.float32)
-
-
-def all_tile_rows(checkpoint, text):
-    slopes = slopes_of(12)
-    for bound in BOUNDS:
-        # The worst that C allows: a query that scores -C with itself.
-        yield from tile_rows(f"C={bound}", torch.tensor([[bound, bound, bound]] * 12, dtype=torch.float32), slopes)
-    if checkpoint is not None:
-        for layer, peaks in enumerate(measured_peaks(checkpoint, text)):
-            bound = (peaks[:, 0] * peaks[:, 1]).sqrt()
-            what = f"checkpoint layer {layer} (C {bound.min():.1f} to {bound.max():.1f})"
-            yield from tile_rows(what, peaks, slopes_of(len(peaks)))
-
-
-def read_text(path: str) -> str:
-    """A text file, or the longest document of a .jsonl.gz file with a field "text"."""
-    if not path.endswith(".jsonl.gz"):
-        return Path(path).read_text()
-    with gzip.open(path, "rt") as file:
-        return max((json.loads(line)["text"] for line in file), key=len)
-
-
-def measured_peaks(checkpoint, text, max_length=2048):
-    """What `_measure_kernel` would find on a whole text: float32 [H, 3] for each layer, for a scale of 1."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    model = AutoModelForMaskedLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    inputs = tokenizer(read_text(text), truncation=True, max_length=max_length, return_tensors="pt")
-    heads = model.config.num_attention_heads
-    projections = []
-    for layer in model.bert.encoder.layer:
-        layer.attention.self.Wqkv.register_forward_hook(lambda module, args, output: projections.append(output))
-    with torch.no_grad():
-        model(**inputs)
-    for projection in projections:
-        query, key, _ = projection.flatten(0, -2).unflatten(-1, (3, heads, -1)).unbind(1)
-        query = query * query.shape[-1] ** -0.5
-        lowest = -(query * key).sum(-1).amin(0).clamp_max(0)
-        yield torch.stack((query.square().sum(-1).amax(0), key.square().sum(-1).amax(0), lowest), dim=-1)
-
-
-def write_table(path: Path, rows, keep=lambda row: False) -> None:
-    """Write rows to a CSV file, beside it first; rows of the present file for which `keep` holds stay."""
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if keep(row)]
-    rows = kept + list(rows)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-    print(f"{len(rows)} rows in {path.relative_to(ROOT)}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    compiling = commands.add_parser("compile", help="compile every tile size for every target")
-    compiling.add_argument("--target", choices=TARGETS, action="append", help="may be given again (default: all)")
-    tiles = commands.add_parser("tiles", help="count visited tiles under Triton's interpreter")
-    tiles.add_argument("--checkpoint", help="folder of a checkpoint whose norms are measured too")
-    tiles.add_argument("--text", help="text file, or .jsonl.gz, whose longest document it is measured on")
-    arguments = parser.parse_args()
-    if arguments.command == "compile":
-        targets = arguments.target or list(TARGETS)
-        write_table(
-            RESULTS / "triton_compile.csv",
-            compile_rows(targets),
-            keep=lambda row: row["target"] not in targets,
-        )
-    elif (arguments.checkpoint is None) != (arguments.text is None):
-        parser.error("--checkpoint and --text go together")
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        write_table(RESULTS / "triton_tiles.csv", all_tile_rows(arguments.checkpoint, arguments.text))
-    else:  # the interpreter has to be chosen before Triton is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    parser.add_argument("--target", choices=TARGETS, action="append", help="may be given again (default: all)")
+    targets = parser.parse_args().target or list(TARGETS)
+    with TABLE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["target"] not in targets]
+    rows += compile_rows(targets)
+    partial = TABLE.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(TABLE)
+    print(f"{len(rows)} rows in {TABLE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

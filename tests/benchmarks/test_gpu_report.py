@@ -120,9 +120,9 @@ def test_goals_are_judged_and_what_is_missing_has_its_reason(tmp_path):
 def test_the_summary_names_card_parts_tests_and_tiles(tmp_path):
     write_case(tmp_path, "G3", **{"SDPA, dense bias": 2.6})
     sizes = [
-        {"kernel": "forward", "B": 1, "S": 512, "own": own, "other": 64, "warps": 4, "stages": 3} for own in (64, 128)
+        {"kernel": "forward", "B": 1, "S": 512, "rows": rows, "step": 64, "warps": 4, "stages": 3} for rows in (64, 128)
     ]
-    append(tmp_path / "sweep.csv", [{**size, "microseconds": 700 - size["own"]} for size in sizes])
+    append(tmp_path / "sweep.csv", [{**size, "microseconds": 700 - size["rows"]} for size in sizes])
     printed = (
         "FAILED tests/test_model.py::test_one - assert\n==== 1 failed, 123 passed, 1 skipped in 61.20s (0:01:01) ====\n"
     )

@@ -1,6 +1,7 @@
 """What benchmarks do around stubbed launches: the Python of a call, and kernels launched with each tile size."""
 
 import csv
+import itertools
 
 import bench
 import pytest
@@ -30,8 +31,8 @@ def test_the_python_of_a_call_is_timed_and_its_launches_are_counted(monkeypatch,
 def test_each_kernel_is_launched_with_each_tile_size(monkeypatch):
     launched = []
 
-    def launch(kernel, grid, tensors, strides, numbers, constants, tile):
-        launched.append((kernel.__name__, grid[0], constants[-2:], tuple(tile)))
+    def launch(kernel, grid, tile, tensors, strides, numbers, constants):
+        launched.append((kernel.__name__, grid[0], (constants["BLOCK_M"], constants["BLOCK_N"]), tuple(tile)))
 
     monkeypatch.setattr(sweep.leaf, "launch", launch)
     chosen, run = sweep.leaf._chosen, sweep.leaf._run
@@ -41,13 +42,16 @@ def test_each_kernel_is_launched_with_each_tile_size(monkeypatch):
     for _, start in calls:
         for size in sweep.SIZES:
             start(sweep.launching.Tile(*size))
-    expected = [(kernel, 512 // size[0] + 2, size[:2], size) for kernel in sweep.KERNELS for size in sweep.SIZES]
+    expected = []
+    for kernel, (rows, step, *rest) in itertools.product(sweep.KERNELS, sweep.SIZES):
+        block = (step, rows) if kernel == "_key_value_gradient_kernel" else (rows, step)  # queries, keys
+        expected.append((kernel, 512 // rows + 2, block, (rows, step, *rest)))
     assert launched == expected
-    assert sweep.leaf._chosen is chosen and sweep.leaf._run is run
+    assert sweep.leaf._chosen is chosen and sweep.leaf._run is run and sweep.leaf.LONGEST_UNSKIPPED == 512
 
 
 def test_a_tile_size_that_does_not_run_is_left_out_with_its_reason(monkeypatch, capsys):
-    monkeypatch.setattr(sweep.leaf, "launch", lambda *arguments: None)
+    monkeypatch.setattr(sweep.leaf, "launch", lambda *_, **arguments: None)
 
     def milliseconds(run):
         if run.args[-1].warps == 8:

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from numerics import assert_same
-from triton_kernels import DEVICE, leaf, on_kernels, packed_input, slopes_of, use_tiles, with_gradient
+from triton_kernels import DEVICE, attend, leaf, on_kernels, packed_input, slopes_of, use_tiles, with_gradient
 
 from mosaicbert.bert_padding import pack_flattened
 
@@ -47,26 +47,26 @@ def test_dropout_drops_the_share_that_was_asked_for():
 @on_kernels
 def test_dropout_does_not_depend_on_tiles(monkeypatch):
     patterns = []
-    for own, other in ((32, 32), (64, 32), (32, 64)):
-        use_tiles(monkeypatch, own, other)
+    for tile in ((32, 32), (64, 32), (32, 64)):
+        use_tiles(monkeypatch, *tile)
         patterns.append(dropped_weights([64, 30], 2, 0.3, seed=6) > 0)
     assert torch.equal(patterns[0], patterns[1]) and torch.equal(patterns[0], patterns[2])
 
 
 @on_kernels
-@pytest.mark.parametrize("own, other", [(32, 32), (64, 32)])
-def test_dropout_in_backward_is_the_dropout_of_forward(monkeypatch, own, other):
-    use_tiles(monkeypatch, own, other)
+@pytest.mark.parametrize("tile", [(32, 32), (64, 32)])
+def test_dropout_in_backward_is_the_dropout_of_forward(monkeypatch, tile):
+    use_tiles(monkeypatch, *tile)
     lengths, heads, dropout_p = [64, 21], 2, 0.3
     kept = dropped_weights(lengths, heads, dropout_p, seed=7) > 0
     keep = torch.zeros(2, heads, 64, 64, dtype=torch.bool)
     keep[0], keep[1, :, :21] = kept[:64].transpose(0, 1), kept[64:].transpose(0, 1)
-    qkv, cu_seqlens = packed_input(lengths, heads, 16)
+    qkv, packed = packed_input(lengths, heads, 16)
     slopes = slopes_of(heads)
 
     def kernel(x):
         torch.manual_seed(7)
-        return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 64, dropout_p, alibi_slopes=slopes)
+        return attend(x, packed, slopes, dropout_p)
 
     context, (gradient,) = with_gradient(kernel, qkv)
     truth, (true_gradient,) = with_gradient(

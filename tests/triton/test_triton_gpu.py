@@ -7,44 +7,46 @@ import reference
 import torch
 from models import VOCAB, ragged_batch, tiny_model
 from numerics import assert_same
-from triton_kernels import DEVICE, assert_as_good_as_eager, leaf, on_gpu, packed_input, slopes_of, with_gradient
+from triton_kernels import (
+    DEVICE,
+    DTYPES,
+    assert_as_good_as_eager,
+    attend,
+    on_gpu,
+    packed_input,
+    skip_at_every_length,
+    slopes_of,
+    with_gradient,
+)
 
 from mosaicbert import bert_layers
-from mosaicbert.bert_padding import pack_flattened
 
 
 def sampled_truth(qkv, slopes, rows):
     """float64 context of some rows of one sequence, [rows, H, D]."""
     query, key, value = qkv.double().unbind(1)
-    places = torch.arange(len(qkv), device=qkv.device)
+    columns = torch.arange(len(qkv), device=qkv.device)
     scores = torch.einsum("qhd,khd->hqk", query[rows], key) * qkv.shape[-1] ** -0.5
-    scores -= slopes.double()[:, None, None] * (rows[:, None] - places[None, :]).abs()
+    scores -= slopes.double()[:, None, None] * (rows[:, None] - columns[None, :]).abs()
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", leaf.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128])
 def test_every_head_size_and_dtype_on_the_device(head_dim, dtype):
-    lengths = [1, 63, 97, 0, 128, 200]
-    qkv, cu_seqlens = packed_input(lengths, 3, head_dim, dtype)
-    slopes = slopes_of(3)
-
-    def kernel(x):
-        return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 200, alibi_slopes=slopes)
-
-    assert_as_good_as_eager(kernel, qkv, pack_flattened(cu_seqlens, 200, (1, sum(lengths))), slopes)
+    qkv, packed = packed_input([1, 63, 97, 0, 128, 200], 3, head_dim, dtype)
+    assert_as_good_as_eager(qkv, packed, slopes_of(3))
 
 
 @on_gpu
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("length", [2048, 8192, 32768])
-def test_long_sequences_on_the_device(length, skip):
-    qkv, cu_seqlens = packed_input([length], 12, 64, torch.bfloat16)
+def test_long_sequences_on_the_device(monkeypatch, length, skip):
+    skip_at_every_length(monkeypatch, skip)
+    qkv, packed = packed_input([length], 12, 64, torch.bfloat16)
     slopes = slopes_of(12)
-    context, (gradient,) = with_gradient(
-        lambda x: leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, length, alibi_slopes=slopes, skip=skip), qkv
-    )
+    context, (gradient,) = with_gradient(lambda x: attend(x, packed, slopes), qkv)
     rows = torch.randint(length, (64,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     truth = sampled_truth(qkv.detach(), slopes, rows)
     # Two roundings of bfloat16: of the weights before the product, and of the result.
@@ -56,15 +58,10 @@ def test_long_sequences_on_the_device(length, skip):
 def test_memory_grows_with_the_length_only():
     peaks = []
     for length in (4096, 16384):
-        qkv, cu_seqlens = packed_input([length], 12, 64, torch.bfloat16)
+        qkv, packed = packed_input([length], 12, 64, torch.bfloat16)
         for _ in range(2):  # the second run has tuned tiles
             torch.cuda.reset_peak_memory_stats()
-            with_gradient(
-                lambda x, c=cu_seqlens, n=length: leaf.flash_attn_varlen_qkvpacked_func(
-                    x, c, n, alibi_slopes=slopes_of(12)
-                ),
-                qkv,
-            )
+            with_gradient(lambda x, packed=packed: attend(x, packed, slopes_of(12)), qkv)
         peaks.append(torch.cuda.max_memory_allocated() / length)
         del qkv
     assert peaks[1] < 1.05 * peaks[0]
@@ -73,10 +70,10 @@ def test_memory_grows_with_the_length_only():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one():
-    qkv, cu_seqlens = packed_input([50], 2, 16)
-    qkv, cu_seqlens, slopes = qkv.detach().to("cuda:1"), cu_seqlens.to("cuda:1"), slopes_of(2).to("cuda:1")
+    qkv, packed = packed_input([50], 2, 16)
+    qkv, packed, slopes = (x.to("cuda:1") for x in (qkv.detach(), packed, slopes_of(2)))
     with torch.cuda.device(0):
-        context = leaf.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 50, alibi_slopes=slopes)
+        context = attend(qkv, packed, slopes)
     assert context.device == qkv.device
     assert_same(context, reference.attention(*qkv.cpu().unbind(1), [0, 50], None, slopes.tolist()), 1e-6)
 
@@ -103,11 +100,11 @@ def flattened_batch(lengths, seed=0):
     total = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCAB, (1, total), generator=generator)
-    places = torch.arange(0, total, 4)
+    labelled = torch.arange(0, total, 4)
     labels = torch.full_like(ids, -100)
-    labels[0, places] = ids[0, places]
+    labels[0, labelled] = ids[0, labelled]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    tensors = {"input_ids": ids, "labels": labels, "masked_lm_positions": places, "cu_seq_lens_q": bounds}
+    tensors = {"input_ids": ids, "labels": labels, "masked_lm_positions": labelled, "cu_seq_lens_q": bounds}
     return {name: tensor.cuda() for name, tensor in tensors.items()} | {"max_length_q": max(lengths)}
 
 
@@ -160,7 +157,9 @@ def test_a_cuda_graph_of_the_model_answers_for_new_ids(flattened, longest):
         for new_ids, right in zip((second, first), reversed(expected)):
             ids.copy_(new_ids)
             graph.replay()
-            assert_same(logits, right.double(), 2e-3)  # two roundings of float16: products may run in another order
+            assert_same(
+                logits, right.double(), 2e-3
+            )  # two roundings of float16: matrix products may add in another order
 
 
 @on_gpu

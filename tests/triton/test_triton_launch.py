@@ -4,23 +4,27 @@ import contextlib
 import itertools
 import logging
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
+from conftest import ROOT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from triton_kernels import INTERPRETED, KERNELS, leaf, packed_input, slopes_of
+from triton_kernels import DTYPES, INTERPRETED, KERNELS, leaf, packed_input, slopes_of
 
 from mosaicbert import geglu_triton, launch_triton, layer_norm_triton
+from mosaicbert.bert_padding import pack_flattened
 
 FORWARD, QUERY, KEY_VALUE = KERNELS
-ON_H100 = 232_448  # bytes of shared memory a block
+ON_H100 = 232_448  # bytes of shared memory per block
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", leaf.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
 @pytest.mark.parametrize("has_dropout", [False, True])
 def test_at_most_three_sizes_are_tried(kernel, dtype, head_dim, has_dropout):
@@ -33,17 +37,16 @@ def test_sizes_suit_the_dtype_and_the_card():
     assert (128, 64, 4, 3) in leaf.tiles_for(FORWARD, torch.bfloat16, 64, False, ON_H100)
     assert (128, 64, 4, 2) in leaf.tiles_for(QUERY, torch.bfloat16, 64, False, ON_H100)
     assert (64, 128, 4, 2) in leaf.tiles_for(KEY_VALUE, torch.bfloat16, 64, False, ON_H100)
-    assert all(tile.own <= 32 for tile in leaf.tiles_for(FORWARD, torch.float32, 64, False, ON_H100))
+    assert all(tile.rows <= 32 for tile in leaf.tiles_for(FORWARD, torch.float32, 64, False, ON_H100))
     # A stage of (128, 64) at D = 64 takes 16 KiB, the owned tiles 32 KiB.
     assert (128, 64, 4, 3) not in leaf.tiles_for(FORWARD, torch.bfloat16, 64, False, 80 * 1024 - 1)
     assert leaf.tiles_for(FORWARD, torch.bfloat16, 128, False, 1024) == [(32, 32, 4, 1)]
 
 
 def forward_of(max_seqlen, lengths=(40,)):
-    qkv, cu_seqlens = packed_input(list(lengths), 1, 16)
-    return leaf._forward(
-        qkv.detach(), cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, max_seqlen, max_seqlen > 512
-    )
+    qkv, packed = packed_input(list(lengths), 1, 16)
+    skip = max_seqlen > leaf.LONGEST_UNSKIPPED
+    leaf._forward(qkv.detach(), packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, max_seqlen, skip)
 
 
 @pytest.fixture
@@ -51,7 +54,8 @@ def launches(monkeypatch):
     """(kernel, grid, tile) of what `launch` is asked for; nothing runs."""
     recorded = []
 
-    def record(kernel, grid, tensors, strides, numbers, constants, tile):
+    def record(kernel, grid, tile, tensors, strides, numbers, constants):
+        assert [*tensors, *strides, *numbers, *constants] == kernel.arg_names
         recorded.append((kernel, grid, tile))
 
     monkeypatch.setattr(leaf, "launch", record)
@@ -61,15 +65,15 @@ def launches(monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs tensors on the CPU")
 def test_one_kernel_runs_forward_two_where_something_may_be_skipped_and_two_backward(launches):
-    qkv, cu_seqlens = packed_input([40, 25], 2, 16)
+    qkv, packed = packed_input([40, 25], 2, 16)
     for max_seqlen, forward in ((512, [FORWARD]), (513, [leaf._measure_kernel, FORWARD])):
-        context = leaf._attend(qkv, cu_seqlens, max_seqlen, slopes_of(2), 0.25, 0.0)
+        context = leaf.triton_attention(qkv, replace(packed, max_seqlen=max_seqlen), slopes_of(2), 0.25, 0.0)
         assert [kernel for kernel, *_ in launches] == forward
         launches.clear()
         torch.autograd.grad(context, qkv, torch.zeros_like(context))
         assert [kernel for kernel, *_ in launches] == [QUERY, KEY_VALUE]
         for _, grid, tile in launches:
-            assert grid == (65 // tile.own + 2, 2, 1)
+            assert grid == (65 // tile.rows + 2, 2, 1)
         launches.clear()
 
 
@@ -110,7 +114,7 @@ def test_tiles_are_timed_once_for_each_range_of_lengths(monkeypatch, launches):
 
 
 def test_fastest_leaves_out_what_does_not_fit(monkeypatch):
-    tiles = [launch_triton.Tile(own, 32, 4, 2) for own in (128, 64, 32)]
+    tiles = [launch_triton.Tile(rows, 32, 4, 2) for rows in (128, 64, 32)]
     seconds = dict(zip(tiles, (1.0, 2.0, 3.0)))
 
     def run(tile):
@@ -133,8 +137,10 @@ def test_fastest_leaves_out_what_does_not_fit(monkeypatch):
 class CompiledKernel:
     """Stands for a triton.jit function and for what it compiles to."""
 
+    arg_names = ("x", "y", "stride", "total", "scale", "BLOCK")
+
     def __init__(self):
-        self.dispatched, self.ran = [], []
+        self.fn, self.dispatched, self.ran = self, [], []
 
     def __getitem__(self, grid):
         def dispatch(*arguments, **options):
@@ -147,23 +153,76 @@ class CompiledKernel:
 def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its_kind(monkeypatch):
     monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
     monkeypatch.setattr(launch_triton, "_compiled", {})
-    kernel, tile = CompiledKernel(), launch_triton.Tile(32, 32, 4, 2)
-    x = torch.zeros(64)
-    usual = {"tensors": (x, None), "strides": (16,), "numbers": (1, 0.5), "constants": (64,), "tile": tile}
-    same = [usual, {**usual, "numbers": (2, 0.25)}, {**usual, "tensors": (x[4:], None)}]
+    kernel, x = CompiledKernel(), torch.zeros(64)
+    same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"tensors": {"x": x[4:], "y": None}}]
     other = [
-        {**usual, "tensors": (x[1:], None)},  # not aligned to 16 bytes
-        {**usual, "tensors": (x.half(), None)},
-        {**usual, "tensors": (x, x)},
-        {**usual, "strides": (8,)},
-        {**usual, "constants": (32,)},
-        {**usual, "tile": tile._replace(warps=8)},
+        {"tensors": {"x": x[1:], "y": None}},  # not aligned to 16 bytes
+        {"tensors": {"x": x.half(), "y": None}},
+        {"tensors": {"x": x, "y": x}},
+        {"strides": {"stride": 8}},
+        {"constants": {"BLOCK": 32}},
+        {"tile": launch_triton.Tile(32, 32, 8, 2)},
     ]
-    for arguments in (*same, *other, *other):
-        launch_triton.launch(kernel, (3, 2, 1), **arguments)
+    for changes in (*same, *other, *other):
+        launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x) | changes)
     assert len(kernel.dispatched) == 1 + len(other)
     assert len(kernel.ran) == 2 + len(other)
     assert kernel.ran[0] == ((3, 2, 1), (x, None, 16, 2, 0.25, 64))
+
+
+def usual_arguments(x):
+    """Arguments of `launch` for a `CompiledKernel`."""
+    return {
+        "tile": launch_triton.Tile(32, 32, 4, 2),
+        "tensors": {"x": x, "y": None},
+        "strides": {"stride": 16},
+        "numbers": {"total": 1, "scale": 0.5},
+        "constants": {"BLOCK": 64},
+    }
+
+
+@pytest.mark.parametrize(
+    "knobs, name, value",
+    [("runtime", "debug", True), ("compilation", "instrumentation_mode", "fpsan")],
+)
+def test_debugging_and_instrumentation_run_kernels_of_their_own(monkeypatch, knobs, name, value):
+    triton_knobs = pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
+    monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
+    monkeypatch.setattr(launch_triton, "_compiled", {})
+    kernel, x = CompiledKernel(), torch.zeros(64)
+    for setting in (None, value, value, None):
+        with monkeypatch.context() as patch:
+            if setting is not None:
+                patch.setattr(getattr(triton_knobs, knobs), name, setting)
+            launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x))
+    assert (len(kernel.dispatched), len(kernel.ran)) == (2, 2)
+
+
+def test_nothing_is_kept_while_a_hook_changes_the_compiler_or_on_a_triton_that_was_not_tested(monkeypatch):
+    triton_knobs = pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
+    kernel, x = CompiledKernel(), torch.zeros(64)
+    monkeypatch.setattr(launch_triton, "_compiled", {})
+    for runs_compiled, hook in ((True, lambda: ("key", "hash")), (False, None)):
+        monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", runs_compiled)
+        monkeypatch.setattr(triton_knobs.runtime, "add_stages_inspection_hook", hook)
+        for _ in range(2):
+            launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x))
+    assert (len(kernel.dispatched), len(kernel.ran)) == (4, 0) and not launch_triton._compiled
+
+
+def test_compiled_kernels_run_again_up_to_the_triton_that_the_tests_run_with():
+    """Whoever pins a newer one compares `JITFunction.run` there with `_key`, and raises the limit."""
+    ((major, minor),) = re.findall(r"^triton==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    allowed = {"3.5.1": False, "3.6.0": True, f"{major}.{minor}.9+git1": True, f"{major}.{int(minor) + 1}.0": False}
+    assert {version: launch_triton._runs_compiled(version) for version in allowed} == allowed
+    assert launch_triton._RUNS_COMPILED is launch_triton._runs_compiled(triton.__version__)
+
+
+def test_arguments_of_another_order_are_refused():
+    arguments = usual_arguments(torch.zeros(64)) | {"numbers": {"scale": 0.5, "total": 1}}
+    message = "the kernel takes x, y, stride, total, scale, BLOCK, got x, y, stride, scale, total, BLOCK"
+    with pytest.raises(TypeError, match=message):
+        launch_triton.launch(CompiledKernel(), (3, 2, 1), **arguments)
 
 
 class Specialized:
@@ -171,6 +230,7 @@ class Specialized:
 
     def __init__(self, kernel, target, compiled_for=None):
         self.kernel, self.target, self.compiled_for = kernel, target, compiled_for
+        self.fn, self.arg_names = kernel.fn, kernel.arg_names
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -192,7 +252,7 @@ runs = []
 def test_no_compiled_kernel_runs_for_what_triton_would_compile_anew(monkeypatch, target):
     recorded = []
     for module in (leaf, geglu_triton, layer_norm_triton):
-        monkeypatch.setattr(module, "launch", lambda *arguments: recorded.append(arguments))
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **named: recorded.append((kernel, _, named)))
     # 2 GiB that are never written, so that they take no memory.
     reserve = torch.empty(2**30, dtype=torch.bfloat16)
     for start, storage in ((0, reserve[: 2**20].clone()), (1, reserve[: 2**20].clone()), (0, reserve)):
@@ -201,7 +261,8 @@ def test_no_compiled_kernel_runs_for_what_triton_would_compile_anew(monkeypatch,
             qkv = storage[start : start + math.prod(shape)].view(shape).requires_grad_()
             cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
             for max_seqlen in (512, 513):
-                leaf._attend(qkv, cu_seqlens, max_seqlen, torch.ones(1), 1.0, 0.0).sum().backward()
+                packed = replace(pack_flattened(cu_seqlens, None, (1, len(qkv))), max_seqlen=max_seqlen)
+                leaf.triton_attention(qkv, packed, torch.ones(1), 1.0, 0.0).sum().backward()
             rows = qkv.flatten(1)
             geglu_triton.triton_geglu(rows[:, : 2 * size]).sum().backward()
             layer_norm_triton.triton_add_layer_norm(rows, rows, rows[0], rows[0], 1e-12).sum().backward()
@@ -210,16 +271,14 @@ def test_no_compiled_kernel_runs_for_what_triton_would_compile_anew(monkeypatch,
     monkeypatch.setattr(torch.version, "hip", target[0] == "hip" or None)
     kernels = {kernel: Specialized(kernel, GPUTarget(*target)) for kernel, *_ in recorded}
     runs.clear()
-    for kernel, *arguments in recorded:
-        launch_triton.launch(kernels[kernel], *arguments)
+    for kernel, positional, named in recorded:
+        launch_triton.launch(kernels[kernel], *positional, **named)
     assert len(kernels) == 8 and set(runs) == set(kernels)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter serves CPU tensors")
 def test_cpu_tensors_are_refused_with_the_reason():
     assert "interpreter" in launch_triton.triton_declines(torch.device("cpu"))
-    with pytest.raises(ValueError, match="qkv must be on a device that Triton can use: Triton runs on the CPU under"):
-        leaf.flash_attn_qkvpacked_func(torch.zeros(1, 4, 3, 2, 16))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device on which launching fails")

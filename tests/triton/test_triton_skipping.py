@@ -1,4 +1,4 @@
-"""What Triton attention leaves out, and that it weighs nothing."""
+"""Which tiles Triton attention skips, and that their weight is negligible."""
 
 import math
 
@@ -11,10 +11,11 @@ from numerics import assert_same, relative_error
 from triton_kernels import (
     DEVICE,
     INTERPRETED,
+    attend,
     leaf,
     on_kernels,
     packed_input,
-    skip_in_short_sequences,
+    skip_at_every_length,
     slopes_of,
     with_gradient,
 )
@@ -30,12 +31,12 @@ def _bounds_kernel(
     first,
     length,
     bounds,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     radius = _radius(tl.load(peaks), tl.load(peaks + 1), tl.load(peaks + 2), tl.load(slopes), -0.5, MASKED)
-    begin, diagonal, leave, stop = _window(first, length, radius, OWN, OTHER)
+    begin, diagonal, leave, stop = _window(first, length, radius, ROWS, STEP)
     tl.store(bounds, radius)
     tl.store(bounds + 1, begin)
     tl.store(bounds + 2, diagonal)
@@ -43,11 +44,11 @@ def _bounds_kernel(
     tl.store(bounds + 4, stop)
 
 
-def bounds_of(peaks, slope, first=0, length=1, own=32, other=32, masked=False):
+def bounds_of(peaks, slope, first=0, length=1, rows=32, step=32, masked=False):
     """Radius, begin, diagonal, leave and stop for peaks |q|^2, |k|^2 and low, and a scale of -0.5."""
     bounds = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     numbers = [torch.tensor(value, dtype=torch.float32, device=DEVICE) for value in (peaks, [slope])]
-    _bounds_kernel[(1,)](*numbers, first, length, bounds, OWN=own, OTHER=other, MASKED=masked)
+    _bounds_kernel[(1,)](*numbers, first, length, bounds, ROWS=rows, STEP=step, MASKED=masked)
     return bounds.tolist()
 
 
@@ -80,17 +81,17 @@ def test_nothing_is_skipped_where_nothing_is_bounded():
 
 
 @on_kernels
-@pytest.mark.parametrize("own, other", [(32, 32), (64, 32), (32, 64)])
-def test_walk_visits_exactly_the_tiles_within_the_radius(own, other):
+@pytest.mark.parametrize("rows, step", [(32, 32), (64, 32), (32, 64)])
+def test_walk_visits_exactly_the_tiles_within_the_radius(rows, step):
     radii = set()
     for first, length in ((0, 1), (0, 200), (64, 65), (128, 500), (448, 500)):
         for slope in (0.2, 0.3, 0.5, 0.52, 0.53, 0.56, 1.0, 3.0, 9.0):
-            radius, begin, diagonal, leave, stop = bounds_of([0, 0, 0], slope, first, length, own, other)
-            end = min(first + own, length)
-            reached = range(max(first - radius, 0), min(end + radius, length))
-            assert {j // other for j in reached} == set(range(begin // other, -(-stop // other)))
+            radius, begin, diagonal, leave, stop = bounds_of([0, 0, 0], slope, first, length, rows, step)
+            end = min(first + rows, length)
+            within = range(max(first - radius, 0), min(end + radius, length))
+            assert {j // step for j in within} == set(range(begin // step, -(-stop // step)))
             assert begin <= diagonal <= first < end <= leave
-            assert begin % other == diagonal % other == leave % other == 0
+            assert begin % step == diagonal % step == leave % step == 0
             radii.add(radius)
     # Walks that end with a tile and walks that end one row into the next one.
     assert {32, 33} <= radii
@@ -108,27 +109,22 @@ def adversarial_input(length, heads, head_dim, dtype, size):
 @on_kernels
 @pytest.mark.parametrize("norms", ["tiny", "trained", "huge", "adversarial", "adversarial huge"])
 def test_skipping_costs_no_accuracy(monkeypatch, norms):
-    skip_in_short_sequences(monkeypatch)
     length, heads = (100, 1) if INTERPRETED else (700, 2)
     slopes = torch.tensor([2.0, 0.9][:heads], device=DEVICE)
     if norms.startswith("adversarial"):
-        # Products of norms times 1 / sqrt(16): C = 4 and C = 100.
+        # Norms multiplied, times 1 / sqrt(16): C = 4 and C = 100.
         qkv = adversarial_input(length, heads, 16, torch.float32, 4.0 if norms == "adversarial" else 20.0)
     else:
         size = {"tiny": 1e-3, "trained": 1.0, "huge": 30.0}[norms]
         qkv, _ = packed_input([length], heads, 16, size=size)
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+    packed = packed_input([length], heads, 16)[1]
     truth, (true_gradient,) = with_gradient(
         lambda x: reference.attention(*x.unbind(1), [0, length], None, slopes.tolist()), qkv
     )
     errors = {}
     for skip in (False, True):
-        context, (gradient,) = with_gradient(
-            lambda x, skip=skip: leaf.flash_attn_varlen_qkvpacked_func(
-                x, cu_seqlens, length, alibi_slopes=slopes, skip=skip
-            ),
-            qkv,
-        )
+        skip_at_every_length(monkeypatch, skip)
+        context, (gradient,) = with_gradient(lambda x: attend(x, packed, slopes), qkv)
         errors[skip] = relative_error(context, truth), relative_error(gradient, true_gradient)
     for dense, skipped in zip(errors[False], errors[True]):
         # Equal up to one rounding of float32.
@@ -138,37 +134,36 @@ def test_skipping_costs_no_accuracy(monkeypatch, norms):
 @on_kernels
 @pytest.mark.parametrize("skip", [True, False])
 def test_far_tiles_are_not_read(monkeypatch, skip):
-    skip_in_short_sequences(monkeypatch)
-    qkv, cu_seqlens = packed_input([200], 2, 16, size=0.1)
+    skip_at_every_length(monkeypatch, skip)
+    qkv, packed = packed_input([200], 2, 16, size=0.1)
     with torch.no_grad():
         qkv[160:, 2] = float("nan")  # values are in no bound: NaN arrives where a tile is visited
     slopes = torch.tensor([2.0, 0.01], device=DEVICE)
-    context = leaf.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 200, alibi_slopes=slopes, skip=skip)
+    context = attend(qkv, packed, slopes)
     assert context[:, 1].isnan().all()  # the flat head looks everywhere
     assert context[:96, 0].isnan().any().item() is not skip
 
 
 @on_kernels
 def test_values_that_are_not_finite_skip_nothing(monkeypatch):
-    skip_in_short_sequences(monkeypatch)
-    for place in (0, 1):
-        qkv, cu_seqlens = packed_input([200], 1, 16)
+    skip_at_every_length(monkeypatch)
+    for part in (0, 1):
+        qkv, packed = packed_input([200], 1, 16)
         with torch.no_grad():
-            qkv[199, place] = float("nan")
-        context = leaf.flash_attn_varlen_qkvpacked_func(
-            qkv, cu_seqlens, 200, alibi_slopes=torch.tensor([2.0], device=DEVICE)
-        )
+            qkv[199, part] = float("nan")
+        context = attend(qkv, packed, torch.tensor([2.0], device=DEVICE))
         is_nan = context.isnan().flatten(1).any(1)
         # A query that is NaN spoils its own row, a key that is NaN every row.
-        assert is_nan[199] and is_nan.all().item() == (place == 1)
+        assert is_nan[199] and is_nan.all().item() == (part == 1)
 
 
 @on_kernels
 def test_measured_norms(monkeypatch):
-    monkeypatch.setattr(leaf, "_run", lambda *arguments: None)  # measures, and leaves the rest
-    qkv, cu_seqlens = packed_input([70, 0, 530], 2, 20)
+    monkeypatch.setattr(leaf, "_run", lambda *_, **arguments: None)  # measures, and leaves the rest
+    qkv, packed = packed_input([70, 0, 530], 2, 20)
     scale = -0.3
-    _, _, peaks = leaf._forward(qkv.detach(), cu_seqlens, slopes_of(2), None, None, None, scale, 0.0, 530, True)
+    arguments = (qkv.detach(), packed.cu_seqlens, slopes_of(2), None, None, None, scale, 0.0, 530, True)
+    _, _, peaks = leaf._forward(*arguments)
     query, key, _ = qkv.detach().unbind(1)
     # Sequence n owns the tiles from cu_seqlens[n] // 256 + n on; the others are never read.
     tiles = {0: (0, 70), 2: (70, 326), 3: (326, 582), 4: (582, 600)}

@@ -13,22 +13,31 @@ from models import ragged_batch, tiny_model
 from numerics import assert_same
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_kernels import DEVICE, INTERPRETED, leaf, on_kernels, packed_input, slopes_of, with_gradient
+from triton_kernels import (
+    DEVICE,
+    INTERPRETED,
+    attend,
+    leaf,
+    on_kernels,
+    packed_input,
+    slopes_of,
+    with_gradient,
+)
 
 from mosaicbert import bert_layers
 
 
 @on_kernels
 def test_operator_is_registered_as_torch_expects():
-    qkv, cu_seqlens = packed_input([20, 13], 2, 16)
-    arguments = (qkv, cu_seqlens, slopes_of(2), None, None, None, 0.25, 0.0, 20, True)
+    qkv, packed = packed_input([20, 13], 2, 16)
+    arguments = (qkv, packed.cu_seqlens, slopes_of(2), None, None, None, 0.25, 0.0, 20, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(leaf._attention, arguments, test_utils=checks)
 
 
 @on_kernels
 def test_only_observers_see_an_operator(monkeypatch):
-    qkv, cu_seqlens = packed_input([40], 2, 16)
+    qkv, packed = packed_input([40], 2, 16)
     seen = []
 
     class Recorder(TorchDispatchMode):
@@ -36,28 +45,26 @@ def test_only_observers_see_an_operator(monkeypatch):
             seen.append(function.name())
             return function(*arguments, **(options or {}))
 
-    def attend(x):
-        return leaf.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 40, alibi_slopes=slopes_of(2))
+    def function(x):
+        return attend(x, packed, slopes_of(2))
 
     with Recorder():
-        observed = with_gradient(attend, qkv)
+        observed = with_gradient(function, qkv)
     names = [name.split("::")[1] for name in seen if "alibi" in name]
     assert names == ["alibi_attention", "alibi_attention_backward"]
     monkeypatch.setattr(leaf, "_attention", None)
-    eager = with_gradient(attend, qkv)
+    eager = with_gradient(function, qkv)
     assert torch.equal(observed[0], eager[0]) and torch.equal(observed[1][0], eager[1][0])
 
 
 @on_kernels
 def test_fake_tensors_pass_through_with_the_right_shapes():
-    with FakeTensorMode():
+    _, packed = packed_input([40, 50, 0], 2, 16)
+    with FakeTensorMode() as mode:
         for max_seqlen in (40, 4000):
             qkv = torch.empty(90, 3, 2, 16, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-            cu_seqlens = torch.empty(4, dtype=torch.int32, device=DEVICE)
-            slopes = torch.empty(2, device=DEVICE)
-            context = leaf.flash_attn_varlen_qkvpacked_func(
-                qkv, cu_seqlens, max_seqlen, alibi_slopes=slopes, check=False
-            )
+            fake = replace(packed, cu_seqlens=mode.from_tensor(packed.cu_seqlens), max_seqlen=max_seqlen)
+            context = attend(qkv, fake, torch.empty(2, device=DEVICE))
             assert context.shape == (90, 2, 16) and context.dtype == torch.bfloat16
             (gradient,) = torch.autograd.grad(context, qkv, torch.empty_like(context))
             assert gradient.shape == qkv.shape and gradient.is_contiguous()
@@ -67,14 +74,14 @@ def test_fake_tensors_pass_through_with_the_right_shapes():
 def test_compiles_without_graph_breaks_forward_and_backward():
     slopes = slopes_of(2)
 
-    def attend(x, cu_seqlens, max_seqlen):
-        return leaf.flash_attn_varlen_qkvpacked_func(x * 2, cu_seqlens, max_seqlen, 0.0, None, slopes) + 1
+    def function(x, packed):
+        return attend(x * 2, packed, slopes) + 1
 
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor", dynamic=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor", dynamic=True)
     for lengths in ([30, 5], [20, 30, 7]):
-        qkv, cu_seqlens = packed_input(lengths, 2, 16)
-        expected, (gradient,) = with_gradient(lambda x, c=cu_seqlens: attend(x, c, 30), qkv)
-        context, (compiled_gradient,) = with_gradient(lambda x, c=cu_seqlens: compiled(x, c, 30), qkv)
+        qkv, packed = packed_input(lengths, 2, 16)
+        expected, (gradient,) = with_gradient(lambda x, packed=packed: function(x, packed), qkv)
+        context, (compiled_gradient,) = with_gradient(lambda x, packed=packed: compiled(x, packed), qkv)
         assert_same(context, expected.double(), 1e-6)
         assert_same(compiled_gradient, gradient.double(), 1e-6)
 
@@ -83,27 +90,26 @@ def test_compiles_without_graph_breaks_forward_and_backward():
 def test_checkpointing_recomputes_the_same_dropout():
     from torch.utils.checkpoint import checkpoint
 
-    qkv, cu_seqlens = packed_input([40], 2, 16)
+    qkv, packed = packed_input([40], 2, 16)
 
-    def attend(x):
-        return leaf.flash_attn_varlen_qkvpacked_func(x.sin(), cu_seqlens, 40, 0.4, alibi_slopes=slopes_of(2))
+    def dropped(x):
+        return attend(x.sin(), packed, slopes_of(2), 0.4)
 
     def seeded(x, function):
         torch.manual_seed(8)
         return function(x)
 
-    plain = with_gradient(lambda x: seeded(x, attend), qkv)
-    recomputed = with_gradient(lambda x: seeded(x, lambda y: checkpoint(attend, y, use_reentrant=False)), qkv)
+    plain = with_gradient(lambda x: seeded(x, dropped), qkv)
+    recomputed = with_gradient(lambda x: seeded(x, lambda y: checkpoint(dropped, y, use_reentrant=False)), qkv)
     assert torch.equal(plain[0], recomputed[0]) and torch.equal(plain[1][0], recomputed[1][0])
 
 
 @on_kernels
 def test_autocast_leaves_the_dtype_of_the_tensors():
-    qkv, cu_seqlens = packed_input([30], 2, 16)
+    qkv, packed = packed_input([30], 2, 16)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        context = leaf.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 30, alibi_slopes=slopes_of(2))
-        projected = torch.nn.functional.linear(qkv, torch.eye(16, device=DEVICE))
-        half = leaf.flash_attn_varlen_qkvpacked_func(projected, cu_seqlens, 30, alibi_slopes=slopes_of(2))
+        context = attend(qkv, packed, slopes_of(2))
+        half = attend(torch.nn.functional.linear(qkv, torch.eye(16, device=DEVICE)), packed, slopes_of(2))
     assert context.dtype == torch.float32 and half.dtype == torch.bfloat16
     assert_same(half, context.double(), 2e-2)
     half.float().sum().backward()
@@ -118,8 +124,9 @@ def test_two_copies_of_the_file_live_in_one_process():
         spec.submodule_search_locations = [str(ROOT)]
         sys.modules[name] = importlib.util.module_from_spec(spec)
         copies.append(importlib.import_module(f"{name}.flash_attn_triton"))
-    qkv, cu_seqlens = packed_input([10], 1, 16)
-    contexts = [copy._attention(qkv, cu_seqlens, slopes_of(1), *[None] * 3, 0.25, 0.0, 10, False)[0] for copy in copies]
+    qkv, packed = packed_input([10], 1, 16)
+    arguments = (qkv, packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, 10, False)
+    contexts = [copy._attention(*arguments)[0] for copy in copies]
     assert copies[0]._attention._qualname != copies[1]._attention._qualname
     assert torch.equal(contexts[0], contexts[1])
 
