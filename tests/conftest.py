@@ -40,6 +40,12 @@ def text(tmp_path):
     return str(path)
 
 
+@pytest.fixture(params=["eager", "sdpa", "auto"])
+def backend(request):
+    """The attention implementations that every device serves."""
+    return request.param
+
+
 @pytest.fixture
 def run_script(monkeypatch):
     """Calls `run_script(module, *arguments)`, which runs a script as the command line does."""

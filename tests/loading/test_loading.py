@@ -1,6 +1,7 @@
 """Further ways in which people load the repository, on every supported release of transformers."""
 
 import copy
+import json
 import shutil
 
 import numerics
@@ -207,3 +208,17 @@ def test_fill_mask_pipeline_answers(tmp_path, by_name):
     assert is_ours(fill.model)
     answers = fill("I [MASK] to the store yesterday.", top_k=3)
     assert len(answers) == 3 and all(0 < answer["score"] < 1 for answer in answers)
+
+
+def test_loaders_read_no_short_limit_from_the_shipped_config_and_from_the_defaults():
+    shipped = json.loads((ROOT / "config.json").read_text())
+    assert shipped["max_position_embeddings"] >= 8192 and BertConfig().max_position_embeddings >= 8192
+    assert AutoTokenizer.from_pretrained(ROOT).model_max_length >= 8192
+    published = json.loads((ROOT / "tests/data/hub-configs/mosaic-bert-base-seqlen-1024.json").read_text())
+    assert published["max_position_embeddings"] == 512 and BertConfig(**published).max_position_embeddings == 1024
+
+
+def test_more_layers_than_the_file_has_are_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"fewer layers than num_hidden_layers says.* 22 weights .* layers 2, 3 "):
+        bert_layers.BertForMaskedLM.from_pretrained(tmp_path, num_hidden_layers=4)

@@ -48,3 +48,18 @@ def test_sentence_transformers_loads_the_repository_and_pools_the_same(repositor
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
     assert "Wqkv" in str(again[0].auto_model), "stock BERT was loaded"
     numerics.assert_same(again.encode(SENTENCES, convert_to_tensor=True), vectors, 0.0)
+
+
+@pytest.mark.parametrize("loader", ["SentenceTransformer", "CrossEncoder", "SparseEncoder"])
+def test_sentence_transformers_does_not_cut_long_texts(tmp_path, loader):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    write_complete_repository(tmp_path)
+    model = getattr(sentence_transformers, loader)(str(tmp_path), trust_remote_code=True, device="cpu")
+    limit = model.max_length if loader == "CrossEncoder" else model.max_seq_length
+    assert limit is None or limit >= 8192
+    text, longer = " ".join(["cat"] * 700), " ".join(["cat"] * 700 + ["dog"] * 20)
+    if loader == "CrossEncoder":
+        one, other = model.predict([("a", text), ("a", longer)], convert_to_tensor=True)
+    else:
+        one, other = (torch.as_tensor(model.encode(t, convert_to_tensor=True)).to_dense() for t in (text, longer))
+    assert not torch.equal(one, other), "what follows the first 700 words was cut"

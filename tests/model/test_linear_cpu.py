@@ -191,3 +191,16 @@ def test_in_parts_gives_what_the_whole_gives(monkeypatch):
     assert torch.equal(result, x * 2) and rows == [10, 10, 10, 7]
     with torch.enable_grad():
         assert bert_linear_cpu.in_parts(len, x, width=8) == 37
+
+
+def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkeypatch):
+    layer = tiny_model().bert.encoder.layer[0].mlp
+    hidden = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
+    whole = layer(hidden)
+    seen = []
+    layer.gated_layers.register_forward_hook(lambda module, arguments, output: seen.append((output, output.clone())))
+    monkeypatch.setattr(bert_linear_cpu, "PART_BYTES", 10 * 80 * 4)
+    with torch.no_grad():
+        numerics.assert_same(layer(hidden), whole, numerics.SAME[torch.float32])
+    assert [len(output) for output, _ in seen] == [10, 10, 10, 7]
+    assert all(torch.equal(output, copy) for output, copy in seen)

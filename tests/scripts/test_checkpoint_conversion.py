@@ -247,6 +247,11 @@ def test_a_mistake_on_the_command_line_of_convert_checkpoint_is_named(tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_source_that_is_no_folder_and_no_hub_id_is_named(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder or a Hub id"):
+        checkpoint_conversion.convert("./nowhere", tmp_path)
+
+
 def test_a_file_without_text_is_named(tmp_path):
     write_complete_repository(tmp_path / "old")
     (tmp_path / "empty.txt").write_text("\n")

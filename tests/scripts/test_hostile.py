@@ -318,26 +318,3 @@ def test_an_error_of_safetensors_is_told_in_one_line(source, monkeypatch):
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     source.fails("No space left on device")
-
-
-def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(sources, tmp_path):
-    """A card that closes its table, its code block and its metadata, a folder that is named like Markdown."""
-    folder = tmp_path / "snapshots" / "a`](x) | <b>{y}\n# z"
-    shutil.copytree(sources / "mosaic", folder)
-    for stated in (
-        "'mit | <script>'",
-        "[mit, apache-2.0]",
-        "{a: b}",
-        "3",
-        '"x\\n---\\nlicense: mit"',
-        "!!python/object:os.system x",
-    ):
-        (folder / "README.md").write_text(f"---\nlicense: {stated}\n---\n", encoding="utf-8")
-        target = tmp_path / "new"
-        checkpoint_conversion.convert(str(folder), target)
-        card = (target / "README.md").read_text(encoding="utf-8")
-        assert "| Revision of the source | unknown |" in card, "it is no commit"
-        assert "| Licence | unknown |" in card and "license:" not in card
-        assert "| Source | `a___x_ _ _b__y___ z`, a local file or folder |" in card
-        assert not re.search(r"<script>|<b>|^# z", card, re.M)
-        shutil.rmtree(target)

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 
+import convert_checkpoint
 import pytest
 from conftest import ROOT
+from folders import write_complete_repository
 from lib import staging
 
 # Replaces a target again and again, each time in a process of its own that is stopped one file operation later. Python
@@ -378,3 +380,15 @@ def test_no_script_writes_over_what_it_reads(tmp_path, run_script, script, words
     with pytest.raises(SystemExit, match=r"^\w+.py: (target|output_dir|csv|png): .*(is|holds) .*, which \w+ reads"):
         run_script(importlib.import_module(script), *words)
     assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_a_target_that_exists_is_only_replaced_on_request(tmp_path, run_script):
+    write_complete_repository(tmp_path / "old")
+    target = tmp_path / "new"
+    target.mkdir()
+    (target / "stale.txt").write_text("stale")
+    with pytest.raises(SystemExit, match="exists and is not an empty folder; pass --overwrite"):
+        run_script(convert_checkpoint, tmp_path / "old", target)
+    run_script(convert_checkpoint, tmp_path / "old", target, "--overwrite")
+    assert not (target / "stale.txt").exists()
+    assert (target / "config.json").is_file()

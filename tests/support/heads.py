@@ -50,6 +50,11 @@ def head(model_class, **fields):
     return tiny_model(model_class, **{"num_labels": 3, **fields})
 
 
+def gradless(model):
+    """The model without gradients, in eval mode."""
+    return model.eval().requires_grad_(False)
+
+
 def outputs(model, **call):
     """All tensors that a model returns."""
     return [x for x in model(**call, return_dict=False) if x is not None]
@@ -60,3 +65,8 @@ def assert_equal_outputs(actual, expected, tolerance=SAME):
     assert len(actual) == len(expected) > 0
     for one, other in zip(actual, expected):
         numerics.assert_same(one, other, tolerance)
+
+
+def linear_layers(model):
+    """Name to module of every linear layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -44,3 +44,21 @@ def holed_batch(seed=0, vocab=VOCAB):
     mask[1, 13] = 0
     mask[4] = mask[4].roll(7)
     return ids, mask
+
+
+def random_labels(ids, share=0.5, seed=5):
+    """Labels for about a share of the positions of `ids`, -100 elsewhere; padding has some as well."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, VOCAB, ids.shape, generator=generator)
+    labels[torch.rand(ids.shape, generator=generator) > share] = -100
+    return labels
+
+
+def packed_call(lengths=(5, 1, 8), boundaries=False):
+    """One row of concatenated texts, by position ids or by boundaries, and the padded batch of the same texts."""
+    ids, mask = ragged_batch(list(lengths))
+    flat = ids[mask.bool()][None]
+    if boundaries:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        return {"input_ids": flat, "cu_seq_lens_q": bounds, "max_length_q": max(lengths)}, (ids, mask)
+    return {"input_ids": flat, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}, (ids, mask)

@@ -1,0 +1,92 @@
+"""Auto classes: each gives our class with its weights, or refuses; none gives stock BERT."""
+
+import json
+
+import numerics
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from folders import write_complete_repository
+from heads import call_of, outputs
+from lib.common import CODE_FILES
+from models import VOCAB, tiny_config, tiny_model
+
+from mosaicbert.bert_layers import BertModel
+
+REMOTE = {"trust_remote_code": True}
+
+
+# tests/card/test_loads.py loads the others.
+AUTO_CLASSES = {"AutoModelForTextEncoding": "BertModel", "AutoModelForPreTraining": "BertForMaskedLM"}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    write_complete_repository(folder, vocab_size=VOCAB)
+    return folder
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_every_auto_class_of_an_encoder_gives_its_class_and_weights(repository, auto_class):
+    model = getattr(transformers, auto_class).from_pretrained(repository, **REMOTE).eval()
+    assert type(model).__name__ == AUTO_CLASSES[auto_class] and type(model).__module__.startswith(
+        "transformers_modules"
+    )
+    encoder = getattr(model, "bert", model)
+    expected = tiny_model().bert(**call_of(BertModel)).last_hidden_state
+    numerics.assert_same(encoder(**call_of(BertModel)).last_hidden_state, expected, 0.0)
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "from_config"])
+@pytest.mark.parametrize("auto_class", ["AutoModelForNextSentencePrediction", "AutoModelForCausalLM"])
+def test_an_auto_class_without_a_model_here_is_refused_with_what_there_is(repository, auto_class, way):
+    source = repository
+    if way == "from_config":
+        source = transformers.AutoConfig.from_pretrained(repository, **REMOTE)
+    with pytest.raises(ValueError, match="AutoModelForMaskedLM") as error:
+        getattr(getattr(transformers, auto_class), way)(source, **REMOTE)
+    assert auto_class in str(error.value)
+
+
+def test_every_auto_class_of_stock_bert_is_ours_or_refuses():
+    """So that no auto class builds stock BERT, whose encoder would be random."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = [m for name, m in vars(modeling_auto).items() if name.endswith("_MAPPING") and name.isupper()]
+    served = {id(mapping) for mapping in mappings if transformers.BertConfig in mapping}
+    autos = {
+        n
+        for n, c in vars(modeling_auto).items()
+        if isinstance(c, type) and id(getattr(c, "_model_mapping", None)) in served
+    }
+    assert len(autos) >= 10
+    known = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    deprecated = {"_AutoModelWithLMHead", "AutoModelWithLMHead"}  # gone since transformers 5
+    assert not autos - set(known) - deprecated
+
+
+@pytest.mark.parametrize("name", ["is_decoder", "add_cross_attention"])
+def test_a_config_made_a_decoder_after_loading_is_refused(repository, name):
+    config = transformers.AutoConfig.from_pretrained(repository, **REMOTE)
+    setattr(config, name, False)
+    with pytest.raises(ValueError, match=f"{name} must be False: MosaicBERT is a bidirectional encoder .* got True"):
+        setattr(config, name, True)
+
+
+def test_an_encoder_decoder_of_two_mosaicberts_is_refused_instead_of_built_from_stock_bert(repository):
+    remote = {"encoder_trust_remote_code": True, "decoder_trust_remote_code": True}
+    # 4.54 stops earlier: it drops the flag for the encoder.
+    with pytest.raises(ValueError, match="MosaicBERT is a bidirectional encoder|trust_remote_code"):
+        transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(repository, repository, **remote)
+
+
+@pytest.mark.parametrize("loader", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"])
+def test_a_folder_from_a_saved_config_holds_the_code_that_from_config_needs(tmp_path, loader):
+    tiny_config(num_labels=3).save_pretrained(tmp_path)
+    assert {*CODE_FILES} <= {file.name for file in tmp_path.iterdir()}
+    config = transformers.AutoConfig.from_pretrained(tmp_path, **REMOTE)
+    model = getattr(transformers, loader).from_config(config, **REMOTE)
+    assert type(model).__module__.startswith("transformers_modules")
+    assert torch.isfinite(outputs(model, **call_of(BertModel))[0]).all()
