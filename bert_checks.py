@@ -3,6 +3,7 @@
 All private names of torch that the model files use are here too, each with what stands in where a release lacks it.
 """
 
+import numbers
 import re
 from typing import Optional
 
@@ -129,7 +130,11 @@ def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], t
         raise ValueError(
             f"cu_seq_lens_q must be integers of shape [N + 1], got {cu_seq_lens_q.dtype} {list(cu_seq_lens_q.shape)}"
         )
-    if cu_seq_lens_q.device.type != "cpu" or is_traced():
+    if is_traced():
+        return
+    if max_length_q is not None and not isinstance(max_length_q, numbers.Integral):
+        raise ValueError(f"max_length_q must be an int or None, got {max_length_q!r}")
+    if cu_seq_lens_q.device.type != "cpu":
         return
     bounds = cu_seq_lens_q.tolist()
     if bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):

@@ -489,9 +489,14 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         packed, message = encoded.packed, message % "position_ids that restart"
         if packed.restarts is not None and is_traced():
             assert_on_device(~packed.restarts, message)
-        elif packed.restarts or packed.num_sequences != packed.shape[0]:
+        elif packed.num_sequences != packed.shape[0]:
             raise ValueError(message)
         return encoded
+
+
+# Arguments that callers pass to every model and that change nothing in an encoder: those of a decoder's cache, what is
+# known from `cu_seq_lens_q`, and what only a loss reads.
+HARMLESS_ARGUMENTS = {"use_cache", "cache_position", "cu_seq_lens_k", "max_length_k", "seq_idx", "num_items_in_batch"}
 
 
 class Encoded(NamedTuple):
@@ -541,9 +546,12 @@ class BertModel(BertPreTrainedModel):
         output_hidden_states=None,
         cu_seq_lens_q=None,
         max_length_q=None,
-        **ignored,
+        **others,
     ) -> Encoded:
         """Pack, embed and run the layers; the arguments are those of `forward`."""
+        for name, value in others.items():
+            if value is not None and name not in HARMLESS_ARGUMENTS:
+                raise ValueError(f"{name} must be None: {type(self).__name__} has no use for it, got {type(value)}")
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -606,14 +614,15 @@ class BertModel(BertPreTrainedModel):
                 eager attention. `output_hidden_states` (bool): also return L + 1 hidden states [B, S, E], zero at
                 padding. `return_dict` (bool): False returns a tuple. `cu_seq_lens_q` (int32 or int64 [N + 1]): where
                 each sequence of one row [1, T] starts, then T. `max_length_q` (int): tokens of the longest of these;
-                without it, it is read from `cu_seq_lens_q`. Anything else is ignored.
+                without it, it is read from `cu_seq_lens_q`. Of all others only `HARMLESS_ARGUMENTS` may have a value.
 
         Returns:
             `BaseModelOutputWithPooling`: last_hidden_state [B, S, E], zero at padding; pooler_output [B, E] ([N, E]
             for concatenated sequences), None without a pooler. With `packed_output`: `Encoded`.
 
         Raises:
-            ValueError: an argument with a wrong shape, rank, or value; the message names it.
+            ValueError: an argument with a wrong shape, rank, or value, or one that is unknown or another model's, as
+                `head_mask`; the message names it.
 
         Source: https://arxiv.org/abs/2312.17482.
         """

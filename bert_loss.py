@@ -20,8 +20,13 @@ def mean_loss(total: torch.Tensor, count, num_items_in_batch) -> torch.Tensor:
 
     Returns:
         float32 scalar; 0, with a gradient, where there is no item.
+
+    Raises:
+        ValueError: `num_items_in_batch` is no number.
     """
     items = count if num_items_in_batch is None else num_items_in_batch
+    if not (torch.is_tensor(items) or isinstance(items, (int, float))):
+        raise ValueError(f"num_items_in_batch must be a number or a tensor of one, got {items!r}")
     return total / (items.clamp(min=1) if torch.is_tensor(items) else max(items, 1))
 
 

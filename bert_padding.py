@@ -270,7 +270,7 @@ def pack_batch(
         if attention_mask is not None:  # what stands at padding means nothing
             real = attention_mask != 0
             restarts = restarts & real[:, 1:] & real[:, :-1]
-        if keep_padding:
+        if is_traced():
             return pack_rows(attention_mask, shape, device, restarts)
         if restarts.any():
             if attention_mask is not None and not real.all():
@@ -279,7 +279,8 @@ def pack_batch(
                 )
             starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(shape)
             starts = starts.flatten().nonzero().flatten()
-            return pack_flattened(torch.cat((starts, starts.new_tensor([shape[0] * shape[1]]))), None, shape)
+            bounds = torch.cat((starts, starts.new_tensor([shape[0] * shape[1]])))
+            return pack_flattened(bounds, None, shape, keep_padding)
     return pack_rows(attention_mask, shape, device) if keep_padding else pack_padded(attention_mask, shape, device)
 
 

@@ -3,14 +3,16 @@
 import copy
 import json
 import shutil
+from fractions import Fraction
 
 import numerics
+import numpy as np
 import pytest
 import safetensors
 import torch
 import transformers
 from conftest import ROOT
-from models import VOCAB, tiny_model
+from models import VOCAB, tiny_config, tiny_model
 from packaging.version import Version
 from repositories import (
     AUTO_MAP,
@@ -162,6 +164,24 @@ def test_the_shipped_checkpoint_stores_bfloat16_and_loads_in_float32():
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
     model = AutoModelForMaskedLM.from_pretrained(ROOT, torch_dtype="auto", **REMOTE)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_numbers_of_numpy_are_taken_and_saved_as_plain_numbers(tmp_path):
+    sizes = {"num_labels": np.int64(3), "hidden_size": np.int32(48), "pad_token_id": np.uint8(0)}
+    rates = {"hidden_dropout_prob": np.float32(0.25), "layer_norm_eps": np.float64(1e-6), "classifier_dropout": None}
+    config = tiny_config(**sizes, **rates)
+    config.num_attention_heads = np.int16(6)
+    config.classifier_dropout = Fraction(1, 4)
+    config.save_pretrained(tmp_path)
+    again = BertConfig.from_pretrained(tmp_path)
+    for found in (config, again):
+        assert (found.num_labels, found.hidden_size, found.pad_token_id, found.num_attention_heads) == (3, 48, 0, 6)
+        assert (found.hidden_dropout_prob, found.layer_norm_eps, found.classifier_dropout) == (0.25, 1e-6, 0.25)
+        assert {type(getattr(found, name)) for name in (*sizes, "num_attention_heads")} == {int}
+        assert {type(getattr(found, name)) for name in rates} == {float}
+    for value in (np.int64(0), np.bool_(True), np.float64(3)):
+        with pytest.raises(ValueError, match="num_labels must be a positive integer"):
+            tiny_config(num_labels=value)
 
 
 def test_a_config_survives_a_round_trip(tmp_path):

@@ -1,18 +1,23 @@
 """Bad input: an error that names the argument, what was expected and what came."""
 
+import inspect
 import math
 import re
 
 import pytest
 import torch
+import transformers
+from heads import HEADS, assert_equal_outputs, call_of, head, name_of, outputs
 from models import ragged_batch, tiny_config, tiny_model
 
 from mosaicbert.bert_layers import (
+    HARMLESS_ARGUMENTS,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     sequence_loss,
 )
 from mosaicbert.configuration_bert import BertConfig
@@ -70,11 +75,69 @@ def test_exactly_one_kind_of_input(model):
             {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 5},
             "max_length_q must be at least the longest sequence, 6 tokens, got 5",
         ),
+        (
+            {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": "7"},
+            "max_length_q must be an int or None, got '7'",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS, "num_items_in_batch": "3"},
+            "num_items_in_batch must be a number or a tensor of one, got '3'",
+        ),
     ],
 )
-def test_wrong_rank_or_shape(model, arguments, message):
+def test_arguments_of_a_wrong_rank_shape_or_kind(model, arguments, message):
     with fails(message):
         model(**arguments)
+
+
+@pytest.mark.parametrize("model_class", [*HEADS], ids=name_of)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("next_sentence_label", "head_mask", "encoder_hidden_states", "encoder_attention_mask"),
+        *("past_key_values", "cache", "atention_mask", "start_position"),
+    ],
+)
+def test_an_argument_without_use_is_refused_and_none_of_it_is_taken(model_class, name):
+    """What changes stock BERT's numbers, and what is misspelt."""
+    model, call = head(model_class), call_of(model_class)
+    assert_equal_outputs(outputs(model, **call, **{name: None}), outputs(model, **call), 0.0)
+    with fails(f"{name} must be None: BertModel has no use for it, got <class 'torch.Tensor'>"):
+        model(**call, **{name: torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("model_class", "name"),
+    [
+        (BertModel, "labels"),
+        (BertForQuestionAnswering, "labels"),
+        (BertForMaskedLM, "start_positions"),
+        (BertForSequenceClassification, "end_positions"),
+    ],
+    ids=str,
+)
+def test_labels_of_another_head_are_refused(model_class, name):
+    with fails(f"{name} must be None"):
+        head(model_class)(IDS, **{name: torch.tensor([0, 1])})
+
+
+def test_every_argument_of_stock_bert_is_served_refused_or_harmless():
+    """An argument that transformers adds has to be decided."""
+    stock = transformers.models.bert.modeling_bert
+    names = set()
+    for name in {model_class.__name__ for model_class in HEADS} | {"BertForPreTraining"}:
+        names |= set(inspect.signature(getattr(stock, name).forward).parameters)
+    served = {"self", "kwargs", "output_attentions", "output_hidden_states", "return_dict"}
+    for model_class in HEADS:
+        served |= set(inspect.signature(model_class.forward).parameters)
+    refused = {"head_mask", "next_sentence_label", "past_key_values", "cache"}
+    refused |= {"encoder_hidden_states", "encoder_attention_mask"}
+    assert names <= served | refused | HARMLESS_ARGUMENTS
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS_ARGUMENTS))
+def test_harmless_arguments_change_nothing(model, name):
+    assert torch.equal(model(IDS, MASK, **{name: torch.tensor(3)}).logits, model(IDS, MASK).logits)
 
 
 @pytest.mark.parametrize("bad", [101, -1])

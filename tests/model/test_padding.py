@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from heads import assert_equal_outputs, name_of, outputs
+from models import ragged_batch, tiny_model
 
+from mosaicbert.bert_layers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertModel
 from mosaicbert.bert_padding import pack_batch, pack_flattened, pack_padded, pack_rows
 
 CPU = torch.device("cpu")
@@ -130,3 +133,28 @@ def test_a_batch_without_columns_or_rows():
         packed = pack_padded(torch.ones(shape), shape, CPU)
         assert packed.lengths == [0] * shape[0]
         assert packed.unpack(packed.pack(torch.ones(shape))).shape == shape
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM, BertForSequenceClassification], ids=name_of)
+def test_texts_in_rows_whose_padding_is_kept_have_the_numbers_of_dropped_padding(model_class, masked):
+    """With `unpad_inputs=False` the pooler said that compiled code needs cu_seq_lens_q, and no compiler was there."""
+    ids, mask = ragged_batch([9, 9])
+    positions = torch.cat((torch.arange(5), torch.arange(4))).expand(2, -1)
+    layout = {"position_ids": positions, "attention_mask": mask if masked else None}
+    kept, dropped = (tiny_model(model_class, unpad_inputs=unpad) for unpad in (False, True))
+    assert_equal_outputs(outputs(kept, input_ids=ids, **layout), outputs(dropped, input_ids=ids, **layout))
+    ordinary = {"position_ids": torch.arange(9)[None], "attention_mask": mask}
+    assert_equal_outputs(outputs(kept, input_ids=ids, **ordinary), outputs(dropped, input_ids=ids, **ordinary))
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_texts_in_rows_with_padding_are_refused_by_name(unpad):
+    ids, mask = ragged_batch([9, 7])
+    positions = torch.cat((torch.arange(5), torch.arange(4))).expand(2, -1)
+    with pytest.raises(ValueError, match="position_ids restart within a row of a batch with padding"):
+        tiny_model(unpad_inputs=unpad)(ids, mask, position_ids=positions)
+    whole = torch.ones_like(mask)
+    answering = tiny_model(BertForQuestionAnswering, unpad_inputs=unpad)
+    with pytest.raises(ValueError, match="position_ids that restart cannot be served by BertForQuestionAnswering"):
+        answering(ids, whole, position_ids=positions)
