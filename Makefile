@@ -8,7 +8,7 @@ MATRIX_TESTS = tests/card/test_loads.py tests/card/test_parity.py tests/card/tes
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 
-.PHONY: demo card test matrix releases gpu gpu-report lint clean
+.PHONY: demo card test engines matrix releases gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/ready
 
@@ -20,6 +20,9 @@ test: .venv/test  ## the default suite, one process per core with one thread eac
 
 card: .venv/test  ## what the package promises: it loads, is the published model, extrapolates, converts
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests/card
+
+engines: .venv/test .venv/engines/ready  ## exports in llama.cpp, transformers.js and, where there is one, Chromium
+	.venv/bin/python -m pytest tests/serving
 
 gpu: .venv/test  ## the tests that need a CUDA or ROCm device, and the card on it
 	.venv/bin/python -m pytest -m "gpu or card"
@@ -52,6 +55,12 @@ releases: .venv/test  ## loading, tying and saving on every minor release of tra
 	.venv/bin/$(PIP) ".[test]"
 	.venv/bin/pip uninstall --quiet --yes mosaicbert
 	touch $@ .venv/demo
+
+# Prebuilt binaries come as packages; scripts of packages would download others.
+.venv/engines/ready: Makefile
+	npm install --prefix .venv/engines --ignore-scripts --no-audit --no-fund \
+		node-llama-cpp@3.21.1 @huggingface/transformers@4.3.2
+	touch $@
 
 .venv/lint: constraints.txt | .venv/bin/python
 	.venv/bin/$(PIP) ruff

@@ -1,0 +1,198 @@
+"""The shipped checkpoint in other engines: OpenVINO, and what `make engines` installs (llama.cpp, transformers.js)."""
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import export as script
+import pytest
+import torch
+from conftest import ROOT
+from lib import exporting
+from lib.cli import run
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+MODULES = ROOT / ".venv" / "engines" / "node_modules"
+SENTENCES = ["Yesterday she [MASK] a letter to her brother.", "He opened the [MASK] and went in."]
+TEXTS = [
+    "Café déjà vu, Ångström, naïve",
+    "我喜欢猫 and 東京",
+    "I 😀 cats 👍🏽!",
+    "x" * 100 + " is read whole",
+    "tabs\tand\nlines  too, ﬁne print ½ ™ Ⅷ",
+    "\u200bzero width\u00ad, İstanbul, ẞtraße",
+    "the cat sat on the mat " * 170,
+]
+LONG_WORD = "a" * 150 + " end"
+TYPES = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
+# Tells the server when the page has answers or says that it cannot have any, and loads a picture until then.
+WATCH = b"""<script>
+const done = () => document.querySelector("#answers tr, #status").textContent.match(/\\d|cannot/);
+const tell = () => done() && fetch("/found", { method: "POST" });
+new MutationObserver(tell).observe(document.body, { childList: true, subtree: true });
+</script><img src="/wait.png" hidden>"""
+CDN = b"https://cdn.jsdelivr.net/npm/"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Exports the shipped checkpoint: a function from a format to the folder, made once."""
+    folders = {}
+
+    def export(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("export") / "demo"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exporting, "CHECKED_BATCHES", ((1,), (9, 1, 40)))
+                patch.setattr("sys.argv", ["export.py", str(ROOT), str(folders[kind]), "--format", kind])
+                run(script.main)
+        return folders[kind]
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT)
+
+
+def ask_node(name, **question):
+    """The answer of a script beside this file, which reads JSON and writes it on its last line."""
+    if not MODULES.is_dir() or shutil.which("node") is None:
+        pytest.skip("the engines are not installed; run make engines")
+    command = ["node", Path(__file__).with_name(name)]
+    question = json.dumps({"modules": str(MODULES), **question})
+    done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expected_answers():
+    """The three best answers to each of `SENTENCES`: pairs of a token and its probability."""
+    model = AutoModelForMaskedLM.from_pretrained(ROOT, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    answers = []
+    for sentence in SENTENCES:
+        batch = tokenizer(sentence, return_tensors="pt")
+        with torch.no_grad():
+            scores = model(**batch).logits[batch["input_ids"] == tokenizer.mask_token_id].softmax(-1)[0]
+        best = scores.topk(3)
+        answers.append([(tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist())])
+    return answers
+
+
+def test_openvino_answers_from_all_files_as_the_checkpoint_does(export, tokenizer):
+    openvino = pytest.importorskip("openvino")
+    expected = expected_answers()
+    batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="np"))
+    masks = (batch["input_ids"] == tokenizer.mask_token_id).argmax(1)
+    # Where weights have 8 bits, OpenVINO rounds what they are multiplied by as well.
+    for name, near in (("model", 1e-4), ("model_fp16", 2e-3), ("model_quantized", 0.1)):
+        compiled = openvino.Core().compile_model(
+            export("onnx") / "onnx" / f"{name}.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        logits = torch.from_numpy(compiled(batch)[0])
+        for row, place, answers in zip(logits, masks, expected):
+            best = row[int(place)].softmax(-1).topk(1)
+            assert tokenizer.decode(best.indices.tolist()) == answers[0][0], name
+            assert best.values.item() == pytest.approx(answers[0][1], abs=near), name
+
+
+def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export, tokenizer):
+    texts = [*TEXTS, LONG_WORD, "", "It's [MASK]."]
+    got = ask_node("transformers_js.mjs", folder=str(export("onnx")), texts=texts, sentences=SENTENCES)
+    assert got["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
+    for dtype, near in (("fp32", 1e-4), ("fp16", 2e-3), ("q8", 0.05)):
+        for answers, expected in zip(got["answers"][dtype], expected_answers()):
+            assert answers[0]["token_str"] == expected[0][0], dtype
+            assert [a["score"] for a in answers] == pytest.approx([score for _, score in expected], abs=near), dtype
+
+
+def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(export, tokenizer):
+    files = {name: str(export("gguf") / f"demo-{name}.gguf") for name in ("F32", "F16", "Q8_0")}
+    got = ask_node("llama_cpp.mjs", files=list(files.values()), texts=[*TEXTS, LONG_WORD, ""])
+    *tokens, long_word, nothing = got["tokens"]
+    assert tokens == [tokenizer(text)["input_ids"][1:-1] for text in TEXTS] and nothing == []
+    # The one difference, which the card of a GGUF names: transformers has one [UNK] for such a word.
+    assert len(long_word) > len(tokenizer(LONG_WORD)["input_ids"]) == 4
+    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+    for name, least in (("F32", 0.999999), ("F16", 0.999999), ("Q8_0", 0.98)):
+        for text, embedding in zip(TEXTS, got["embeddings"][files[name]]):
+            with torch.no_grad():
+                hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            cosine = torch.cosine_similarity(hidden.mean(0).double(), torch.tensor(embedding).double(), dim=0)
+            assert cosine >= least, (name, text[:30])
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """The page, the folder `model` beside it, and the packages that it takes from a CDN, which are here.
+
+    The page loads until it has answers: it gets a picture that arrives only then.
+    """
+
+    model, found = None, None
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path == "/wait.png":
+            self.found.wait(100)
+        package = re.fullmatch(r"/npm/((?:@[\w-]+/)?[\w.-]+)@[^/]+/(.*)", path)
+        file = ROOT / "examples" / "browser" / "index.html" if path == "/" else Path(path)
+        if package:
+            file = MODULES / package[1] / package[2]
+        elif path.startswith("/model/"):
+            file = self.model / path.removeprefix("/model/")
+        elif path != "/":
+            return self.send_error(404)
+        if not file.is_file():
+            return self.send_error(404)
+        kind = TYPES.get(file.suffix, "application/octet-stream")
+        content = file.read_bytes()
+        if kind.startswith("text/"):
+            content = content.replace(CDN, b"http://%s/npm/" % self.headers["Host"].encode())
+        if path == "/":
+            content += WATCH
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self):
+        self.found.set()
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_page_fills_a_mask_in_chromium(export, tmp_path):
+    browser = shutil.which("chromium")
+    if not MODULES.is_dir() or browser is None:
+        pytest.skip("the engines or Chromium are not installed; run make engines")
+    handler = type("Handler", (Site,), {"model": export("onnx"), "found": threading.Event()})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        url = f"http://127.0.0.1:{server.server_port}/"
+        done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=200)
+        handler.found.set()
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"<tr>.*?<span>(.*?)</span>.*?<span>(.*?)</span></td></tr>", done.stdout)
+    assert len(rows) == 5, re.findall(r'id="status">(.*?)<', done.stdout)
+    (token, score), *_ = rows
+    assert token == expected_answers()[0][0][0]
+    assert float(score) == pytest.approx(expected_answers()[0][0][1], abs=0.05)
+
+
+def test_the_page_asks_for_the_release_of_transformers_js_that_is_tested():
+    page = (ROOT / "examples" / "browser" / "index.html").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    asked = re.findall(r"@huggingface/transformers@([\d.]+)", page + makefile)
+    assert len(asked) == 2 and len(set(asked)) == 1
