@@ -23,7 +23,7 @@ tensors are [B, S, ...] instead of [T, ...].
 """
 
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -476,42 +476,26 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         check_attention_name(attn_implementation)
         ask_attention(self.config, attn_implementation)
 
-    def encode_rows(self, *arguments, **kwargs) -> "Encoded":
-        """What the encoder hands to a head that needs one text per row.
-
-        Raises:
-            ValueError: a row holds several texts, by its `cu_seq_lens_q` or its `position_ids`.
-        """
-        message = f"%s cannot be served by {type(self).__name__}, which needs one row a text"
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError(message % "cu_seq_lens_q")
-        encoded = self.bert(*arguments, packed_output=True, **kwargs)
-        packed, message = encoded.packed, message % "position_ids that restart"
-        if packed.restarts is not None and is_traced():
-            assert_on_device(~packed.restarts, message)
-        elif packed.num_sequences != packed.shape[0]:
-            raise ValueError(message)
-        return encoded
-
 
 # Arguments that callers pass to every model and that change nothing in an encoder: those of a decoder's cache, what is
 # known from `cu_seq_lens_q`, and what only a loss reads.
 HARMLESS_ARGUMENTS = {"use_cache", "cache_position", "cu_seq_lens_k", "max_length_k", "seq_idx", "num_items_in_batch"}
 
 
-class Encoded(NamedTuple):
-    """What the encoder hands to a head.
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """Output of the encoder: transformers' fields, and what a head needs beside them.
 
     Attributes:
-        hidden: floating [T, E].
-        packed: the batch.
-        extras: `hidden_states`, a tuple of L + 1 padded [B, S, E], and `attentions`, a tuple of L [N, H, M, M]; None
-            for what was not asked for.
+        packed: with `packed_output`, the batch; `last_hidden_state` is then [T, E].
     """
 
-    hidden: torch.Tensor
-    packed: PackedBatch
-    extras: dict
+    packed: Optional[PackedBatch] = None
+
+    @property
+    def extras(self) -> dict:
+        """What every head passes on."""
+        return {"hidden_states": self.hidden_states, "attentions": self.attentions}
 
 
 class BertModel(BertPreTrainedModel):
@@ -535,49 +519,22 @@ class BertModel(BertPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embeddings.word_embeddings = value
 
-    def encode(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        cu_seq_lens_q=None,
-        max_length_q=None,
-        **others,
-    ) -> Encoded:
-        """Pack, embed and run the layers; the arguments are those of `forward`."""
-        for name, value in others.items():
-            if value is not None and name not in HARMLESS_ARGUMENTS:
-                raise ValueError(f"{name} must be None: {type(self).__name__} has no use for it, got {type(value)}")
-        config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        packed = pack_batch(
-            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seq_lens_q, max_length_q),
-            keep_padding=not config.unpad_inputs,
-        )
+    def embed(self, packed: PackedBatch, input_ids, token_type_ids, inputs_embeds) -> torch.Tensor:
+        """Ids or embeddings [B, S, ...] to hidden states [T, E]."""
         words, types = self.embeddings.word_embeddings, self.embeddings.token_type_embeddings
         if input_ids is not None:
             input_ids = as_integers("input_ids", input_ids)
-            check_ids("input_ids", input_ids, getattr(words, "num_embeddings", config.vocab_size))
+            check_ids("input_ids", input_ids, getattr(words, "num_embeddings", self.config.vocab_size))
         else:
             self.check_embeddings(inputs_embeds)
         if token_type_ids is not None:
             token_type_ids = as_integers("token_type_ids", token_type_ids)
-            check_ids("token_type_ids", token_type_ids, getattr(types, "num_embeddings", config.type_vocab_size))
+            check_ids("token_type_ids", token_type_ids, getattr(types, "num_embeddings", self.config.type_vocab_size))
         if input_ids is not None and not (packed.keeps_padding or is_plain(words, nn.Embedding)):
             # Noise, attributions and adapters on the input embeddings count on [B, S, E].
             input_ids, inputs_embeds = None, words(input_ids)
         ids, types, embeds = (None if x is None else packed.pack(x) for x in (input_ids, token_type_ids, inputs_embeds))
-        hidden, states, attentions = self.encoder(
-            self.embeddings(ids, types, inputs_embeds=embeds), packed, output_hidden_states, output_attentions
-        )
-        if states is not None:
-            states = tuple(packed.unpack(state) for state in states)
-        return Encoded(hidden, packed, {"hidden_states": states, "attentions": attentions})
+        return self.embeddings(ids, types, inputs_embeds=embeds)
 
     def check_embeddings(self, inputs_embeds: torch.Tensor) -> None:
         """Raise ValueError unless `inputs_embeds` [B, S, ...] have the width and the dtype of the word embeddings."""
@@ -595,9 +552,13 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.Tensor] = None,
         inputs_embeds: Optional[torch.Tensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        cu_seq_lens_q: Optional[torch.Tensor] = None,
+        max_length_q: Optional[int] = None,
         packed_output: bool = False,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
+        **others,
+    ) -> EncoderOutput:
         """Hidden states of a padded batch, or of sequences concatenated in a row.
 
         Args:
@@ -609,16 +570,16 @@ class BertModel(BertPreTrainedModel):
                 not follow that of the token before starts a new sequence, as transformers'
                 `DataCollatorWithFlattening` writes it. Rows of several sequences have no padding.
             inputs_embeds: floating [B, S, E] in place of `input_ids`.
-            packed_output: return `Encoded`, which heads ask for by a call, so that hooks on the encoder run.
-            **kwargs: `output_attentions` (bool): also return the attention weights, [B, H, S, S] per layer, served by
-                eager attention. `output_hidden_states` (bool): also return L + 1 hidden states [B, S, E], zero at
-                padding. `return_dict` (bool): False returns a tuple. `cu_seq_lens_q` (int32 or int64 [N + 1]): where
-                each sequence of one row [1, T] starts, then T. `max_length_q` (int): tokens of the longest of these;
-                without it, it is read from `cu_seq_lens_q`. Of all others only `HARMLESS_ARGUMENTS` may have a value.
+            output_attentions: also return the attention weights, [B, H, S, S] per layer, served by eager attention.
+            output_hidden_states: also return L + 1 hidden states [B, S, E], zero at padding.
+            cu_seq_lens_q: int32 or int64 [N + 1], where each sequence of one row [1, T] starts, then T.
+            max_length_q: tokens of the longest of these; None: read from `cu_seq_lens_q`.
+            packed_output: leave `last_hidden_state` packed, [T, E], and return the batch beside it, as heads ask.
+            **others: `return_dict` (False returns a tuple); only `HARMLESS_ARGUMENTS` of the others may have a value.
 
         Returns:
-            `BaseModelOutputWithPooling`: last_hidden_state [B, S, E], zero at padding; pooler_output [B, E] ([N, E]
-            for concatenated sequences), None without a pooler. With `packed_output`: `Encoded`.
+            `EncoderOutput`, a `BaseModelOutputWithPooling`: last_hidden_state [B, S, E], zero at padding; pooler_output
+            [B, E] ([N, E] for concatenated sequences), None without a pooler.
 
         Raises:
             ValueError: an argument with a wrong shape, rank, or value, or one that is unknown or another model's, as
@@ -626,18 +587,53 @@ class BertModel(BertPreTrainedModel):
 
         Source: https://arxiv.org/abs/2312.17482.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        if packed_output:
-            return encoded
-        first = encoded.packed.first_tokens(encoded.hidden) if self.pooler is not None else None
-        return BaseModelOutputWithPooling(
-            last_hidden_state=encoded.packed.unpack(encoded.hidden),
-            pooler_output=None if first is None else self.pooler(first),
-            **encoded.extras,
+        for name, value in others.items():
+            if value is not None and name not in HARMLESS_ARGUMENTS:
+                raise ValueError(f"{name} must be None: {type(self).__name__} has no use for it, got {type(value)}")
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        packed = pack_batch(
+            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seq_lens_q, max_length_q),
+            keep_padding=not config.unpad_inputs,
+        )
+        hidden = self.embed(packed, input_ids, token_type_ids, inputs_embeds)
+        hidden, states, attentions = self.encoder(hidden, packed, output_hidden_states, output_attentions)
+        return EncoderOutput(
+            last_hidden_state=hidden if packed_output else packed.unpack(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(packed.first_tokens(hidden)),
+            hidden_states=None if states is None else tuple(packed.unpack(state) for state in states),
+            attentions=attentions,
+            packed=packed if packed_output else None,
         )
 
 
-class BertForMaskedLM(BertPreTrainedModel):
+class BertHead(BertPreTrainedModel):
+    """What the heads share: how they call their encoder, `bert`."""
+
+    def encode(self, *arguments, **kwargs) -> EncoderOutput:
+        """The encoder's output, still packed; the arguments are those of `BertModel.forward`."""
+        return self.bert(*arguments, packed_output=True, return_dict=True, **kwargs)
+
+    def encode_rows(self, *arguments, **kwargs) -> EncoderOutput:
+        """The same for a head that needs one text per row.
+
+        Raises:
+            ValueError: a row holds several texts, by its `cu_seq_lens_q` or its `position_ids`.
+        """
+        message = f"%s cannot be served by {type(self).__name__}, which needs one row a text"
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(message % "cu_seq_lens_q")
+        encoded = self.encode(*arguments, **kwargs)
+        packed, message = encoded.packed, message % "position_ids that restart"
+        if packed.restarts is not None and is_traced():
+            assert_on_device(~packed.restarts, message)
+        elif packed.num_sequences != packed.shape[0]:
+            raise ValueError(message)
+        return encoded
+
+
+class BertForMaskedLM(BertHead):
     """MosaicBERT with the masked language model head."""
 
     # The keys alone are what releases before 5.0 read.
@@ -689,10 +685,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         """
         if masked_lm_positions is not None and attention_mask is not None:
             raise ValueError("masked_lm_positions needs a batch without padding, got an attention_mask beside it")
-        encoded = self.bert(
-            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
-        )
-        hidden, packed = encoded.hidden, encoded.packed
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        hidden, packed = encoded.last_hidden_state, encoded.packed
         if labels is None:
             return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
         labels = packed_labels(packed, labels)
@@ -710,7 +704,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits, **encoded.extras)
 
 
-class BertForSequenceClassification(BertPreTrainedModel):
+class BertForSequenceClassification(BertHead):
     """MosaicBERT with a classifier or regressor on each sequence.
 
     The classifier reads the pooled first token, or with `config.classifier_pooling` "mean" the mean over the tokens.
@@ -753,13 +747,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; labels of another shape, or an unknown `problem_type`.
         """
-        encoded = self.bert(
-            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
-        )
-        if self.bert.pooler is None:
-            pooled = encoded.packed.mean_tokens(encoded.hidden)
-        else:
-            pooled = self.bert.pooler(encoded.packed.first_tokens(encoded.hidden))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        pooled = encoded.pooler_output
+        if pooled is None:
+            pooled = encoded.packed.mean_tokens(encoded.last_hidden_state)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -775,7 +766,7 @@ def classifier_dropout(config) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-class BertForTokenClassification(BertPreTrainedModel):
+class BertForTokenClassification(BertHead):
     """MosaicBERT with a classifier on every token."""
 
     def __init__(self, config):
@@ -811,10 +802,8 @@ class BertForTokenClassification(BertPreTrainedModel):
         Raises:
             ValueError: see `BertModel.forward`; labels of another shape.
         """
-        encoded = self.bert(
-            *(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), packed_output=True, **kwargs
-        )
-        logits = self.classifier(self.dropout(encoded.hidden))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None
         if labels is not None:
             loss = class_loss(logits, packed_labels(encoded.packed, labels), num_items_in_batch)
@@ -826,7 +815,7 @@ class BertForTokenClassification(BertPreTrainedModel):
 PADDING_SCORE = -50.0
 
 
-class BertForQuestionAnswering(BertPreTrainedModel):
+class BertForQuestionAnswering(BertHead):
     """MosaicBERT with scores for the first and the last token of an answer."""
 
     def __init__(self, config):
@@ -868,7 +857,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             given = "start_positions" if end_positions is None else "end_positions"
             raise ValueError(f"start_positions and end_positions must be given together, got {given} only")
         encoded = self.encode_rows(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = encoded.packed.unpack(self.qa_outputs(encoded.hidden))  # [B, S, 2]
+        logits = encoded.packed.unpack(self.qa_outputs(encoded.last_hidden_state))  # [B, S, 2]
         if attention_mask is not None:
             logits = logits.masked_fill((attention_mask == 0)[..., None], PADDING_SCORE)
         start_logits, end_logits = logits.unbind(-1)
@@ -881,7 +870,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         )
 
 
-class BertForMultipleChoice(BertPreTrainedModel):
+class BertForMultipleChoice(BertHead):
     """MosaicBERT that scores each of several continuations."""
 
     def __init__(self, config):
@@ -931,8 +920,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
             check_shape(other, x, (*tokens.shape[:3], *width))
         rows = (None if x is None else x.flatten(0, 1) for x in (input_ids, *others.values(), inputs_embeds))
         encoded = self.encode_rows(*rows, **kwargs)
-        pooled = self.bert.pooler(encoded.packed.first_tokens(encoded.hidden))
-        logits = self.classifier(self.dropout(pooled)).view(tokens.shape[:2])
+        logits = self.classifier(self.dropout(encoded.pooler_output)).view(tokens.shape[:2])
         loss = None
         if labels is not None:
             loss = class_loss(logits, places_of_rows("labels", labels, logits.shape[0]), num_items_in_batch)

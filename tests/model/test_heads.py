@@ -4,7 +4,7 @@ import numerics
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import HEADS, head, name_of, outputs
+from heads import HEADS, assert_equal_outputs, call_of, head, name_of, outputs
 from models import holed_batch, ragged_batch, tiny_model
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -21,6 +21,7 @@ from mosaicbert.bert_layers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    EncoderOutput,
 )
 
 SAME = numerics.SAME[torch.float32]
@@ -39,6 +40,23 @@ def test_encoder_returns_standard_output_with_and_without_pooler():
     assert output.last_hidden_state.shape == (2, 7, 48) and output.pooler_output.shape == (2, 48)
     bare = BertModel(tiny_model(BertModel).config, add_pooling_layer=False).eval()
     assert bare(ids, mask).pooler_output is None
+
+
+@pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
+def test_a_hook_on_the_encoder_of_a_head_gets_the_type_that_the_encoder_returns(model_class):
+    model, seen = head(model_class), []
+    model.bert.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    call = call_of(model_class)
+    expected = outputs(model, **call)
+    model.config.return_dict = False
+    assert_equal_outputs(model(**call), expected, 0.0)
+    packed, again = seen
+    ids, mask = ragged_batch([7, 4])
+    padded = model.bert(ids, mask, return_dict=True)
+    assert type(packed) is type(again) is type(padded) is EncoderOutput
+    if model_class is not BertForMultipleChoice:
+        numerics.assert_same(packed.packed.unpack(packed.last_hidden_state), padded.last_hidden_state, 0.0)
+    assert padded.packed is None and len(model.bert(ids, mask)) == (1 if model.bert.pooler is None else 2)
 
 
 def test_sequence_classification_losses_follow_the_problem_type():
