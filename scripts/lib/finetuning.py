@@ -20,7 +20,7 @@ from transformers import (
 from .cards import write_card
 from .common import REPOSITORY, load_from, say_float32, write_json
 from .examples import SINGLE, encode_labels, infer_problem, load_examples, split_examples
-from .runs import STAGE, clear_results, is_finite, publish, start_folder
+from .runs import STAGE, Run, is_finite, open_run
 from .scores import DECIDING, decide, draw_confusion, fit_baseline, score
 from .training import CarefulTrainer, Divergence
 
@@ -61,8 +61,14 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_from(AutoTokenizer.from_pretrained, model_name)
-    folder = Path(arguments.output_dir)
-    start_folder(folder, options.overwrite)
+    inputs = {"train_data": options.train_data, "validation_data": options.validation_data, "model": model_name}
+    with open_run(Path(arguments.output_dir), options.overwrite, **inputs) as run:
+        arguments.output_dir = str(run.work)
+        return _finetune(options, arguments, run, model_name, tokenizer)
+
+
+def _finetune(options: argparse.Namespace, arguments: TrainingArguments, run: Run, model_name: str, tokenizer) -> dict:
+    """Do what `finetune` does, in the folder of a run."""
     train = load_examples(options.train_data, options, "train")
     if options.validation_data:
         validation = load_examples(options.validation_data, options, "validation")
@@ -94,8 +100,7 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
         rows = zip(*tokens.values(), labels.tolist())
         sets.append([dict(zip((*tokens, "labels"), row)) for row in rows])
 
-    clear_results(folder)
-    stage, best = folder / STAGE, None
+    stage, best = run.work / STAGE, None
     for seed in options.seeds:
         try:
             trainer = train_seed(seed, model_name, tokenizer, sets, problem, names, options, arguments)
@@ -122,12 +127,9 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     if problem == SINGLE:
         draw_confusion(truth[1], best[1], names, stage / "confusion.png")
     write_json(stage / "metrics.json", results)
-    write_model_card(stage, folder.resolve().name, model_name, results)
+    write_model_card(stage, run.folder.name, model_name, results)
     say_float32(stage)
-    publish(stage, folder)
-    if not options.keep_checkpoints:
-        for checkpoints in folder.glob("seed-*"):
-            shutil.rmtree(checkpoints)
+    run.publish(stage, options.keep_checkpoints)
     for part in ("mean", "baseline"):
         if part in results:
             print(f"{part}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in results[part].items()))

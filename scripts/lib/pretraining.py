@@ -1,10 +1,10 @@
 """Masked language model training on packed rows: the work behind pretrain_mlm.py."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -37,7 +37,7 @@ from .packing import (
     tokenize,
 )
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
-from .runs import STAGE, check_is_folder, clear_results, is_finite, publish, start_folder
+from .runs import STAGE, Run, check_is_folder, is_finite, open_run
 from .staging import Input, staged_folder
 from .training import CarefulTrainer
 
@@ -292,11 +292,20 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     shares = [share / sum(shares) for share in shares]
     for argument in ("train_data", "validation_data"):
         check_sources(getattr(options, argument), argument)
-    folder = Path(arguments.output_dir)
-    checkpoint = None
-    if arguments.process_index == 0:
-        checkpoint = start_folder(folder, options.overwrite, options.resume_from_checkpoint, resumable=True)
-    (checkpoint,) = broadcast_object_list([checkpoint])
+    with contextlib.ExitStack() as stack:
+        run = None
+        if arguments.process_index == 0:  # which holds the lock for all
+            folder, resume = Path(arguments.output_dir), options.resume_from_checkpoint
+            run = stack.enter_context(open_run(folder, options.overwrite, resume, resumable=True, **inputs(options)))
+        (run,) = broadcast_object_list([run])
+        arguments.output_dir, arguments.resume_from_checkpoint = str(run.work), run.checkpoint
+        return _train(options, arguments, shares, run)
+
+
+def _train(
+    options: argparse.Namespace, arguments: TrainingArguments, shares: list[float], run: Run
+) -> PretrainingTrainer:
+    """Do what `train` does, in the folder of a run."""
     tokenizer = load_tokenizer(options)
     set_seed(arguments.seed)
     model = build_model(options, len(tokenizer))
@@ -346,13 +355,10 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
             f"{options.tokens_per_row:,} tokens per step; one device can do {peak_flops / 1e12:.2f} TFLOP/s",
             flush=True,
         )
-        if options.overwrite:
-            clear_results(folder)
     if options.dataloader_num_workers is None and not arguments.use_cpu:
         arguments.dataloader_num_workers = 1 if options.streaming else 2
     # Else accelerate reads a stream in one process and hands out slices of each tensor, boundaries included.
     arguments.accelerator_config.dispatch_batches = False
-    arguments.resume_from_checkpoint = checkpoint
     sparse_prediction, model.config.sparse_prediction = model.config.sparse_prediction, True
     trainer = PretrainingTrainer(
         options=options,
@@ -364,18 +370,18 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
         eval_dataset=eval_rows or None,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     if eval_rows:
         trainer.evaluate()
     model.config.sparse_prediction = sparse_prediction
-    save(trainer, folder, options)
+    save(trainer, run, options)
     # A process that just ended would cut the connections of those that still work, which could abort them.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return trainer
 
 
-def save(trainer: PretrainingTrainer, folder: Path, options: argparse.Namespace) -> None:
+def save(trainer: PretrainingTrainer, run: Run, options: argparse.Namespace) -> None:
     """Write the trained model as a repository that loads by itself, and remove the checkpoints.
 
     Raises:
@@ -385,16 +391,13 @@ def save(trainer: PretrainingTrainer, folder: Path, options: argparse.Namespace)
     trainer.model.to(getattr(torch, options.save_dtype))
     if trainer.is_fsdp_enabled:  # else Trainer 5.0 writes no model at all, since each process holds a part
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    stage = folder / STAGE
+    stage = run.work / STAGE
     trainer.save_model(str(stage))
     trainer.save_state()
     if trainer.is_world_process_zero():
         say_float32(stage)
-        write_model_card(stage, folder.resolve().name, options.model, trainer.state)
-        publish(stage, folder)
-        if not options.keep_checkpoints:
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+        write_model_card(stage, run.folder.name, options.model, trainer.state)
+        run.publish(stage, options.keep_checkpoints)
 
 
 def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:

@@ -3,24 +3,29 @@
 torch is imported where it is used, so that a bad folder is refused at once.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from safetensors import SafetensorError, safe_open
 
 from .cli import one_line
+from .common import TOKENIZER_FILES
+from .staging import NEW, OLD, Input, check_apart, locked, open_stage, replace, stage_of
 
 if TYPE_CHECKING:
     import torch
 
 # What a run leaves in its output folder, and the next run must not mix with its own.
 RESULTS = (
-    "checkpoint-*",
-    "seed-*",
     "model*.safetensors*",
     "pytorch_model*.bin*",
     "log_history.json",
@@ -28,60 +33,163 @@ RESULTS = (
     "metrics.json",
     "confusion.png",
 )
+# What the next run replaces, and what would be taken for its own if it did not; results need not be there for it.
+REPLACED = (*RESULTS, *TOKENIZER_FILES, ".final")
+NUMBERED = re.compile(r"(checkpoint|seed)-[0-9]+")
 
 # Where a finished model is written before its files are moved.
 STAGE = ".final"
+# In an output folder's stage: a run that is to replace the results there.
+RUN = "run"
 
 
-def start_folder(folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False) -> Optional[str]:
-    """Check an output folder before a run, and make it.
+@dataclass
+class Run:
+    """A run with its output folder.
+
+    Attributes:
+        folder: what the user named.
+        work: where the run writes: the folder, or, while that keeps the results of an earlier run, a stage beside it.
+        checkpoint: to resume from; None: start at step 0.
+    """
+
+    folder: Path
+    work: Path
+    checkpoint: Optional[str]
+
+    def publish(self, model: Path, keep_checkpoints: bool) -> None:
+        """End the run: its model becomes what the folder holds, in one step where that held results before.
+
+        What in the folder is no result of a run stays there.
+
+        Args:
+            model: a folder in `work` with the files of the model, which are moved.
+            keep_checkpoints: do not remove the numbered checkpoints of the run.
+        """
+        for path in model.iterdir():
+            path.chmod(0o644)
+        # The weights last, so that they never meet older files.
+        for path in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, self.work / path.name)
+        model.rmdir()
+        if self.work != self.folder:
+            stage = stage_of(self.folder)
+            copy_others(self.folder, self.work)
+            os.rename(self.work, stage / NEW)
+            replace(self.folder, stage, "output_dir")
+            for held in (NEW, OLD):  # what was there, with what came there meanwhile
+                copy_others(stage / held, self.folder)
+            self.work = self.folder
+        if not keep_checkpoints:
+            for path in numbered(self.folder):
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def open_run(
+    folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False, **inputs: Input
+) -> Iterator[Run]:
+    """Check an output folder, make it, and keep other runs out of it until the block ends.
+
+    Results of an earlier run stay until `Run.publish`. A run that replaces some and is killed can be resumed.
 
     Args:
         folder: of the run.
-        overwrite: whether results of an earlier run may be replaced, see `clear_results`.
+        overwrite: whether results of an earlier run may be replaced.
         resume: None, `last`, or a checkpoint's folder.
         resumable: whether the script can resume from a checkpoint.
+        **inputs: as `check_apart` takes them.
 
-    Returns:
-        The checkpoint to resume from; None: start at step 0.
+    Yields:
+        The run. If the block raises, a folder that was made for it and is empty is removed.
 
     Raises:
-        ValueError: the folder is none, cannot be written, or holds results and neither is given; both are given, the
-            run is over already, or the checkpoint is not whole.
+        ValueError: the folder is none, cannot be written, or holds an input, another run, or results and neither is
+            given; both are given, the run is over already, or the checkpoint is not whole.
     """
+    folder = Path(os.path.realpath(folder))
+    beside = stage_of(folder) / RUN
     if overwrite and resume:
         raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
     check_is_folder(folder)
-    found = [path for pattern in RESULTS for path in sorted(folder.glob(pattern))]
-    # A run that failed before its first checkpoint leaves an empty folder.
-    results = [path.name for path in found if not path.is_dir() or any(path.iterdir())]
-    if results and not overwrite and not resume:
-        choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
-        raise ValueError(
-            f"output_dir: {folder} holds {results[0]} of an earlier run; {choice}replace it with --overwrite"
-        )
+    for place in (folder, stage_of(folder)):
+        check_apart(place, "output_dir", **inputs)
+    with contextlib.ExitStack() as stack:
+        if stage_of(folder).exists():  # what a killed run took out of its place is put back first
+            with open_stage(folder, "output_dir"):
+                pass
+        stack.enter_context(_made(folder))
+        stack.enter_context(locked(folder, "output_dir"))
+        results, unfinished = results_of(folder), numbered(beside)
+        if (results or unfinished) and not overwrite and not resume:
+            holds = f"{beside} holds an unfinished run"
+            if results:
+                holds = f"{folder} holds {results[0].name} of an earlier run"
+            choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
+            raise ValueError(f"output_dir: {holds}; {choice}replace it with --overwrite")
+        inside = resume not in (None, "last") and beside in Path(os.path.realpath(resume)).parents
+        work = folder
+        if (overwrite and results) or inside or (resume == "last" and unfinished):
+            if os.path.ismount(folder):
+                raise ValueError(
+                    f"output_dir: {folder} is a disk of its own, whose results cannot be replaced in one step; name a "
+                    "folder in it, or empty it"
+                )
+            stack.enter_context(open_stage(folder, "output_dir"))
+            work = beside
+        if not resume:
+            shutil.rmtree(beside, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        shutil.rmtree(work / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
+        if work == beside:
+            stack.callback(_clear_unless, resumable, work)
+            print(
+                f"{folder} keeps its results until new ones replace them; until then the run writes to {work}",
+                flush=True,
+            )
+        yield Run(folder, work, _checkpoint_of(work, results if work == folder else [], resume))
+
+
+def _clear_unless(resumable: bool, work: Path) -> None:
+    if not (resumable and numbered(work)):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; if the block raises, remove what was made, folders around it too, as far as that is empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output_dir: {folder} cannot be written, {one_line(error)}") from error
-    shutil.rmtree(folder / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"output_dir: {folder} cannot be written, {one_line(error)}") from error
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Optional[str]:
+    """The checkpoint that a run is to resume from, see `open_run`."""
     if resume != "last":
         fault = resume and find_fault(Path(resume))
         if fault:
             raise ValueError(f"resume_from_checkpoint: {resume}: {fault}")
         return resume
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(work)
     if checkpoint is None:
-        finished = [name for name in results if name.startswith("model")]
+        finished = [path.name for path in results if path.name.startswith("model")]
         if finished:
             raise ValueError(
-                f"resume_from_checkpoint: {folder} holds {finished[0]} and no checkpoint, so the run is over; start "
+                f"resume_from_checkpoint: {work} holds {finished[0]} and no checkpoint, so the run is over; start "
                 "again with --overwrite, or start from its weights with --model"
             )
-        print(f"{folder} holds no whole checkpoint: starting at step 0", flush=True)
+        print(f"{work} holds no whole checkpoint: starting at step 0", flush=True)
     return checkpoint
 
 
@@ -91,17 +199,40 @@ def check_is_folder(folder: Path) -> None:
         raise ValueError(f"output_dir: {folder} is a file, expected a folder")
 
 
-def clear_results(folder: Path) -> None:
-    """Remove the results of an earlier run, and nothing else."""
-    for pattern in RESULTS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def numbered(folder: Path, kind: str = "") -> list[Path]:
+    """The folders `checkpoint-N` and `seed-N` in a folder that hold something, by their kind and number."""
+    paths = [path for path in folder.glob(f"{kind}*-*") if NUMBERED.fullmatch(path.name) and not path.is_symlink()]
+    paths = [path for path in paths if path.is_dir() and any(path.iterdir())]
+    return sorted(paths, key=lambda path: (path.name.partition("-")[0], int(path.name.partition("-")[2])))
+
+
+def results_of(folder: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
+    """What earlier runs left in a folder."""
+    return numbered(folder) + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Link what is no result of a run into another folder of the same disk, where nothing has its name."""
+    results = results_of(source, REPLACED)
+    for path in source.iterdir() if source.exists() else ():
+        if path in results or os.path.lexists(target / path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target / path.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def newest_checkpoint(folder: Path) -> Optional[str]:
     """The newest whole checkpoint of a run, or None; prints which ones are skipped and why."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in reversed(numbered(folder, "checkpoint")):
         fault = find_fault(path)
         if fault is None:
             return str(path)
@@ -151,12 +282,3 @@ def is_finite(*tensors: "torch.Tensor") -> bool:
 
     parts = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]  # FSDP's parts are DTensors
     return bool(torch.stack([part.isfinite().all() for part in parts if part.numel()]).all())
-
-
-def publish(stage: Path, folder: Path) -> None:
-    """Move the files of a finished run to its folder, the weights last, so that they never meet older files."""
-    for path in stage.iterdir():
-        path.chmod(0o644)
-    for path in sorted(stage.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        os.replace(path, folder / path.name)
-    stage.rmdir()

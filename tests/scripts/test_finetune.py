@@ -216,17 +216,33 @@ def test_results_of_another_run_are_kept_unless_overwrite_is_given(start, tmp_pa
         run(start, tmp_path, train_data=train, resume_from_checkpoint="last")
 
 
-def test_a_second_run_that_is_stopped_leaves_no_weights_beside_old_metrics(start, tmp_path, monkeypatch):
+def test_a_second_run_that_is_stopped_leaves_the_results_of_the_first(start, tmp_path, monkeypatch):
     train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     run(start, tmp_path, train_data=train, num_train_epochs=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "draw_confusion", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetuning, "draw_confusion", stop)
         run(start, tmp_path, train_data=train, num_train_epochs=1, overwrite=True)
-    assert not (tmp_path / "out/metrics.json").exists() and not (tmp_path / "out/model.safetensors").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.csv"}
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    run(start, tmp_path, train_data=train, num_train_epochs=1, overwrite=True, seeds=1)
+    assert list(json.loads((tmp_path / "out/metrics.json").read_text())["seeds"]) == ["1"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.csv"}
+
+
+def test_a_model_is_not_trained_into_its_own_folder(start, tmp_path):
+    """The weights were once deleted before they were loaded."""
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+    before = sorted((path.name, path.read_bytes()) for path in start.iterdir())
+    with pytest.raises(ValueError, match="^output_dir: .* is .*, which model reads; name a folder apart"):
+        run(start, start.parent, train_data=train, output_dir=start, overwrite=True)
+    assert sorted((path.name, path.read_bytes()) for path in start.iterdir()) == before
 
 
 def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatch, capsys):

@@ -395,7 +395,8 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_said(tm
     assert runs.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-900")
     assert re.search(rf"passing over .*checkpoint-1000: .*{reason}\n", capsys.readouterr().out)
     with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*checkpoint-1000: .*{reason}"):
-        runs.start_folder(tmp_path, overwrite=False, resume=str(tmp_path / "checkpoint-1000"))
+        with runs.open_run(tmp_path, overwrite=False, resume=str(tmp_path / "checkpoint-1000")):
+            pass
 
 
 def test_results_of_another_run_are_kept_unless_overwrite_is_given(corpus, tokenizer, tmp_path):
