@@ -52,16 +52,17 @@ def test_attention_dropout_keeps_the_expectation(backend, rows):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_equal_gradients(backend, reentrant):
+def test_gradient_checkpointing_runs_each_layer_twice_and_gives_equal_gradients(backend, reentrant):
     ids, mask = holed_batch()
-    gradients = []
+    gradients, runs = [], []
     for checkpointing in (False, True):
         model = tiny_model(attn_implementation=backend, attention_probs_dropout_prob=0.2).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.is_gradient_checkpointing
+            model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: runs.append(1))
         torch.manual_seed(1)
         model(ids, mask, labels=random_labels(ids)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(runs) == 2, "each layer runs again in the backward pass"
     for name, gradient in gradients[0].items():
         numerics.assert_same(gradients[1][name], gradient, SAME, name)

@@ -97,11 +97,11 @@ def test_position_ids_that_start_again_split_every_row():
 
 
 def test_the_mean_over_tokens_leaves_padding_out():
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
-    tokens = torch.arange(9.0).view(3, 3, 1).bfloat16()
-    for packed in (pack_padded(mask, (3, 3), CPU), pack_rows(mask, (3, 3), CPU)):
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1], [0, 1, 0]])
+    tokens = torch.arange(12.0).view(4, 3, 1).bfloat16()
+    for packed in (pack_padded(mask, (4, 3), CPU), pack_rows(mask, (4, 3), CPU)):
         mean = packed.mean_tokens(packed.pack(tokens))
-        assert mean.dtype == torch.bfloat16 and mean.flatten().tolist() == [0.5, 0.0, 7.5]
+        assert mean.dtype == torch.bfloat16 and mean.flatten().tolist() == [0.5, 0.0, 7.5, 10.0]
 
 
 def test_a_batch_moves_to_another_device_whole():
