@@ -57,6 +57,7 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--trust_remote_code", **cli.TRUST)
     parser.add_argument("--csv", type=file_of_kind(".csv"), metavar="FILE", help="write the table to this file")
     parser.add_argument("--png", type=file_of_kind(".png"), metavar="FILE", help="draw the table to this file")
     return parser

@@ -4,7 +4,7 @@ python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
 from lib import cli
-from lib.common import REPOSITORY, load_from
+from lib.common import REPOSITORY, load_model, load_words
 
 
 def main() -> None:
@@ -12,13 +12,14 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("text", help="a sentence with one [MASK]")
     parser.add_argument("--model", default=str(REPOSITORY), help="folder or Hub id (default: this repository)")
+    parser.add_argument("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+    from transformers import pipeline
 
-    tokenizer = load_from(AutoTokenizer.from_pretrained, options.model)
+    tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
     if options.text.count(tokenizer.mask_token) != 1:
         raise ValueError(f"text must contain {tokenizer.mask_token} once, got {options.text!r}")
-    model = load_from(AutoModelForMaskedLM.from_pretrained, options.model, trust_remote_code=True)
+    model = load_model("ForMaskedLM", options.model, options.trust_remote_code)
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
     for answer in fill(options.text):
         print(f"{answer['score']:6.3f}  {answer['sequence']}")

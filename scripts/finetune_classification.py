@@ -77,6 +77,7 @@ def make_parser() -> cli.TrainingParser:
 
     training = parser.add_argument_group("training")
     training.add_argument("--model", help="folder or Hub id to start from (default: this repository)")
+    training.add_argument("--trust_remote_code", **cli.TRUST)
     training.add_argument(
         "--seeds",
         nargs="+",

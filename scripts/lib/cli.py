@@ -155,6 +155,9 @@ CHECKED = {
 # Arguments that let a true/false option also work as a flag.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
+# What makes `--trust_remote_code`.
+TRUST = {"action": "store_true", "help": "run the Python code that a model brings which is no MosaicBERT"}
+
 
 class TrainingParser(Parser):
     """A parser of a script's own options that also takes every option of transformers' `TrainingArguments`.

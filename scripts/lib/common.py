@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, get_args
 
 from .cli import one_line
-from .references import without_references
+from .references import foreign_references, without_references
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +167,103 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
         raise
     except Exception as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
         raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
+
+
+def load_words(source: str, argument: str = "model", trust_remote_code: bool = False, **options):
+    """Load a tokenizer with `load_from`, without asking whether its code may run."""
+    from transformers import AutoTokenizer
+
+    return load_from(AutoTokenizer.from_pretrained, source, argument, trust_remote_code=trust_remote_code, **options)
+
+
+def own_config(source: str, argument: str = "model", **changes):
+    """The config of a MosaicBERT, whatever code its repository refers to.
+
+    Args:
+        source: a folder or a Hub id.
+        argument: what the user calls it.
+        **changes: fields to set.
+
+    Returns:
+        A `BertConfig` of this repository, without references to code or files.
+
+    Raises:
+        ValueError: there is none, or a value is none that its field can have.
+    """
+    return _own_config(_config_fields(source, argument), source, argument, changes)
+
+
+def _config_fields(source: str, argument: str) -> dict:
+    from transformers import PretrainedConfig
+
+    return load_from(PretrainedConfig.get_config_dict, source, argument)[0]
+
+
+def _own_config(fields: dict, source: str, argument: str, changes: dict):
+    return load_from(
+        lambda _: repository_class("BertConfig").from_dict(without_references(fields), **changes), source, argument
+    )
+
+
+def load_model(head: str, source: str, trust_remote_code: bool = False, **changes):
+    """Load a model for a task: a MosaicBERT with this repository's code, any other with transformers' own.
+
+    Args:
+        head: end of the class's name, such as `ForMaskedLM`.
+        source: a folder or a Hub id.
+        trust_remote_code: run the code of the source, if it brings any.
+        **changes: fields of the config to set.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: the model needs code or files from elsewhere and `trust_remote_code` is not set, or it cannot be
+            loaded.
+    """
+    import transformers
+
+    auto_class = getattr(transformers, f"AutoModel{head}")
+    if trust_remote_code:
+        return load_from(auto_class.from_pretrained, source, trust_remote_code=True, **changes)
+    fields = _config_fields(source, "model")
+    if is_family(fields):
+        return own_model(head, source, _own_config(fields, source, "model", changes))
+    foreign = next(foreign_references(fields), None)
+    if foreign is not None:
+        raise ValueError(
+            f"model: {source!r} is no MosaicBERT and refers to code or files of its own, {foreign}; if you trust "
+            "these, pass --trust_remote_code"
+        )
+    return load_from(auto_class.from_pretrained, source, trust_remote_code=False, **changes)
+
+
+def own_model(head: str, source: str, config):
+    """Load a MosaicBERT with this repository's code, whatever code its source brings.
+
+    Args:
+        head: end of the class's name, such as `ForMaskedLM`.
+        source: a folder or a Hub id.
+        config: what `own_config` returns.
+
+    Returns:
+        The model, in eval mode; what it saves holds this repository's code.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    model = load_from(repository_class(f"Bert{head}").from_pretrained, source, config=config)
+    model.config.name_or_path = ""  # where a config that is saved looks for code
+    return model
+
+
+def is_family(fields: dict) -> bool:
+    """Whether the fields of a config.json are those of a MosaicBERT: they speak of ALiBi, or of the published code."""
+    auto_map = fields.get("auto_map")
+    classes = auto_map.values() if isinstance(auto_map, dict) else ()
+    return "alibi_starting_size" in fields or any(
+        isinstance(name, str) and name.rpartition("--")[2].startswith("bert_layers.") for name in classes
+    )
 
 
 def check_source(source: str, argument: str) -> None:

@@ -11,10 +11,9 @@ from typing import Optional
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from .cli import one_line
-from .common import load_from
+from .common import load_model, load_words
 from .records import read_texts
 from .staging import check_apart
 
@@ -237,14 +236,14 @@ def evaluate(options) -> list[dict]:
     if min(options.max_length) < SHORTEST_WINDOW + 2:
         raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
     device = find_device(options.device)
-    tokenizers = [load_from(AutoTokenizer.from_pretrained, source) for source in options.model]
+    tokenizers = [load_words(source, trust_remote_code=options.trust_remote_code) for source in options.model]
     if options.png:
         import matplotlib  # noqa: F401  (so that it is missed before the measurements)
 
     texts, rows = list(read_texts(options.data, options.text_field)), []
     print(",".join(COLUMNS))
     for name, source, tokenizer in zip(names, options.model, tokenizers):
-        model = load_from(AutoModelForMaskedLM.from_pretrained, source, trust_remote_code=True)
+        model = load_model("ForMaskedLM", source, options.trust_remote_code)
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)

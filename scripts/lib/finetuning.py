@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     TrainingArguments,
@@ -18,7 +16,7 @@ from transformers import (
 )
 
 from .cards import write_card
-from .common import REPOSITORY, load_from, say_float32, write_json
+from .common import REPOSITORY, load_model, load_words, say_float32, write_json
 from .examples import SINGLE, encode_labels, infer_problem, load_examples, split_examples
 from .runs import STAGE, Run, is_finite, open_run
 from .scores import DECIDING, decide, draw_confusion, fit_baseline, score
@@ -60,7 +58,7 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
     for package in ("sklearn", "matplotlib"):  # so that they are missed before training
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
-    tokenizer = load_from(AutoTokenizer.from_pretrained, model_name)
+    tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)
     inputs = {"train_data": options.train_data, "validation_data": options.validation_data, "model": model_name}
     with open_run(Path(arguments.output_dir), options.overwrite, **inputs) as run:
         arguments.output_dir = str(run.work)
@@ -162,10 +160,10 @@ def train_seed(
     """
     set_seed(seed)
     classes = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
-    model = load_from(
-        AutoModelForSequenceClassification.from_pretrained,
+    model = load_model(
+        "ForSequenceClassification",
         model_name,
-        trust_remote_code=True,
+        options.trust_remote_code,
         problem_type=problem,
         num_labels=max(1, len(names)),
         **classes,

@@ -11,14 +11,16 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .cards import write_card
 from .common import (
     REPOSITORY,
     TOKENIZER_FILES,
-    load_from,
+    load_words,
     lower_unused_biases,
+    own_config,
+    own_model,
     read_json,
     repository_class,
     say_float32,
@@ -37,6 +39,7 @@ from .packing import (
     tokenize,
 )
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
+from .references import without_references
 from .runs import STAGE, Run, check_is_folder, is_finite, open_run
 from .staging import Input, staged_folder
 from .training import CarefulTrainer
@@ -201,14 +204,14 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     fields = parse_fields(options.config_fields)
     if options.model is not None and options.config is not None:
         raise ValueError("config must not be given with model, which brings its own")
-    config_class, model_class = repository_class("BertConfig"), repository_class("BertForMaskedLM")
+    config_class = repository_class("BertConfig")
     source = options.config if options.model is None else options.model
     if source is None:
         config = config_class()
     elif Path(source).is_file() and options.model is None:
-        config = config_class.from_dict(read_json(Path(source)))
+        config = config_class.from_dict(without_references(read_json(Path(source))))
     else:
-        config = load_from(config_class.from_pretrained, source, "config" if options.model is None else "model")
+        config = own_config(source, "config" if options.model is None else "model")
     if options.model is None:
         config.vocab_size = math.ceil(vocabulary / 64) * 64
     for name in fields:
@@ -218,9 +221,9 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     if config.vocab_size < vocabulary:
         raise ValueError(f"vocab_size must be at least the tokenizer's {vocabulary} entries, got {config.vocab_size}")
     if options.model is None:
-        model = model_class(config)
+        model = repository_class("BertForMaskedLM")(config)
     else:
-        model = load_from(model_class.from_pretrained, options.model, config=config)
+        model = own_model("ForMaskedLM", options.model, config)
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
     lower_unused_biases(model, vocabulary)
@@ -233,10 +236,9 @@ def load_tokenizer(options: argparse.Namespace):
     Raises:
         ValueError: a folder holds no model or no tokenizer.
     """
-    load = AutoTokenizer.from_pretrained
     if options.tokenizer is not None:
-        return load_from(load, options.tokenizer, "tokenizer", TOKENIZER_FILES)
-    return load_from(load, str(REPOSITORY) if options.model is None else options.model)
+        return load_words(options.tokenizer, "tokenizer", files=TOKENIZER_FILES)
+    return load_words(str(REPOSITORY) if options.model is None else options.model)
 
 
 def inputs(options: argparse.Namespace) -> dict[str, Input]:

@@ -1,0 +1,136 @@
+"""No script runs Python code that a model brings, unless --trust_remote_code is given."""
+
+import json
+
+import evaluate_mlm
+import fill_mask
+import finetune_classification
+import pretrain_mlm
+import pytest
+from folders import stock_bert, write_complete_repository
+from lib import common
+from transformers import BertForMaskedLM
+
+CODE = """
+from pathlib import Path
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+Path({mark!r}).write_text("ran")
+class OtherConfig(BertConfig):
+    model_type = "other"
+class OtherForMaskedLM(BertForMaskedLM):
+    config_class = OtherConfig
+class OtherForSequenceClassification(BertForSequenceClassification):
+    config_class = OtherConfig
+"""
+OTHER = {
+    "AutoConfig": "modeling_other.OtherConfig",
+    "AutoModelForMaskedLM": "modeling_other.OtherForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_other.OtherForSequenceClassification",
+}
+COMMANDS = {
+    "fill_mask": (fill_mask, ["the cat [MASK] on the mat", "--model", "MODEL"]),
+    "evaluate_mlm": (evaluate_mlm, "--model MODEL --data TEXT --tokens 200 --device cpu".split()),
+    "finetune_classification": (
+        finetune_classification,
+        "--model MODEL --train_data LABELS --output_dir OUT --num_train_epochs 1 --use_cpu".split(),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_questions(monkeypatch):
+    def asked(*_):
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+@pytest.fixture
+def run(tmp_path, text, run_script):
+    """Runs a command of `COMMANDS` with a model."""
+    labels = "".join(json.dumps({"text": "the cat sat", "label": label}) + "\n" for label in "abababab")
+    (tmp_path / "labels.jsonl").write_text(labels)
+
+    def run(command, model, *flags):
+        script, words = COMMANDS[command]
+        places = {"MODEL": model, "TEXT": text, "LABELS": tmp_path / "labels.jsonl", "OUT": tmp_path / "out"}
+        run_script(script, *(places.get(word, word) for word in words), *flags)
+
+    return run
+
+
+def refer(folder, auto_map, code="modeling_other.py", **fields):
+    """Let a model's config and tokenizer name code, which leaves a mark where it runs; returns the mark's path."""
+    mark = folder.parent / "ran"
+    (folder / code).write_text(CODE.format(mark=str(mark)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map, **fields}))
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    words["auto_map"] = {"AutoTokenizer": ["modeling_other.Slow", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    return mark
+
+
+@pytest.mark.parametrize("fields", [{}, {"model_type": "other"}, {"model_type": None}], ids=["bert", "other", "none"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_model_s_code_runs_with_the_flag_alone(tmp_path, run, command, fields):
+    stock_bert(tmp_path / "model")
+    mark = refer(tmp_path / "model", OTHER, **fields)
+    with pytest.raises(SystemExit, match=r"is no MosaicBERT and refers to code .*auto_map.*pass --trust_remote_code$"):
+        run(command, tmp_path / "model")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mosaicbert_needs_no_code_of_its_own(tmp_path, run, command, capsys):
+    write_complete_repository(tmp_path / "model")
+    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
+    mark = refer(tmp_path / "model", names, "bert_layers.py", architectures=["BertForMaskedLM"])
+    run(command, tmp_path / "model")
+    assert not mark.exists()
+    if command == "finetune_classification":
+        assert "modeling_other" not in (tmp_path / "out" / "config.json").read_text()
+        assert "OtherConfig" not in (tmp_path / "out" / "bert_layers.py").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command):
+    stock_bert(tmp_path / "model")
+    run(command, tmp_path / "model")
+
+
+def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script):
+    write_complete_repository(tmp_path / "model")
+    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
+    mark = refer(tmp_path / "model", names, "bert_layers.py", attn_implementation="someone/kernels")
+    config = tmp_path / "config.json"
+    config.write_text((tmp_path / "model" / "config.json").read_text())
+    flags = f"--train_data {text} --max_steps 1 --use_cpu --tokens_per_row 64 --max_length 32 --peak_tflops 1"
+    words = ["--tokenizer", tmp_path / "model"]
+    sources = (["--model", tmp_path / "model"], [*words, "--config", tmp_path / "model"], [*words, "--config", config])
+    for number, source in enumerate(sources):
+        out = tmp_path / f"out{number}"
+        run_script(pretrain_mlm, *source, "--output_dir", out, "--gradient_accumulation_steps", 1, *flags.split())
+        assert "someone" not in (out / "config.json").read_text()
+        assert "OtherConfig" not in (out / "bert_layers.py").read_text()
+    assert not mark.exists()
+
+
+def test_the_flag_runs_the_code(tmp_path):
+    stock_bert(tmp_path / "model")
+    mark = refer(tmp_path / "model", OTHER)
+    model = common.load_model("ForMaskedLM", str(tmp_path / "model"), trust_remote_code=True)
+    assert mark.exists() and type(model).__name__ == "OtherForMaskedLM" and isinstance(model, BertForMaskedLM)
+
+
+def test_models_load_alike_with_and_without_the_flag(tmp_path):
+    """As a MosaicBERT of this repository does, with the fields that a task changes."""
+    write_complete_repository(tmp_path / "model")
+    changes = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "single_label_classification"}
+    configs = [
+        common.load_model("ForSequenceClassification", str(tmp_path / "model"), flag, **changes).config.to_dict()
+        for flag in (False, True)
+    ]
+    for config in configs:  # where it came from; saving sets the other
+        config.pop("_name_or_path", None), config.pop("auto_map", None)
+    assert configs[0] == configs[1] and configs[0]["id2label"] == changes["id2label"]
