@@ -23,6 +23,7 @@ from .common import (
     load_weights,
     lower_unused_biases,
     read_json,
+    rename_weights,
     repository_class,
     say_float32,
     vocabulary_size,
@@ -77,7 +78,8 @@ def read_source(weights: Weights, config: dict) -> Weights:
         value = config.get(size)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"config.json: {size} must be a positive integer, got {value!r}")
-    named = {name.removeprefix("module.").removeprefix("bert."): weights[name].float() for name in weights}
+    weights = rename_weights(weights, lambda name: name.removeprefix("module.").removeprefix("bert."))
+    named = {name: tensor.float() for name, tensor in weights.items()}
     check_layers(named, config.get("num_hidden_layers"), "encoder.layer.")
     expected = source_shapes(config, "cls.predictions.transform.dense.weight" in named)
     missing = [name for name in expected if name not in named]

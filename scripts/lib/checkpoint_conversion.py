@@ -25,6 +25,7 @@ from .common import (
     load_weights,
     lower_unused_biases,
     read_json,
+    rename_weights,
     repository_class,
     say_float32,
     unpickling_problem,
@@ -97,11 +98,8 @@ def read_composer(path: Path) -> Checkpoint:
     model = entry(content, "state", "model")
     if not isinstance(model, dict):
         raise ValueError(f"source: {path.name} has no state/model, so it is no Composer checkpoint")
-    weights = {}
-    for name, tensor in check_weights(model, path.name).items():
-        name = name.removeprefix("module.")
-        if name.startswith("model."):
-            weights[name.removeprefix("model.")] = tensor
+    weights = rename_weights(check_weights(model, path.name), lambda name: name.removeprefix("module."))
+    weights = {name.removeprefix("model."): weights[name] for name in weights if name.startswith("model.")}
     stored = entry(content, "state", "integrations", "huggingface")
     files = {}
     for name, file in (entry(stored, "tokenizer") or {}).items():
@@ -155,13 +153,12 @@ def family_names(weights: Weights) -> Weights:
     Returns:
         The same tensors; encoder names with `bert.`.
     """
-    named = {}
-    for name, tensor in weights.items():
+
+    def rename(name: str) -> str:
         name = name.removeprefix("module.")
-        if not name.startswith(("bert.", *HEAD_PREFIXES)):
-            name = f"bert.{name}"
-        named[name] = tensor
-    return named
+        return name if name.startswith(("bert.", *HEAD_PREFIXES)) else f"bert.{name}"
+
+    return rename_weights(weights, rename)
 
 
 def choose_architecture(config: dict, weights: Weights) -> str:

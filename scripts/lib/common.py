@@ -379,15 +379,17 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
         and `beta`. Pickles are opened with `weights_only=True`.
 
     Raises:
-        ValueError: no weights, a shard is missing, or a file is damaged or holds more than a model's weights.
+        ValueError: no weights, a shard is missing or not as the index says, a file is damaged or holds more than a
+            model's weights, or there are two different tensors for one weight.
     """
     import torch
     from safetensors.torch import load_file
 
-    weights = {}
+    weights, named = {}, {}
     for name in weight_files(folder):
         path = folder / name
         if name.endswith(".index.json"):
+            named = read_json(path)["weight_map"]
             continue
         try:
             if name.endswith(".safetensors"):
@@ -397,10 +399,37 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path}: cannot be read, {unpickling_problem(error)}") from error
         weights.update(check_weights(content, str(path)))
-    legacy = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    for old, new in legacy.items():
-        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-    return weights
+        for key in content.keys() | named.keys():
+            if named.get(key, name) != name and key in content:
+                raise ValueError(f"{path}: holds {key}, which the index places in {named[key]}")
+            if named.get(key) == name and key not in content:
+                raise ValueError(f"{path}: lacks {key}, which the index places there")
+
+    def rename(name: str) -> str:
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+    return rename_weights(weights, rename)
+
+
+def rename_weights(weights: dict[str, "torch.Tensor"], rename) -> dict[str, "torch.Tensor"]:
+    """Give weights other names.
+
+    Args:
+        weights: by name.
+        rename: from the old name to the new one.
+
+    Raises:
+        ValueError: two different tensors get the same name; names both.
+    """
+    import torch
+
+    renamed, origin = {}, {}
+    for name, tensor in weights.items():
+        key = rename(name)
+        if key in renamed and not torch.equal(renamed[key], tensor):
+            raise ValueError(f"source: {origin[key]} and {name} are two different tensors for one weight, {key}")
+        renamed[key], origin[key] = tensor, name
+    return renamed
 
 
 def unpickling_problem(error: Exception) -> str:

@@ -196,6 +196,41 @@ def test_a_weight_of_another_shape_is_named_with_both_shapes(source, shape):
     source.fails(rf"embeddings.LayerNorm.weight ({shown} for \[48\]|must have shape \[32\], got {shown})")
 
 
+TWICE = {
+    "module.": lambda name: f"module.{name}",
+    "bert.": lambda name: name.removeprefix("bert."),
+    "gamma": lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma"),
+}
+
+
+@pytest.mark.parametrize("rename", TWICE.values(), ids=TWICE)
+def test_two_different_tensors_for_one_weight_are_named(source, rename):
+    other = rename(NORM)
+    assert other != NORM
+    save_file({**source.weights, other: source.weights[NORM] + 1}, source.folder / "model.safetensors")
+    names = f"({re.escape(NORM)} and {re.escape(other)}|{re.escape(other)} and {re.escape(NORM)})"
+    source.fails(f"source: {names} are two different tensors for one weight")
+    save_file({**source.weights, other: source.weights[NORM].clone()}, source.folder / "model.safetensors")
+    source.call()
+
+
+def test_a_stale_copy_in_another_shard_is_named(source):
+    """The index says which of the two is meant; a file beside it was once taken if it came later."""
+    names = {name: "w.safetensors" for name in source.weights}
+    other = next(name for name in names if name != NORM)
+    source.index({"weight_map": {**names, other: "x.safetensors"}})
+    rest = {name: tensor for name, tensor in source.weights.items() if name != other}
+    save_file(rest, source.folder / "w.safetensors")
+    save_file({other: source.weights[other], NORM: source.weights[NORM] + 1}, source.folder / "x.safetensors")
+    source.fails(f"x.safetensors: holds {re.escape(NORM)}, which the index places in w.safetensors")
+
+
+def test_a_weight_that_an_index_names_and_no_shard_holds_is_named(source):
+    names = {name: "w.safetensors" for name in source.weights}
+    source.index({"weight_map": {**names, "bert.embeddings.more.weight": "w.safetensors"}})
+    source.fails("w.safetensors: lacks bert.embeddings.more.weight, which the index places there")
+
+
 @pytest.mark.parametrize("layers", [10**9, 10**30])
 def test_a_config_with_more_layers_than_the_weights_names_the_missing_ones(source, layers):
     there = json.loads((source.folder / "config.json").read_text())["num_hidden_layers"]
