@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 from typing import Optional
 
-from .common import LICENSE_NAME, file_inside
+from .common import LARGEST_CARD, LICENSE_NAME, file_inside
 
 
 def write_card(
@@ -76,7 +76,8 @@ def stated_license(folder: Path) -> Optional[str]:
     import yaml
     from huggingface_hub import metadata_load
 
-    if not (folder / "README.md").is_file():
+    card = folder / "README.md"
+    if not card.is_file() or card.stat().st_size > LARGEST_CARD:
         return None
     try:
         stated = metadata_load(file_inside(folder, "README.md"))

@@ -40,6 +40,10 @@ TOKENIZER_FILES = (
 SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
 # The JSON files of a model repository in which transformers looks for code.
 REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+# Bytes that are read of a config or a tokenizer file; the largest of models with 250,000 entries have a quarter of it.
+LARGEST_FILE = 2**26
+# Bytes that are read of a card.
+LARGEST_CARD = 2**20
 LICENSE_NAME = re.compile(r"\w[\w.+-]*")
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
@@ -108,14 +112,28 @@ def empty_model(name: str, config):
         raise ValueError(f"config.json describes no {name}, {one_line(error)}") from error
 
 
+def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
+    """Read a file.
+
+    Raises:
+        ValueError: it holds more than `most` bytes.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: expected at most {most:,} bytes")
+    return content
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object.
 
     Raises:
         ValueError: it holds something else; names the file.
     """
+    text = read_bounded(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, {one_line(error)}") from error
     if not isinstance(content, dict):
@@ -505,7 +523,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer files that exist, without references to code and without limits on length."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            write_tokenizer_file(target / name, file_inside(source, name).read_bytes())
+            write_tokenizer_file(target / name, read_bounded(file_inside(source, name)))
 
 
 def write_tokenizer_file(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .cli import one_line
 from .common import load_model, load_words
-from .records import read_texts
+from .records import pieces, read_texts
 from .staging import check_apart
 
 MASKED_SHARE = 0.15
@@ -41,7 +41,11 @@ def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, t
     """
     chosen, total = [], 0
     for index in torch.randperm(len(texts), generator=torch.Generator().manual_seed(7)).tolist():
-        ids = tokenizer(texts[index], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids = []
+        for piece in pieces(texts[index]):
+            ids += tokenizer(piece, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            if len(ids) >= longest * 16:
+                break
         if len(ids) < max(longest if several else 0, SHORTEST_DOCUMENT):
             continue
         chosen.append(ids[: longest * (4 if several else 16)])

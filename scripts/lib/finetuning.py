@@ -18,6 +18,7 @@ from transformers import (
 from .cards import write_card
 from .common import REPOSITORY, load_model, load_words, say_float32, write_json
 from .examples import SINGLE, encode_labels, infer_problem, load_examples, split_examples
+from .records import pieces
 from .runs import STAGE, Run, is_finite, open_run
 from .scores import DECIDING, decide, draw_confusion, fit_baseline, score
 from .training import CarefulTrainer, Divergence
@@ -94,7 +95,9 @@ def _finetune(options: argparse.Namespace, arguments: TrainingArguments, run: Ru
 
     sets = []
     for (texts, _), labels in zip((train, validation), truth):
-        tokens = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=options.max_length)
+        # The first piece of a text has more tokens than are kept, and fits into memory.
+        fields = ([next(pieces(text)) for text in field] for field in zip(*texts))
+        tokens = tokenizer(*fields, truncation=True, max_length=options.max_length)
         rows = zip(*tokens.values(), labels.tolist())
         sets.append([dict(zip((*tokens, "labels"), row)) for row in rows])
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .cli import one_line
-from .records import TEXT_FILES, find_files, is_file_name, load_dataset, read_texts
+from .common import read_json, vocabulary_size
+from .records import TEXT_FILES, find_files, is_file_name, load_dataset, pieces, read_texts
 
 IGNORED = -100  # label of a token that is not predicted
 SHORTEST = 8  # tokens without [CLS] and [SEP]: a shorter rest of a document is dropped
@@ -48,15 +49,25 @@ class Documents:
 
     def __init__(self, folder: Path, tokenizer: Optional[PreTrainedTokenizerBase] = None):
         self.folder = Path(folder)
-        about = json.loads((self.folder / "documents.json").read_text(encoding="utf-8"))
-        if tokenizer is not None and about["vocabulary"] != hash_vocabulary(tokenizer):
+        about = read_json(self.folder / "documents.json")
+        if about.get("dtype") not in ("uint16", "int32") or not isinstance(about.get("tokens"), int):
+            raise ValueError(f"{self.folder / 'documents.json'}: expected what --tokenize_only writes, got {about}")
+        if tokenizer is not None and about.get("vocabulary") != hash_vocabulary(tokenizer):
             raise ValueError(f"{self.folder} was tokenized with another vocabulary than {tokenizer.name_or_path!r} has")
         path = self.folder / "tokens.bin"
         wanted = about["tokens"] * np.dtype(about["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != wanted:
             raise ValueError(f"{path}: expected {wanted} bytes, the file is not complete")
-        self.tokens = np.asarray(np.memmap(path, about["dtype"], "r"))
-        self.bounds = np.load(self.folder / "bounds.npy")
+        path = self.folder / "bounds.npy"
+        try:
+            self.bounds = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: expected an array of NumPy, {one_line(error)}") from error
+        ordered = self.bounds.dtype == np.int64 and self.bounds.ndim == 2 and self.bounds.shape[1] == 2
+        starts, ends = self.bounds.T if ordered else (np.ones(1), np.zeros(1))
+        if not len(starts) or starts.min() < 0 or (ends < starts).any() or ends.max() > about["tokens"]:
+            raise ValueError(f"{path}: expected where documents start and end in {about['tokens']} tokens")
+        self.tokens = np.asarray(np.memmap(self.folder / "tokens.bin", about["dtype"], "r"))
 
     def __reduce__(self):  # a worker process opens the files itself
         return Documents, (self.folder,)
@@ -101,19 +112,12 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
     try:
         progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
         with open(stage / "tokens.bin", "wb") as file, progress as bar:
-            texts = ((number, text) for number, part in unique.items() for text in part)
-            for batch in _batches(texts):
-                ids = tokenizer(
-                    [text for _, text in batch],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                )["input_ids"]
-                file.write(np.concatenate([np.array(document, dtype) for document in ids]).tobytes())
-                sizes += map(len, ids)
-                owners += (number for number, _ in batch)
-                bar.update(sum(map(len, ids)))
+            owned = ((number, text) for number, part in unique.items() for text in part)
+            for number, ids in encode(owned, tokenizer, dtype):
+                file.write(ids.tobytes())
+                sizes.append(len(ids))
+                owners.append(number)
+                bar.update(len(ids))
         if max(sizes, default=0) < SHORTEST:
             raise ValueError(TOO_SHORT)
         ends = np.cumsum(sizes)
@@ -130,14 +134,47 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def encode(
+    texts: Iterable[tuple[Any, str]], tokenizer: PreTrainedTokenizerBase, dtype: np.dtype
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Tokenize texts of any length in batches that occupy all cores and bound the memory.
+
+    Args:
+        texts: each with whatever tells whose it is.
+        tokenizer: used without special tokens.
+        dtype: of the ids.
+
+    Yields:
+        Whose a text is, and its token ids, `dtype` [T].
+    """
+    parts = []
+    for batch in _batches(texts):
+        ids = tokenizer(
+            [piece for _, piece, _ in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        for (owner, _, is_last), piece in zip(batch, ids):
+            parts.append(np.array(piece, dtype))
+            if is_last:
+                yield owner, np.concatenate(parts)
+                parts = []
+
+
+def _batches(texts: Iterable[tuple[Any, str]]) -> Iterator[list[tuple[Any, str, bool]]]:
+    """Batches of pieces: whose each is, its text, and whether it is the last of its document."""
     batch, characters = [], 0
-    for item in texts:
-        batch.append(item)
-        characters += len(item[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+    for owner, text in texts:
+        left = len(text)
+        for piece in pieces(text):
+            left -= len(piece)
+            batch.append((owner, piece, left == 0))
+            characters += len(piece)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
 
@@ -189,6 +226,8 @@ def check_sources(sources: Sequence[str], argument: str) -> None:
 
 
 def _is_text_file(source: str, argument: str = "data") -> bool:
+    if not source:
+        raise ValueError(f"{argument}: expected names of files, folders or `datasets` ids, got ''")
     if os.path.isfile(os.path.join(source, "index.json")):
         return False
     if os.path.isdir(source):
@@ -318,6 +357,7 @@ class Sequences:
     size: np.ndarray
     cls_token_id: int
     sep_token_id: int
+    vocabulary: int
 
     def __len__(self) -> int:
         return len(self.size)
@@ -345,6 +385,9 @@ class Sequences:
         columns = (self.part[numbers], self.start[numbers], self.size[numbers], ends - lengths + 1)
         for part, start, size, place in zip(*(column.tolist() for column in columns)):
             input_ids[place : place + size] = self.documents[part].tokens[start : start + size]
+        if input_ids.min() < 0 or input_ids.max() >= self.vocabulary:
+            folders = ", ".join(str(folder.folder) for folder in self.documents)
+            raise ValueError(f"{folders}: expected tokens below {self.vocabulary}, the file is damaged")
         return input_ids, lengths
 
 
@@ -371,7 +414,8 @@ def load_sequences(
     owners, begins, size = cut_documents(bounds[:, 1] - bounds[:, 0], lengths, shares, seed)
     part = np.repeat(np.arange(len(documents)), [len(folder.bounds) for folder in documents])
     start = bounds[owners, 0] + begins
-    return Sequences(documents, part[owners], start, size, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return Sequences(documents, part[owners], start, size, *special, vocabulary_size(tokenizer))
 
 
 def stream_sequences(
@@ -434,9 +478,7 @@ def _examples_of_shards(folders: list[str], text_field: str):
 
 
 def _cut_batch(batch: dict[str, list], indices: list[int], tokenizer, lengths, shares, seed: int) -> dict[str, list]:
-    ids = tokenizer(
-        batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+    ids = [ids for _, ids in encode(enumerate(batch["text"]), tokenizer, np.dtype("int32"))]
     cuts = cut_documents([len(document) for document in ids], lengths, shares, (seed, indices[0]))
     sequences = [
         [tokenizer.cls_token_id, *ids[owner][begin : begin + size], tokenizer.sep_token_id]

@@ -8,13 +8,19 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .cli import one_line
 
 TEXT_FILES = (".jsonl", ".json", ".txt")
 RECORD_FILES = (".jsonl", ".json", ".csv")
+# Bytes of a line, or of a JSON array: far beyond any document, and what memory holds several times.
+LONGEST_LINE = 2**29
+# Characters of a paragraph of a `.txt` file that are one document; a file without empty lines is cut at such sizes.
+LONGEST_PARAGRAPH = 2**26
+# Characters that a tokenizer is given at once of one text: its memory is about 80 bytes a character.
+PIECE = 1_000_000
 
 
 def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, argument: str = "data") -> list[str]:
@@ -95,7 +101,9 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"{path}, line {number}: expected at most {LONGEST_LINE:,} bytes in a line")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -125,8 +133,15 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        whole = first[1] + "".join(line for _, line in lines)
-        parts = enumerate(_parse(path, first[0], whole), start=1)
+        whole, size = [first[1]], len(first[1])
+        for _, line in lines:
+            whole.append(line)
+            size += len(line)
+            if size > LONGEST_LINE:
+                raise ValueError(
+                    f"{path}: expected at most {LONGEST_LINE:,} characters in a JSON array; use JSON lines"
+                )
+        parts = enumerate(_parse(path, first[0], "".join(whole)), start=1)
     else:
         filled = ((number, line) for number, line in itertools.chain([first], lines) if line.strip())
         parts = ((number, _parse(path, number, line)) for number, line in filled)
@@ -164,6 +179,8 @@ def _parse(path: str, number: int, text: str):
         raise ValueError(f"{path}, line {number + error.lineno - 1}: expected JSON, {error.msg}") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"{path}, line {number}: expected valid Unicode, {error.reason}") from error
+    except ValueError as error:  # an integer of more digits than Python takes
+        raise ValueError(f"{path}, line {number}: expected JSON, {one_line(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}, line {number}: the JSON is nested too deeply") from error
 
@@ -185,8 +202,8 @@ def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str
         if kind_of(path) == ".txt":
             lines = (line for _, line in read_lines(path))
             for filled, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
-                if filled:
-                    yield "".join(paragraph).strip()
+                for part in _bounded(paragraph) if filled else ():
+                    yield part.strip()
             continue
         for number, record in read_records(path):
             if text_field not in record:
@@ -200,3 +217,34 @@ def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str
                 )
             if text.strip():
                 yield text
+
+
+def _bounded(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines, to more than one text where they are longer than `LONGEST_PARAGRAPH`."""
+    part, size = [], 0
+    for line in lines:
+        if part and size + len(line) > LONGEST_PARAGRAPH:
+            yield "".join(part)
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    yield "".join(part)
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """Cut a text at white space into pieces that a tokenizer can take one at a time.
+
+    The tokens of the pieces are those of the text, but for a word of more than `size` characters.
+
+    Args:
+        text: of any length.
+        size: characters of a piece, at most.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        spaces = (place for place in range(end, start, -1) if text[place].isspace())
+        end = next(spaces, end)
+        yield text[start:end]
+        start = end
+    yield text[start:]

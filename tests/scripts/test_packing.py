@@ -204,6 +204,76 @@ def test_tokenized_documents_that_do_not_fit_are_named(corpus, tokenizer, tmp_pa
         sequences_of(tmp_path / "tokens", tokenizer)
 
 
+BOUNDS = {
+    "empty": b"",
+    "text": b"[[0, 10]]",
+    "pickle": [{"a": 1}],
+    "huge": [[0, 2**62]],
+    "below zero": [[-5, 10]],
+    "reversed": [[10, 5]],
+    "flat": [0, 10],
+    "three columns": [[0, 5, 10]],
+    "floats": [[0.0, 10.0]],
+    "no document": np.zeros((0, 2), np.int64),
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+def test_damaged_bounds_are_named(corpus, tokenizer, tmp_path, bounds):
+    """Bounds of 2^62 tokens were once cut without end."""
+    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "bounds.npy"
+    path.write_bytes(bounds) if isinstance(bounds, bytes) else np.save(path, np.array(bounds))
+    with pytest.raises(ValueError, match="bounds.npy: expected (an array of NumPy|where documents start and end)"):
+        sequences_of(tmp_path / "tokens", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "documents.json: expected JSON"),
+        ("[]", "documents.json: expected a JSON object"),
+        ("{}", "documents.json: expected what --tokenize_only writes, got {}"),
+        ({"dtype": "object"}, "documents.json: expected what --tokenize_only writes"),
+        ({"tokens": "9" * 10}, "documents.json: expected what --tokenize_only writes"),
+        ({"tokens": 10**30}, r"tokens.bin: expected 20+ bytes"),
+        ({"vocabulary": None}, "another vocabulary than"),
+    ],
+)
+def test_damaged_facts_about_tokenized_documents_are_named(corpus, tokenizer, tmp_path, change, message):
+    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "documents.json"
+    content = change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change})
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        sequences_of(tmp_path / "tokens", tokenizer)
+
+
+def test_tokens_beyond_the_vocabulary_are_named(corpus, tokenizer, tmp_path):
+    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "tokens.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    sequences = sequences_of(tmp_path / "tokens", tokenizer)
+    with pytest.raises(ValueError, match="tokens: expected tokens below 45, the file is damaged"):
+        sequences.concatenate(np.arange(3))
+
+
+def test_a_text_of_any_length_has_the_tokens_that_it_has_at_once(tokenizer):
+    """A text is cut before it is tokenized, as the tokenizer takes 80 bytes of memory a character."""
+    long = " ".join(WORDS * 9000)
+    assert len(long) > 1_000_000
+    texts = [WORDS[0], long, "", " ".join(WORDS)]
+    found = list(packing.encode(enumerate(texts), tokenizer, np.dtype("int32")))
+    assert [number for number, _ in found] == [0, 1, 2, 3]
+    for text, (_, ids) in zip(texts, found):
+        assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"] and ids.dtype == np.int32
+
+
+def test_a_source_without_a_name_is_named():
+    with pytest.raises(ValueError, match="^train_data: expected names of files, folders or `datasets` ids, got ''"):
+        packing.check_sources([""], "train_data")
+
+
 def test_tokenizing_that_fails_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": " ".join(WORDS)}) + '\n{"text": null}')
     with pytest.raises(ValueError, match="a.jsonl, line 2: expected a string in 'text', got null"):

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+from lib import records
 from lib.records import RECORD_FILES, TEXT_FILES, find_files, read_records, read_texts
 
 
@@ -84,3 +85,43 @@ def test_files_are_found_by_name_and_pattern(tmp_path, monkeypatch):
     for source in ("missing.jsonl", "*.txt", "folder.jsonl"):
         with pytest.raises(ValueError, match="no file matches '.*"):
             find_files([str(tmp_path / source)], TEXT_FILES)
+
+
+def test_lines_arrays_and_csv_fields_without_end_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LONGEST_LINE", 100)
+    texts = [json.dumps({"text": "a" * 80}), json.dumps({"text": "a" * 200})]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(texts))
+    (tmp_path / "b.txt").write_text("a" * 99 + "\n" + "a" * 101)
+    (tmp_path / "c.json").write_text("[\n" + ",\n".join(texts[:1] * 3) + "]")
+    for name, message in (
+        ("a.jsonl.gz", "a.jsonl.gz, line 2: expected at most 100 bytes in a line"),
+        ("b.txt", "b.txt, line 2: expected at most 100 bytes in a line"),
+        ("c.json", "c.json: expected at most 100 characters in a JSON array; use JSON lines"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(records.read_texts([str(tmp_path / name)]))
+    (tmp_path / "d.csv").write_text('text,label\n"' + "a\n" * 60 + '",b\n')
+    with pytest.raises(ValueError, match="d.csv, line 2: expected CSV, field larger than field limit"):
+        list(records.read_records(str(tmp_path / "d.csv")))
+
+
+def test_a_text_file_without_empty_lines_is_cut_at_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LONGEST_PARAGRAPH", 20)
+    (tmp_path / "a.txt").write_text("one two\nthree four\nfive six\nseven\n\nlast\n" + "a" * 30)
+    texts = ["one two\nthree four", "five six\nseven", "last", "a" * 30]
+    assert list(records.read_texts([str(tmp_path / "a.txt")])) == texts
+
+
+@pytest.mark.parametrize("text", ["", "a", "a" * 25, "one two three four five", " " * 30, "one\n\n two" * 9])
+def test_pieces_are_the_text_cut_at_white_space(text):
+    parts = list(records.pieces(text, 10))
+    assert "".join(parts) == text and max(map(len, parts)) <= 10
+    assert all(part[:1].isspace() or len(before) == 10 for before, part in zip(parts, parts[1:]))
+    assert [word for part in parts for word in part.split()] == text.split() or "a" * 11 in text
+
+
+def test_an_integer_of_too_many_digits_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ' + "9" * 5000 + "}")
+    with pytest.raises(ValueError, match="a.jsonl, line 2: expected JSON, Exceeds the limit"):
+        list(records.read_records(str(tmp_path / "a.jsonl")))
