@@ -152,7 +152,7 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(2**31 - 1)  # a text may be a book; the default limit is 131,072 characters
+    csv.field_size_limit(LONGEST_LINE)  # a text may be a book; the default is 131,072 characters
     # Strict, or else an unclosed quote turns the rest of the file into one text.
     rows, number = csv.DictReader(lines, strict=True), 1
     try:
