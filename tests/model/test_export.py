@@ -6,11 +6,15 @@ import torch
 from heads import BACKENDS, HEADS, SAME, call_of, gradless, head, name_of
 from models import holed_batch, ragged_batch
 
-from mosaicbert.bert_layers import BertModel
+from mosaicbert.bert_layers import BertForMaskedLM, BertForMultipleChoice, BertModel
 
 
-@pytest.mark.parametrize("dims, strict", [("dynamic", False), ("dynamic", True), ("named", False)])
-@pytest.mark.parametrize("model_class", HEADS, ids=name_of)
+@pytest.mark.parametrize(
+    "model_class, dims, strict",
+    [(model_class, "dynamic", False) for model_class in HEADS]
+    + [(BertForMaskedLM, "dynamic", True), (BertForMultipleChoice, "named", False)],
+    ids=name_of,
+)
 def test_exported_programs_take_other_batch_sizes_and_lengths(model_class, dims, strict):
     model = gradless(head(model_class, num_hidden_layers=1))
     call = call_of(model_class, labels=False)

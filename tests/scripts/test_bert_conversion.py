@@ -153,7 +153,6 @@ def test_convert_bert_refuses_what_it_cannot_convert(tmp_path, text, change, mes
         (("--max_length", 7), "max_length: expected at least 8 tokens, got 7"),
         (("--tokens", 30), "data: expected at least 5 windows of text to fit on, got 2"),
         (("--license", "a|b"), "license: expected an identifier such as apache-2.0, got 'a|b'"),
-        (("--pad-vocab", 8), "there is no option --pad-vocab; did you mean --pad_vocab?"),
     ],
 )
 def test_a_mistake_on_the_command_line_of_convert_bert_is_named(tmp_path, text, run_script, capsys, options, message):

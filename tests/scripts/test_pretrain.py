@@ -72,16 +72,16 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def test_defaults_are_the_published_recipe(corpus, tokenizer, tmp_path):
+def test_defaults_are_the_published_recipe(corpus, tokenizer, tmp_path, monkeypatch):
     flags = ["--train_data", str(corpus), "--output_dir", str(tmp_path)]
     options, arguments = pretrain_mlm.parse(flags)
     assert (options.mask_probability, options.eval_mask_probability, options.global_batch_size) == (0.3, 0.15, 4096)
     assert (arguments.learning_rate, arguments.adam_beta1, arguments.adam_beta2) == (5e-4, 0.9, 0.98)
     assert (arguments.adam_epsilon, options.warmup_share, options.final_lr_share) == (1e-6, 0.06, 0.02)
     assert arguments.bf16 and options.decoupled_weight_decay == 1e-5
-    trainer = run(
-        command_line(corpus, tokenizer, tmp_path, gradient_accumulation_steps=0, tokens_per_row=8192, max_steps=1)
-    )
+    monkeypatch.setattr(pretraining.PretrainingTrainer, "train", lambda self, **_: self.create_optimizer())
+    monkeypatch.setattr(pretraining, "save", lambda *_: None)
+    trainer = run(command_line(corpus, tokenizer, tmp_path, gradient_accumulation_steps=0, tokens_per_row=8192))
     # 4,096 sequences of 32 tokens in rows of 8,192
     assert trainer.args.gradient_accumulation_steps == 16
     assert trainer.optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.02)
@@ -318,12 +318,7 @@ def test_a_wrong_command_line_ends_in_one_line(corpus, tokenizer, tmp_path, caps
     assert stop.value.code == 2 and line.count("\n") == 1 and re.search(message.replace("?", "[?]"), line)
 
 
-def test_help_answers_without_torch_and_help_all_shows_trainer_s_options(capsys):
-    program = (
-        "import sys, pretrain_mlm; pretrain_mlm.make_parser(); print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True)
-    assert shown.stdout == "set()\n"
+def test_help_all_shows_the_options_of_the_trainer_too(capsys):
     texts = []
     for flag in ("--help", "--help_all"):
         with pytest.raises(SystemExit):
