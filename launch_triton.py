@@ -45,7 +45,7 @@ _compiled = {}
 def launch(kernel, grid, tile: Tile, tensors: dict, strides: dict, numbers: dict, constants: dict) -> None:
     """Run a kernel on the current stream of the first tensor's device.
 
-    Triton's dispatch takes 13 to 14 µs of Python for the attention kernels (Triton 3.7.1 on a Xeon, the driver stubbed);
+    Triton's dispatch takes 13 to 14 µs of Python for the attention kernels (Triton 3.7.1, without the driver);
     what it compiled is kept and runs again in 5 to 6 µs.
 
     Args:

@@ -1,7 +1,7 @@
 """What all tests of the Triton kernels share.
 
 On a machine without a GPU the kernels run under Triton's interpreter, which has to be chosen before Triton is imported:
-`test_triton_interpreter.py` runs the `test_triton_*.py` files in a process of its own with TRITON_INTERPRET=1. On a
+`test_triton_interpreter.py` runs the files in a process with TRITON_INTERPRET=1. On a
 GPU, `pytest -m gpu` runs everything on the device.
 """
 
