@@ -1,4 +1,4 @@
-"""Sources that are damaged or mean harm: one line that names what is wrong, nothing left behind, no question asked."""
+"""Damaged or malicious sources: one line that names the fault, nothing left behind, no prompt."""
 
 import json
 import os
