@@ -12,7 +12,8 @@ from conftest import ROOT
 PINS = ROOT / "constraints.txt"
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
-TARGETS = [*itertools.product(["3.10", "3.11", "3.12", "3.13"], ["linux", "macos"]), ("3.11", "windows")]
+DECLARED = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+TARGETS = [*itertools.product(DECLARED, ["linux", "macos"]), ("3.11", "windows"), (DECLARED[-1], "windows")]
 
 
 def requirements():

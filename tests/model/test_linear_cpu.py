@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: every implementation gives the result of F.linear, and the fastest suitable one runs."""
+"""Products on the CPU: each formula gives the product, and the faster one is taken where it may be."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""PackedBatch: the positions of tokens, and that unpacking inverts packing."""
+"""PackedBatch: where tokens sit, and that packing and unpacking are inverse."""
 
 import pytest
 import torch
