@@ -1,6 +1,6 @@
 """Time this model against the published formula and against what users would pick instead.
 
-python benchmarks/bench.py attention|model|train|pretrain|startup|host
+python benchmarks/bench.py attention|model|train|pretrain|serve|startup|host
                                                               measure the cases of this command, append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
 python benchmarks/bench.py compare --with PATH                this checkout against another one, in one process
@@ -44,6 +44,7 @@ from contenders import (
     layers,
     reason_against,
 )
+from engines import ENGINES, Serving
 from host import HostCall, stubbed_launches
 from torch.profiler import ProfilerActivity, profile
 
@@ -63,7 +64,7 @@ LABELS = {
     "ours": "MosaicBERT, this code",
 }
 
-WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training, "pretrain": Pretraining}
+WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training, "pretrain": Pretraining, "serve": Serving}
 
 # A sample repeats its call for about this many seconds, so that the resolution of the clock does not matter.
 SAMPLE_SECONDS = 0.01
@@ -240,7 +241,11 @@ def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
             print(f"{case.name}: {name} is left out: {type(error).__name__}: {error}")
             continue
         begin = time.perf_counter()
-        memory[name] = peak_memory(function, case.device)
+        if name in ENGINES:  # which allocate by themselves
+            memory[name] = None
+            function()
+        else:
+            memory[name] = peak_memory(function, case.device)
         wait(case.device)
         calls = max(1, min(100, int(SAMPLE_SECONDS / (time.perf_counter() - begin))))
         samples[name] = lambda function=function, calls=calls: seconds_of(function, case.device, calls)
@@ -346,7 +351,7 @@ def mib(row: dict) -> str:
 def table() -> str:
     """The tables of docs/performance.md, Markdown, from the newest rows of each processor: the CPUs, then the GPUs.
 
-    Cases of the plot are left out.
+    Cases of the plot and of docs/serving.md are left out.
     """
     rows = read_rows()
     parts = [device_table(rows, device) for device in ("cpu", "cuda")]
@@ -355,7 +360,7 @@ def table() -> str:
 
 def device_table(rows: dict, device: str) -> str:
     """The table of the cases for `device` and what it was measured on; empty where there are no rows."""
-    cases = [case for case in CASES if case.device == device and not case.name.startswith("length-")]
+    cases = [case for case in CASES if case.device == device and not case.name.startswith(("length-", "S-"))]
     names = {case.name for case in cases}
     processors = sorted({processor for processor, case, _ in rows if case in names})
     head = ["workload", "baseline", *processors, "memory, MiB", "case"]
@@ -378,6 +383,23 @@ def device_table(rows: dict, device: str) -> str:
     for about, commits in sorted(sources.items()):
         lines += ["", f"Measured on {about}; commit {', '.join(sorted(commits))}."]
     return "\n".join(lines) if sources else ""
+
+
+def serving_table() -> str:
+    """The table of docs/serving.md: milliseconds of each engine, Markdown, from the newest rows of each processor."""
+    rows = read_rows()
+    cases = [case for case in CASES if case.command == "serve"]
+    lines = []
+    for processor in sorted({processor for processor, name, _ in rows if name.startswith("S-")}):
+        head = ["workload", "dtype", "ours, torch", *cases[0].against]
+        lines += ["", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        for case in cases:
+            found = [rows.get((processor, case.name, name)) for name in (case.ours, *cases[0].against)]
+            times = [f"{float(row['p50']) * 1000:,.0f}" if row else "–" for row in found]
+            lines.append(f"| {' | '.join([case.what, case.dtype, *times])} |")
+        newest = rows[processor, cases[0].name, "ours"]
+        lines += ["", "Milliseconds a forward. {processor}, {threads} threads; commit {commit}.".format(**newest)]
+    return "\n".join(lines).strip()
 
 
 def ratio_of(case, row: Optional[dict], mine: Optional[dict]) -> str:
@@ -482,6 +504,7 @@ def main() -> None:
         )
     tabulating = commands.add_parser("table", help="print the tables of results, or the goals")
     tabulating.add_argument("--goals", action="store_true", help="the table of goals instead")
+    tabulating.add_argument("--serving", action="store_true", help="the table of docs/serving.md instead")
     tabulating.add_argument("--write", type=Path, help="file to write them into, between its markers")
     drawing = commands.add_parser("plot", help="plot cost against length")
     drawing.add_argument("--out", type=Path, default=RESULTS / "cost_by_length.png")
@@ -489,7 +512,7 @@ def main() -> None:
     if arguments.command == "plot":
         plot(arguments.out)
     elif arguments.command == "table":
-        tables = goals() if arguments.goals else table()
+        tables = goals() if arguments.goals else serving_table() if arguments.serving else table()
         if arguments.write is None:
             print(tables)
         else:

@@ -19,7 +19,8 @@ class Case:
         command: `attention` (q, k, v of 12 heads of 64 channels, scores up to 5), `model` (encoder, forward), `train`
             (MLM step, forward and backward, of a padded batch), `pretrain` (the step of scripts/pretrain_mlm.py:
             sequences without padding, float32 weights under bfloat16 autocast, hidden dropout, AdamW), `startup`
-            (from `python` to an answer) or `host` (the Python of one attention call).
+            (from `python` to an answer), `serve` (as `model`, in other engines too) or `host` (the Python of one
+            attention call).
         what: the workload, as the tables describe it.
         lengths: tokens of each sequence.
         against: contender to the smallest ratio that reaches the goal (its time divided by ours), or None without a
@@ -159,6 +160,33 @@ CPU_CASES = (
         for count, length in ((8, 128), (1, 4096))
     ),
     Case("compile", "model", "encoder, 8 texts of 128 tokens, eager against compiled", EIGHT, {"ours, compiled": None}),
+)
+
+# What people serve, in the order of the table in docs/serving.md.
+SERVING_CASES = tuple(
+    Case(
+        f"S-{name}{'-bf16' if dtype == 'bfloat16' else ''}",
+        "serve",
+        what,
+        lengths,
+        {
+            **({"ours, ONNX Runtime": None} if dtype == "float32" else {}),
+            "ours, OpenVINO": None,
+            "BERT": None,
+            **({"BERT, ONNX Runtime": None} if dtype == "float32" else {}),
+            "BERT, OpenVINO": None,
+        },
+        dtype=dtype,
+    )
+    for dtype in ("float32", "bfloat16")
+    for name, what, lengths in (
+        ("16", "one text of 16 tokens", (16,)),
+        ("128", "one text of 128", (128,)),
+        ("full", "8 texts of 128", EIGHT),
+        ("512", "one text of 512", (512,)),
+        ("ragged", "8 texts of 48 to 512", RAGGED),
+        ("long", "one text of 2,048", LONG),
+    )
 )
 
 # For the plot of cost against length. The published formula holds five [12, S, S] buffers: 3.2 GiB each at 8,192.
@@ -330,4 +358,4 @@ GPU_CASES = (
     ),
 )
 
-CASES = CPU_CASES + LENGTH_CASES + GPU_CASES
+CASES = CPU_CASES + SERVING_CASES + LENGTH_CASES + GPU_CASES

@@ -107,6 +107,24 @@ def quiet():
         logging.disable(logging.NOTSET)
 
 
+def trace(model: torch.nn.Module) -> onnx.ModelProto:
+    """Export a model as it is, ours or another BERT; see `to_onnx`."""
+    # Three tensors: torch takes inputs that are one tensor for one input.
+    inputs = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    with quiet(), torch.inference_mode():
+        program = torch.onnx.export(
+            Traced(model).eval(),
+            inputs,
+            dynamo=True,
+            dynamic_shapes=(sizes,) * len(INPUTS),
+            input_names=INPUTS,
+            output_names=OUTPUTS[type(model).__name__],
+            verbose=False,
+        )
+    return program.model_proto
+
+
 def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
     """Export a model in float32, its weights inside.
 
@@ -124,27 +142,14 @@ def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
         raise ValueError(f"chunked: torch 2.8 or newer is needed, got {torch.__version__}")
     backends = sys.modules[type(model).__module__].ATTENTION_BACKENDS
     row, before = backends["sdpa"], model.config._attn_implementation
-    # Three tensors, as torch takes inputs that are one tensor for one input.
-    inputs = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     try:
         model.set_attn_implementation("sdpa")
         if chunked:
             backends["sdpa"] = type(row)(chunked_attention, row.dtypes)
-        with quiet(), torch.inference_mode():
-            program = torch.onnx.export(
-                Traced(model).eval(),
-                inputs,
-                dynamo=True,
-                dynamic_shapes=(sizes,) * len(INPUTS),
-                input_names=INPUTS,
-                output_names=OUTPUTS[type(model).__name__],
-                verbose=False,
-            )
+        result = trace(model)
     finally:
         backends["sdpa"] = row
         model.set_attn_implementation(before)
-    result = program.model_proto
     if chunked:
         result.functions.append(attend_in_chunks.to_function_proto())
         result = onnx.inliner.inline_local_functions(result)
