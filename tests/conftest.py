@@ -57,6 +57,27 @@ def run_script(monkeypatch):
     return run_script
 
 
+@pytest.fixture(scope="session")
+def export_demo(tmp_path_factory):
+    """Exports the shipped checkpoint: a function from `onnx` or `gguf` to the folder, made once a process."""
+    import export as script
+    from lib import exporting
+
+    folders = {}
+
+    def export_demo(kind):
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp("export") / "demo"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exporting, "CHECKED_BATCHES", ((1,), (9, 1, 40)))
+                patch.setattr("sys.argv", ["export.py", str(ROOT), str(folder), "--format", kind])
+                cli.run(script.main)
+            folders[kind] = folder
+        return folders[kind]
+
+    return export_demo
+
+
 @pytest.fixture
 def bfloat16_in_the_interpreter(monkeypatch):
     """Triton's interpreter multiplies and rounds bfloat16 as a GPU does.

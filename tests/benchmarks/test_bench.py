@@ -14,6 +14,7 @@ import torch
 from cases import CASES, RAGGED
 from conftest import ROOT
 from contenders import TINY, Encoder, Pretraining, unfused
+from engines import ENGINES, Serving
 from lib.recipe import count_flops
 
 
@@ -48,6 +49,23 @@ def test_a_case_passes_its_gate_and_leaves_a_row_for_each_contender(
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
         assert float(row["peak_memory_mib"]) > 0 and row["processor"] and row["commit"]
     assert case in capsys.readouterr().out
+
+
+def test_exports_are_timed_beside_torch_without_a_memory_that_torch_cannot_see(monkeypatch, tmp_path):
+    pytest.importorskip("openvino")
+    out = tmp_path / "rows.csv"
+    run(monkeypatch, "serve", "--quick", "--case", "S-16", "--repeats", 1, "--device", "cpu", "--out", out)
+    rows = {row["backend"]: row for row in rows_of(out)}
+    assert list(rows) == ["ours", *next(case for case in CASES if case.name == "S-16").against]
+    assert all((row["peak_memory_mib"] == "") == (name in ENGINES) for name, row in rows.items())
+
+
+def test_an_engine_that_answers_otherwise_is_left_out(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(Serving, "openvino", lambda self, path: lambda: 1 - self.ids[..., None].float().numpy())
+    arguments = ("--case", "S-16-bf16", "--repeats", 1, "--device", "cpu", "--out", tmp_path / "rows.csv")
+    run(monkeypatch, "serve", "--quick", *arguments)
+    assert "S-16-bf16: ours, OpenVINO is left out: AssertionError" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["C1-2", "C8"])

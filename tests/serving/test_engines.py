@@ -8,12 +8,9 @@ import subprocess
 import threading
 from pathlib import Path
 
-import export as script
 import pytest
 import torch
 from conftest import ROOT
-from lib import exporting
-from lib.cli import run
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 MODULES = ROOT / ".venv" / "engines" / "node_modules"
@@ -36,23 +33,6 @@ const tell = () => done() && fetch("/found", { method: "POST" });
 new MutationObserver(tell).observe(document.body, { childList: true, subtree: true });
 </script><img src="/wait.png" hidden>"""
 CDN = b"https://cdn.jsdelivr.net/npm/"
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory):
-    """Exports the shipped checkpoint: a function from a format to the folder, made once."""
-    folders = {}
-
-    def export(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp("export") / "demo"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporting, "CHECKED_BATCHES", ((1,), (9, 1, 40)))
-                patch.setattr("sys.argv", ["export.py", str(ROOT), str(folders[kind]), "--format", kind])
-                run(script.main)
-        return folders[kind]
-
-    return export
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +65,7 @@ def expected_answers():
     return answers
 
 
-def test_openvino_answers_from_all_files_as_the_checkpoint_does(export, tokenizer):
+def test_openvino_answers_from_all_files_as_the_checkpoint_does(export_demo, tokenizer):
     openvino = pytest.importorskip("openvino")
     expected = expected_answers()
     batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="np"))
@@ -93,7 +73,7 @@ def test_openvino_answers_from_all_files_as_the_checkpoint_does(export, tokenize
     # Where weights have 8 bits, OpenVINO rounds what they are multiplied by as well.
     for name, near in (("model", 1e-4), ("model_fp16", 2e-3), ("model_quantized", 0.1)):
         compiled = openvino.Core().compile_model(
-            export("onnx") / "onnx" / f"{name}.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+            export_demo("onnx") / "onnx" / f"{name}.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )
         logits = torch.from_numpy(compiled(batch)[0])
         for row, place, answers in zip(logits, masks, expected):
@@ -102,9 +82,9 @@ def test_openvino_answers_from_all_files_as_the_checkpoint_does(export, tokenize
             assert best.values.item() == pytest.approx(answers[0][1], abs=near), name
 
 
-def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export, tokenizer):
+def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export_demo, tokenizer):
     texts = [*TEXTS, LONG_WORD, "", "It's [MASK]."]
-    got = ask_node("transformers_js.mjs", folder=str(export("onnx")), texts=texts, sentences=SENTENCES)
+    got = ask_node("transformers_js.mjs", folder=str(export_demo("onnx")), texts=texts, sentences=SENTENCES)
     assert got["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
     for dtype, near in (("fp32", 1e-4), ("fp16", 2e-3), ("q8", 0.05)):
         for answers, expected in zip(got["answers"][dtype], expected_answers()):
@@ -112,8 +92,8 @@ def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export,
             assert [a["score"] for a in answers] == pytest.approx([score for _, score in expected], abs=near), dtype
 
 
-def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(export, tokenizer):
-    files = {name: str(export("gguf") / f"demo-{name}.gguf") for name in ("F32", "F16", "Q8_0")}
+def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(export_demo, tokenizer):
+    files = {name: str(export_demo("gguf") / f"demo-{name}.gguf") for name in ("F32", "F16", "Q8_0")}
     got = ask_node("llama_cpp.mjs", files=list(files.values()), texts=[*TEXTS, LONG_WORD, ""])
     *tokens, long_word, nothing = got["tokens"]
     assert tokens == [tokenizer(text)["input_ids"][1:-1] for text in TEXTS] and nothing == []
@@ -171,11 +151,11 @@ class Site(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_the_page_fills_a_mask_in_chromium(export, tmp_path):
+def test_the_page_fills_a_mask_in_chromium(export_demo, tmp_path):
     browser = shutil.which("chromium")
     if not MODULES.is_dir() or browser is None:
         pytest.skip("the engines or Chromium are not installed; run make engines")
-    handler = type("Handler", (Site,), {"model": export("onnx"), "found": threading.Event()})
+    handler = type("Handler", (Site,), {"model": export_demo("onnx"), "found": threading.Event()})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]

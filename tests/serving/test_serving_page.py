@@ -1,0 +1,29 @@
+"""docs/serving.md: its code prints what it shows, and all of it is Python."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", PAGE, flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("number", range(len(SHOWN)))
+def test_a_block_prints_what_it_shows(export_demo, tmp_path, number):
+    pytest.importorskip("openvino")
+    block, shown = SHOWN[number]
+    (tmp_path / "my-onnx").symlink_to(export_demo("onnx"))
+    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == shown
+
+
+def test_every_other_block_is_python():
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.S | re.M)
+    assert len(SHOWN) == 2 and len(blocks) > 5
+    for block in blocks:
+        compile(block, "docs/serving.md", "exec")
