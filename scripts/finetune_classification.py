@@ -5,13 +5,16 @@
     python scripts/finetune_classification.py --train_data nyu-mll/glue:mrpc --validation_data nyu-mll/glue:mrpc \\
         --text_fields sentence1 sentence2 --output_dir runs/mrpc
 
-The labels decide what kind of problem it is: lists of names are multi-label, numbers with a fraction are a regression,
-anything else is single-label. Written to --output_dir: `metrics.json`, `confusion.png` (single-label), and the model of
-the best seed as a repository that loads by itself.
+The labels decide what kind of problem it is, unless --problem says it: lists of names are multi-label; numbers with a
+fraction are a regression, and so are many different numbers that are written with a decimal point; anything else is
+single-label. Written to --output_dir: the model of the best seed as a repository that loads by itself, with its card,
+`metrics.json`, `loss.png`, `confusion.png` (single-label), `errors.csv` (the texts it got wrong, the most confident
+first; for a regression all texts, the farthest off first), and `predictions.csv` where --predict is given.
 """
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
 from lib import cli
@@ -19,7 +22,7 @@ from lib import cli
 # Defaults of TrainingArguments that --help does not show.
 RECIPE = {
     "weight_decay": 0.01,
-    "logging_steps": 50,
+    "logging_steps": 50,  # at most, see --logging_steps
     "report_to": "none",
     "logging_nan_inf_filter": False,  # it would hide what must stop a run
     "save_only_model": True,
@@ -55,6 +58,14 @@ def make_parser() -> cli.TrainingParser:
         help="the same, with the default split `validation` (default: a tenth of the training data)",
     )
     data.add_argument(
+        "--test_data",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="the same, with the default split `test`: data that chooses nothing, and that the best model is scored on",
+    )
+    data.add_argument("--predict", metavar="FILE", help="texts without labels, to write predictions.csv for")
+    data.add_argument(
         "--text_fields",
         nargs="+",
         default=["text"],
@@ -67,12 +78,20 @@ def make_parser() -> cli.TrainingParser:
     data.add_argument(
         "--label_separator", metavar="TEXT", help="split strings of labels at this text, for files without lists"
     )
+    data.add_argument("--problem", choices=["classification", "multi_label", "regression"], help="what labels are")
     data.add_argument(
         "--max_length",
         type=cli.positive_integer,
-        default=256,
         metavar="N",
-        help="truncate longer texts to this many tokens",
+        help="truncate longer texts to this many tokens (default: what the longest text needs, as far as the longest "
+        "texts fit into --tokens_per_batch)",
+    )
+    data.add_argument(
+        "--tokens_per_batch",
+        type=cli.positive_integer,
+        default=16_384,
+        metavar="N",
+        help="most tokens in a batch; decides memory use where --max_length is not given",
     )
 
     training = parser.add_argument_group("training")
@@ -115,6 +134,12 @@ def make_parser() -> cli.TrainingParser:
         metavar="N",
         help="texts per batch in evaluation",
     )
+    training.add_argument(
+        "--logging_steps",
+        type=cli.positive_number,
+        metavar="N",
+        help="steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
+    )
     training.add_argument("--use_cpu", **cli.FLAG, default=False, help="train on the CPU even where there is a GPU")
     training.add_argument("--baseline", **cli.FLAG, default=False, help="also fit and score TF-IDF with a linear model")
 
@@ -127,18 +152,38 @@ def make_parser() -> cli.TrainingParser:
     return parser
 
 
-def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments"]:  # noqa: F821
-    """Parse a command line into the own options and transformers' `TrainingArguments`."""
-    return make_parser().parse(words)
+def inputs(options: argparse.Namespace) -> dict:
+    """What a run reads, by the names that the user calls it, as `check_apart` takes them."""
+    names = ("train_data", "validation_data", "test_data", "predict", "model")
+    return {name: getattr(options, name) or None for name in names}
+
+
+def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments", "Task"]:  # noqa: F821
+    """Parse a command line and read the data that it names; what is wrong there is told before torch is imported.
+
+    Returns:
+        The own options, transformers' `TrainingArguments`, and what there is to learn.
+    """
+    parser = make_parser()
+    options, rest = parser.parse_own(words)
+    from lib.common import check_model  # after the parser, so that --help stays fast
+    from lib.examples import read_task
+    from lib.runs import check_output
+
+    check_output(Path(options.output_dir), options.overwrite, **inputs(options))
+    if options.model is not None:
+        check_model(options.model)
+    task = read_task(options)
+    return options, parser.parse_others(options, rest), task
 
 
 def main() -> None:
     """Parse the command line, fine-tune and print the results."""
-    options, arguments = parse()
+    options, arguments, task = parse()
     from lib import finetuning  # after the parser, so that --help stays fast
 
-    finetuning.finetune(options, arguments)
+    finetuning.finetune(options, arguments, task)
 
 
 if __name__ == "__main__":
-    cli.run(main, "a smaller --per_device_train_batch_size or --max_length needs less")
+    cli.run(main, "a smaller --tokens_per_batch, --per_device_train_batch_size or --max_length needs less")

@@ -24,6 +24,7 @@ from lib import cli
 RECIPE = {
     "adam_beta2": 0.98,
     "adam_epsilon": 1e-6,
+    "logging_steps": 50,  # at most, see --logging_steps
     "gradient_accumulation_steps": 0,  # follows --global_batch_size
     "per_device_train_batch_size": 1,  # packed rows in one forward
     "per_device_eval_batch_size": 1,
@@ -183,7 +184,10 @@ def make_parser() -> cli.TrainingParser:
     )
     training.add_argument("--seed", type=cli.seed, default=42, metavar="N", help="of weights, order, masks and dropout")
     training.add_argument(
-        "--logging_steps", type=cli.positive_number, default=50, metavar="N", help="steps between two lines of the log"
+        "--logging_steps",
+        type=cli.positive_number,
+        metavar="N",
+        help="steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
     )
     training.add_argument(
         "--save_steps", type=cli.positive_number, default=1000, metavar="N", help="steps between two checkpoints"
@@ -215,7 +219,9 @@ def make_parser() -> cli.TrainingParser:
 
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments"]:  # noqa: F821
     """Parse a command line into the own options and transformers' `TrainingArguments`."""
-    return make_parser().parse(words)
+    parser = make_parser()
+    options, rest = parser.parse_own(words)
+    return options, parser.parse_others(options, rest)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ does not exist is made. Log in with `hf auth login` or set HF_TOKEN.
 """
 
 import fnmatch
+import itertools
 import re
 from pathlib import Path
 from typing import Optional
@@ -29,6 +30,8 @@ REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.jso
 REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
 REPLACED_PATTERNS += ("generation_config.json", "*processor_config.json")
 IMAGE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>]+)>|([^)\s]+))|<img\b[^>]*?\bsrc=[\"']?([^\"'\s>]+)", re.IGNORECASE)
+# Scores, such as metrics.json; other links of a card may lead to files of a checkout.
+RESULT = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^>]+\.json)>|([^)\s]+\.json))[)\s]")
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
@@ -59,7 +62,7 @@ def files_to_push(folder: Path) -> list[str]:
         if foreign:
             raise ValueError(f"folder: {name} leads to code or files outside of the repository: {', '.join(foreign)}")
     optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if (folder / name).is_file()]
-    files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_images(folder)}
+    files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_files(folder)}
     for name in files:
         file_inside(folder, name)
     return sorted(files)
@@ -94,27 +97,38 @@ def checked_weights(folder: Path) -> list[str]:
     return names
 
 
-def card_images(folder: Path) -> set[str]:
-    """Paths of the card's images in its own repository.
+def card_files(folder: Path) -> set[str]:
+    """Paths of the files of its own repository that the card shows (images) or links to (JSON).
 
     Raises:
         ValueError: one is not there, is no image, or lies outside of the folder, or the card is not UTF-8.
     """
-    images = set()
+    files = set()
     try:
         card = (folder / "README.md").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"folder: README.md: expected UTF-8, {one_line(error)}") from error
-    for match in IMAGE.finditer(card):
+    for match in itertools.chain(IMAGE.finditer(card), RESULT.finditer(card)):
         link = next(filter(None, match.groups())).partition("#")[0].partition("?")[0]
         if re.match(r"[a-z]+:|//", link, re.IGNORECASE) or not link:
             continue  # a web address, or the image itself (`data:`)
         name = unquote(link).removeprefix("./")
         plain = not name.startswith("/") and ".." not in Path(name).parts and "\\" not in name
-        if not plain or not name.lower().endswith(IMAGE_SUFFIXES) or not (folder / name).is_file():
+        if match.re is IMAGE and not (plain and name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()):
             raise ValueError(f"folder: README.md shows {link}, which is no image in the folder")
-        images.add(Path(name).as_posix())
-    return images
+        if not plain or not (folder / name).is_file():
+            raise ValueError(f"folder: README.md links to {link}, which is no file in the folder")
+        files.add(Path(name).as_posix())
+    return files
+
+
+def card_head(folder: Path) -> str:
+    """The metadata at the top of the card, as the Hub reads it."""
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    ends = [number for number, line in enumerate(lines) if line.strip() == "---"][:2]
+    if len(ends) < 2 or ends[0] != 0:
+        return "none: the Hub will not know its licence and task"
+    return "\n".join(lines[1 : ends[1]])
 
 
 def connect(token: Optional[str], anonymous: bool = False):
@@ -202,8 +216,12 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError
 
     files = files_to_push(folder)
-    for name in files:
-        print(f"add     {(folder / name).stat().st_size:>14,} bytes  {name}")
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    for name, size in sizes.items():
+        print(f"add     {size:>14,} bytes  {name}")
+    print(f"total   {sum(sizes.values()):>14,} bytes  {len(files)} files")
+    if dry_run:
+        print(f"\nhead of the card, README.md:\n{card_head(folder)}\n")
     api = connect(token, anonymous=dry_run)
     try:
         if not dry_run:
@@ -225,6 +243,10 @@ def push(
         from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
         if isinstance(error, HfHubHTTPError) or not from_network:
             raise
+        if dry_run:
+            unknown = "so it is unknown what a push would delete there"
+            print(f"{api.endpoint} cannot be reached, {unknown}: {one_line(error)}")
+            return None
         raise OSError(f"the Hub at {api.endpoint} cannot be reached: {one_line(error)}") from error
     return commit.oid
 

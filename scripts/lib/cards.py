@@ -2,10 +2,84 @@
 
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-from .common import LARGEST_CARD, LICENSE_NAME, file_inside
+from .common import LARGEST_CARD, LICENSE_NAME, file_inside, read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+# How a model is loaded and used, by the task that the Hub files it under.
+PIPELINE = """from transformers import pipeline
+
+model = pipeline("{task}", model="REPOSITORY", trust_remote_code=True{options})
+assert "Wqkv" in str(model.model), "this is stock BERT: trust_remote_code=True is missing"
+print({call})"""
+LOADED = """from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("REPOSITORY")
+model = {auto}.from_pretrained("REPOSITORY", trust_remote_code=True)
+assert "Wqkv" in str(model), "this is stock BERT: trust_remote_code=True is missing\""""
+EMBEDDINGS = """
+For sentence embeddings take the mean of `last_hidden_state` over real tokens, or let sentence-transformers do it:
+`SentenceTransformer("REPOSITORY", trust_remote_code=True)`.
+"""
+# The end of the name of a model class, and the task of its models.
+TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def task_of(config: dict) -> str:
+    """The task that the Hub files a model under, from the fields of its config.json."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else ""
+    return next((task for end, task in TASKS.items() if str(name).endswith(end)), "feature-extraction")
+
+
+def usage(config: dict, pairs: bool = False) -> str:
+    """The block of Python that predicts with a model.
+
+    Args:
+        config: fields of its config.json; the class and the kind of problem are read.
+        pairs: whether it reads pairs of texts.
+
+    Returns:
+        Python, in which REPOSITORY stands for the model's id.
+    """
+    task, options = task_of(config), ""
+    if task == "fill-mask":
+        return PIPELINE.format(task=task, options="", call='model(f"One word is a {model.tokenizer.mask_token}.")')
+    if task == "token-classification":
+        return PIPELINE.format(task=task, options=', aggregation_strategy="simple"', call='model("A text.")')
+    if task == "text-classification":
+        texts = '[{"text": "A text.", "text_pair": "Its pair."}]' if pairs else '["A text.", "Another text."]'
+        if config.get("problem_type") == "regression":
+            options = ', function_to_apply="none"'
+        elif config.get("problem_type") == "multi_label_classification":
+            options = ", top_k=None"
+        return PIPELINE.format(task=task, options=options, call=f"model({texts})")
+    head = next((end for end, named in TASKS.items() if named == task), "")
+    return LOADED.format(auto=f"AutoModel{head}")
+
+
+def labels_of(config: dict) -> list[str]:
+    """The labels that a config names, none where they are numbered only."""
+    labels = config.get("id2label")
+    names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def in_markdown(text: str) -> str:
+    """Text that stays text in Markdown, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~])", r"\\\1", " ".join(text.split()))
 
 
 def write_card(
@@ -19,12 +93,14 @@ def write_card(
     notes: str = "",
     template: str = "card_template.md",
     metadata: Optional[dict] = None,
+    pairs: bool = False,
+    results: Sequence["EvalResult"] = (),
     **fields: str,
 ) -> None:
     """Write the README.md of a model.
 
     Args:
-        target: the new model's folder.
+        target: the new model's folder; its config.json says what it is for.
         made: how it was made, one sentence of Markdown.
         source: Hub id, folder or file of the model that it was made from; of a local path only the name is told. None:
             it was trained from random weights.
@@ -35,53 +111,67 @@ def write_card(
         notes: Markdown to end with.
         template: name of the template beside this file.
         metadata: what the Hub reads, beside or instead of what is said of every model here.
+        pairs: whether it reads pairs of texts.
+        results: scores, for the card's head.
         **fields: what else the template asks for.
 
     Raises:
         ValueError: `license` is no identifier.
     """
     import yaml
+    from huggingface_hub.repocard_data import eval_results_to_model_index
 
     if license is not None and not LICENSE_NAME.fullmatch(license):
         raise ValueError(f"license: expected an identifier such as apache-2.0, got {license!r}")
     is_hub_id = source is not None and not Path(source).exists()
     name = "random weights" if source is None else source if is_hub_id else Path(source).resolve().name
     name = re.sub(r"[^\w .+/-]", "_", name)  # foreign names must stay plain text in Markdown and YAML
-    stated = stated_license(folder) if folder is not None and license is None else None
-    license = license or stated or "unknown"
-    metadata = {"library_name": "transformers", "tags": ["mosaicbert"], **(metadata or {})}
-    if is_hub_id:
-        metadata["base_model"] = name
-    if license != "unknown":
-        metadata["license"] = license
+    stated = stated_metadata(folder) if folder is not None else {}
+    license = license or stated.get("license") or "unknown"
+    config = read_json(target / "config.json") if (target / "config.json").is_file() else {}
+    title = title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT")
+    common = {"library_name": "transformers", "pipeline_tag": task_of(config), "tags": ["mosaicbert", "custom_code"]}
+    metadata = {**common, **(metadata or {})}
+    base = name if is_hub_id else stated.get("base_model")
+    metadata |= {"base_model": base} if base else {}
+    metadata |= {"license": license} if license != "unknown" else {}
+    if results:
+        metadata["model-index"] = eval_results_to_model_index(title, list(results))
     if source is None:
         origin = "none: trained from random weights"
     else:
         origin = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder"
+    more = EMBEDDINGS if task_of(config) in ("fill-mask", "feature-extraction") else ""
+    labels = labels_of(config)
+    if labels:
+        more += f"\nIts labels are {', '.join(map(in_markdown, labels))}.\n"
     text = string.Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(
         fields,
         metadata=yaml.safe_dump(metadata, sort_keys=True).strip(),
-        title=title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT"),
+        title=title,
         source=origin,
         revision=f"`{revision}`" if revision else "unknown",
         license=license,
         made=made,
+        usage=usage(config, pairs),
+        more=more,
         notes=f"\n{notes.strip()}\n" if notes else "",
     )
     (target / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def stated_license(folder: Path) -> Optional[str]:
-    """The licence that the card in a folder states, or None where there is no identifier."""
+def stated_metadata(folder: Path) -> dict[str, str]:
+    """What the card in a folder says of `license` and `base_model`; what is no identifier is left out."""
     import yaml
     from huggingface_hub import metadata_load
 
     card = folder / "README.md"
     if not card.is_file() or card.stat().st_size > LARGEST_CARD:
-        return None
+        return {}
     try:
         stated = metadata_load(file_inside(folder, "README.md"))
     except (ValueError, yaml.YAMLError, RecursionError):
-        return None
-    license = stated.get("license") if isinstance(stated, dict) else None
-    return license if isinstance(license, str) and LICENSE_NAME.fullmatch(license) else None
+        return {}
+    kinds = {"license": LICENSE_NAME, "base_model": HUB_ID}
+    found = {name: stated.get(name) for name in kinds} if isinstance(stated, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, str) and kinds[name].fullmatch(value)}

@@ -13,6 +13,7 @@ import importlib.metadata
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +57,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Exit with status 2 and one line, about a misspelt option if there is one."""
-        known = self._known_flags()
-        unknown = next((flag for flag in self._flags() if flag not in known), None)
+        strange = [flag for flag in self._flags() if flag not in self._option_string_actions]
+        known = self._known_flags() if strange else []  # transformers' options take seconds to import
+        unknown = next((flag for flag in strange if flag not in known), None)
         if unknown is not None:
             near = difflib.get_close_matches(unknown, known, n=1)
             message = f"there is no option {unknown}" + (f"; did you mean {near[0]}?" if near else "")
@@ -178,11 +180,11 @@ class TrainingParser(Parser):
         self.recipe, self.refused = recipe, refused
         self.add_argument("--help_all", action="store_true", help="also show the options of transformers' Trainer")
 
-    def parse(self, words: Optional[Sequence[str]] = None):
-        """Parse a command line.
+    def parse_own(self, words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the own options of a command line, for which torch and transformers are not imported.
 
         Returns:
-            The own options as a namespace, and the `TrainingArguments`, which hold the own options of their names.
+            The own options, and the words that are left.
         """
         words = sys.argv[1:] if words is None else list(words)
         if "--help_all" in words:
@@ -190,15 +192,23 @@ class TrainingParser(Parser):
             print(self._others().format_help().partition(":\n")[2])
             self.exit()
         options, rest = self.parse_known_args(words)
-        import torch
-
-        if not torch.cuda.is_available():
-            options.use_cpu = True
         for flag in self._flags():
             if flag.lstrip("-") in self.refused:
                 self.exit(2, f"{self.prog}: {flag}: {self.refused[flag.lstrip('-')]}\n")
             if flag not in self._option_string_actions and "-" in flag[2:]:
                 self.error("unrecognized")  # transformers would accept it
+        return options, rest
+
+    def parse_others(self, options: argparse.Namespace, rest: list[str]):
+        """Parse what `parse_own` has left.
+
+        Returns:
+            The `TrainingArguments`, which hold the own options of their names.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            options.use_cpu = True
         others = self._others()
         names = {field.name for field in dataclasses.fields(others.dataclass_types[0]) if field.init}
         recipe = {"disable_tqdm": not sys.stderr.isatty(), **self.recipe}
@@ -209,7 +219,7 @@ class TrainingParser(Parser):
         arguments, unknown = others.parse_args_into_dataclasses(rest, return_remaining_strings=True)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return options, arguments
+        return arguments
 
     def _known_flags(self) -> list[str]:
         others = [flag for flag in self._others()._option_string_actions if "-" not in flag[2:]]
@@ -299,3 +309,14 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
 def one_line(error: BaseException) -> str:
     """An error's message on one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def say_end(made: str, *commands: str) -> None:
+    """Print the last words of a script: what it has made and where, and the commands that may follow."""
+    print("\n  ".join([made + ("; next:" if commands else ""), *commands]), flush=True)
+
+
+def command(script: str, *words) -> str:
+    """A command line that runs another script of this folder, as one can paste it."""
+    path = os.path.relpath(Path(__file__).resolve().parents[1] / script)
+    return shlex.join(["python", path, *map(str, words)])

@@ -176,9 +176,7 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
     Raises:
         ValueError: the source is neither, or cannot be loaded.
     """
-    check_source(source, argument)
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
-        raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
+    check_model(source, argument, files)
     try:
         return load(source, **options)
     except (ImportError, MemoryError):  # `cli.explain` words these
@@ -282,6 +280,13 @@ def is_family(fields: dict) -> bool:
     return "alibi_starting_size" in fields or any(
         isinstance(name, str) and name.rpartition("--")[2].startswith("bert_layers.") for name in classes
     )
+
+
+def check_model(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> None:
+    """Raise ValueError if a source is neither a folder that contains one of `files` nor a possible Hub id."""
+    check_source(source, argument)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
+        raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
 
 
 def check_source(source: str, argument: str) -> None:

@@ -5,84 +5,173 @@ Neither torch nor transformers is imported, so that a mistake in the data is tol
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterator, Sequence
+from typing import Optional
 
 import numpy as np
 
-from .records import RECORD_FILES, find_files, is_file_name, load_dataset, read_records
+from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_records
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+# What --problem calls them.
+PROBLEMS = {"classification": SINGLE, "multi_label": MULTI, "regression": REGRESSION}
+# Up to this many different whole numbers, or to a tenth as many as there are examples, are taken for classes.
+FEW = 20
+# Signs that often stand between several labels in one string, and the share of the labels that makes it likely.
+SEPARATORS, SEPARATED = "|;,", 0.2
+LARGEST = float(np.finfo(np.float32).max)
 
 
-def load_examples(sources: list[str], options: argparse.Namespace, split: str) -> tuple[list[tuple[str, ...]], list]:
-    """Read labelled texts.
+@dataclasses.dataclass
+class Examples:
+    """Texts with what belongs to each.
+
+    Args:
+        texts: the fields of each text, one or two strings.
+        labels: a name, a number or a list of these for each text; empty where none were read.
+        places: where each text was read, for messages.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: list
+    places: list[str]
+
+    def part(self, numbers: Sequence[int]) -> "Examples":
+        """The examples with these numbers, in this order."""
+        return Examples(*([column[i] for i in numbers] for column in (self.texts, self.labels, self.places)))
+
+
+@dataclasses.dataclass
+class Task:
+    """What there is to learn, and the data for it.
+
+    Args:
+        problem: the `problem_type` of transformers.
+        names: of the classes, sorted; none for a regression.
+        parts: `train`, `validation` and, where given, `test` (examples with labels) and `predict` (without).
+        truth: the encoded labels of each part that has labels.
+    """
+
+    problem: str
+    names: list[str]
+    parts: dict[str, Examples]
+    truth: dict[str, np.ndarray]
+
+    @property
+    def judged(self) -> str:
+        """The part that says how good a model is: the test data, or else the validation data."""
+        return "test" if "test" in self.parts else "validation"
+
+
+def read_task(options: argparse.Namespace) -> Task:
+    """Read all data that the options of finetune_classification.py name, and print what was found.
+
+    Returns:
+        What there is to learn.
+
+    Raises:
+        ValueError: more than two text fields, or see `load_examples`, `infer_problem` and `encode_labels`.
+    """
+    if not 1 <= len(options.text_fields) <= 2:
+        raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
+    sources = {name: getattr(options, f"{name}_data") for name in ("train", "validation", "test")}
+    parts = {name: load_examples(data, options, name) for name, data in sources.items() if data}
+    if options.predict:
+        parts["predict"] = load_examples([options.predict], options, "test", "predict", labelled=False)
+    if "validation" not in parts:
+        parts["train"], parts["validation"] = split_examples(parts["train"])
+    problem, names = infer_problem(parts["train"], options.problem)
+    truth = {name: encode_labels(part, problem, names) for name, part in parts.items() if name != "predict"}
+    labels = f"{len(names)} classes ({', '.join(names[:5])}{', …' if names[5:] else ''})" if names else "numbers"
+    counts = " and ".join(f"{len(truth[name]):,} {name}" for name in ("train", "validation", "test") if name in truth)
+    print(f"{problem} with {labels}; {counts} examples", flush=True)
+    for hint in hints(parts["train"].labels, problem, options.problem):
+        print(f"hint: {hint}", flush=True)
+    return Task(problem, names, parts, truth)
+
+
+def load_examples(
+    sources: list[str], options: argparse.Namespace, split: str, argument: Optional[str] = None, labelled: bool = True
+) -> Examples:
+    """Read texts.
 
     Args:
         sources: files, patterns, or one `datasets` id as id[:config[:split]].
         options: of the command line; names the fields.
-        split: `train` or `validation`: which option the sources come from, and the split of an id that names none.
+        split: the split of an id that names none.
+        argument: what the user calls the sources; None: `split` with `_data`.
+        labelled: whether labels are read too.
 
     Returns:
-        The texts of each example, and the labels.
+        The examples. Labels of CSV files are numbers where all of them are.
 
     Raises:
         ValueError: a file is of another kind, a field is missing, a text is no string, or a label is missing; names the
             file and the line.
     """
-    texts, labels = [], []
-    for place, record in _read_examples(sources, split):
-        for argument, names in (("text_fields", options.text_fields), ("label_field", [options.label_field])):
-            missing = [name for name in names if name not in record]
-            if missing:
-                raise ValueError(f"{place}: {argument} must be among {sorted(record)}, got {missing[0]!r}")
+    argument = argument or f"{split}_data"
+    found = Examples([], [], [])
+    for place, record in _read_examples(sources, split, argument):
+        fields = [("text_fields", name) for name in options.text_fields]
+        fields += [("label_field", options.label_field)] if labelled else []
+        for option, name in fields:
+            if name not in record:
+                raise ValueError(f"{place}: {option} must be among {sorted(record)}, got {name!r}")
         for name in options.text_fields:
             if not isinstance(record[name], str):
                 raise ValueError(f"{place}: expected a string in {name!r}, got {json.dumps(record[name])[:60]}")
-        label = record[options.label_field]
-        if label is None or label == "" or label != label:
-            raise ValueError(f"{place}: {options.label_field!r} is empty")
-        parts = label if isinstance(label, list) else [label]
-        if not all(isinstance(part, (str, int, float)) for part in parts):
-            raise ValueError(
-                f"{place}: expected a name, a number or a list of these in {options.label_field!r}, got {label!r}"
-            )
-        if options.label_separator:
-            if not isinstance(label, str):
-                raise ValueError(f"{place}: label_separator needs a string in {options.label_field!r}, got {label!r}")
-            label = [part for part in label.split(options.label_separator) if part]
-        texts.append(tuple(record[name] for name in options.text_fields))
-        labels.append(label)
-    if not labels:
-        raise ValueError(f"{split}_data: there is no example in {', '.join(sources)}")
-    if all(source.removesuffix(".gz").endswith(".csv") for source in sources):
-        labels = numbers_of(labels)
-    endless = [label for label in labels if isinstance(label, float) and not math.isfinite(label)]
-    if endless:
-        raise ValueError(f"{split}_data: expected finite numbers in {options.label_field!r}, got {endless[0]}")
-    return texts, labels
+        found.texts.append(tuple(record[name] for name in options.text_fields))
+        found.places.append(place)
+        if labelled:
+            found.labels.append(_read_label(record, options, place))
+    if not found.texts:
+        raise ValueError(f"{argument}: there is no example in {', '.join(sources)}")
+    if all(kind_of(source) == ".csv" for source in sources):
+        found.labels = numbers_of(found.labels)
+    for place, label in zip(found.places, found.labels):
+        if isinstance(label, float) and not math.isfinite(label):
+            raise ValueError(f"{place}: expected a finite number in {options.label_field!r}, got {label}")
+    return found
 
 
-def _read_examples(sources: list[str], split: str):
+def _read_label(record: dict, options: argparse.Namespace, place: str):
+    name, label = options.label_field, record[options.label_field]
+    if label is None or label == "" or label != label:
+        raise ValueError(f"{place}: {name!r} is empty")
+    parts = label if isinstance(label, list) else [label]
+    if not all(isinstance(part, (str, int, float)) for part in parts):
+        raise ValueError(f"{place}: expected a name, a number or a list of these in {name!r}, got {label!r}")
+    if options.label_separator:
+        if not isinstance(label, str):
+            raise ValueError(f"{place}: label_separator needs a string in {name!r}, got {label!r}")
+        return [part for part in label.split(options.label_separator) if part]
+    return parts if options.problem == "multi_label" else label
+
+
+def _read_examples(sources: list[str], split: str, argument: str) -> Iterator[tuple[str, dict]]:
     """Yield the location of an example, for messages, and its fields."""
     if len(sources) == 1 and not is_file_name(sources[0]):
         import datasets  # only needed for the Hub
 
-        examples = load_dataset(sources[0], split, f"{split}_data")
+        examples = load_dataset(sources[0], split, argument)
         names = {k: kind.names for k, kind in examples.features.items() if isinstance(kind, datasets.ClassLabel)}
         for number, example in enumerate(examples):
             # Test splits without labels hold -1.
             classes = {k: names[k][v] if v is not None and v >= 0 else None for k, v in example.items() if k in names}
             yield f"{sources[0]}, example {number}", {**example, **classes}
         return
-    for path in find_files(sources, RECORD_FILES, f"{split}_data"):
+    for path in find_files(sources, RECORD_FILES, argument):
         for number, record in read_records(path):
             yield f"{path}, line {number}", record
 
 
 def is_number(label) -> bool:
-    """Whether a label is a finite number."""
-    return isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label)
+    """Whether a label is a number that float32 holds."""
+    return isinstance(label, (int, float)) and not isinstance(label, bool) and abs(label) <= LARGEST
 
 
 def numbers_of(labels: list) -> list:
@@ -93,11 +182,18 @@ def numbers_of(labels: list) -> list:
     return labels
 
 
-def infer_problem(labels: list) -> tuple[str, list[str]]:
+def label_name(label) -> str:
+    """The name of a label's class: `1` for 1.0 too, as pandas writes a column of integers that once had a hole."""
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label)
+
+
+def infer_problem(train: Examples, wanted: Optional[str] = None) -> tuple[str, list[str]]:
     """Infer the kind of problem from training labels.
 
     Args:
-        labels: lists of names, numbers of which one has a fraction or a decimal point, or names and whole numbers.
+        train: lists are multi-label; numbers, of which one has a fraction or a decimal point, are a regression, unless
+            they are whole and few (see `FEW`); anything else is a class.
+        wanted: a key of `PROBLEMS`: no guess.
 
     Returns:
         The `problem_type` of transformers, and the sorted names of the classes (none for a regression).
@@ -105,31 +201,72 @@ def infer_problem(labels: list) -> tuple[str, list[str]]:
     Raises:
         ValueError: lists are mixed with other labels, or all labels are the same.
     """
-    are_lists = {isinstance(label, list) for label in labels}
-    if len(are_lists) > 1:
-        raise ValueError("label_field: some labels are lists and others are not")
-    if are_lists == {True}:
-        problem, names = MULTI, sorted({str(name) for label in labels for name in label})
+    labels = train.labels
+    if wanted is None:
+        are_lists = {isinstance(label, list) for label in labels}
+        if len(are_lists) > 1:
+            raise ValueError("label_field: some labels are lists and others are not")
+        problem = MULTI if are_lists == {True} else REGRESSION if _are_amounts(labels) else SINGLE
+    else:
+        problem = PROBLEMS[wanted]
+    check_labels(train, problem)
+    if problem == MULTI:
+        names = sorted({label_name(name) for label in labels for name in label})
         if not names:
             raise ValueError("label_field: no example has a label")
         return problem, names
-    if all(map(is_number, labels)) and any(isinstance(label, float) for label in labels):
-        problem, names = REGRESSION, []
-    else:
-        is_sortable = all(map(is_number, labels))
-        problem, names = SINGLE, [str(name) for name in sorted(set(labels), key=None if is_sortable else str)]
     if len(set(labels)) == 1:
         raise ValueError(
             f"label_field: every training example has the label {labels[0]!r}, so there is nothing to learn"
         )
-    return problem, names
+    if problem == REGRESSION:
+        return problem, []
+    ordered = sorted(set(labels), key=None if all(map(is_number, labels)) else str)
+    return problem, list(dict.fromkeys(map(label_name, ordered)))
 
 
-def encode_labels(labels: list, problem: str, names: list[str]) -> np.ndarray:
+def _are_amounts(labels: list) -> bool:
+    if not all(map(is_number, labels)) or not any(isinstance(label, float) for label in labels):
+        return False
+    return not all(float(label).is_integer() for label in labels) or not _are_few(labels)
+
+
+def _are_few(labels: list) -> bool:
+    return len(set(labels)) <= max(FEW, len(labels) // 10)
+
+
+def hints(labels: list, problem: str, wanted: Optional[str]) -> Iterator[str]:
+    """What to try where the labels may mean something else than they were taken for, see `infer_problem`."""
+    if wanted is not None or problem == MULTI:
+        return
+    if all(map(is_number, labels)):
+        if not _are_few(labels) and all(float(label).is_integer() for label in labels):
+            taken, other = ("amounts", "classification") if problem == REGRESSION else ("classes", "regression")
+            yield f"{len(set(labels)):,} different whole numbers were taken for {taken}; see --problem {other}"
+        return
+    for mark in SEPARATORS:
+        held = [label for label in labels if isinstance(label, str) and mark in label]
+        if len(held) >= SEPARATED * len(labels):
+            yield (
+                f"{len(held):,} of {len(labels):,} labels hold {mark!r}, such as {held[0][:60]!r}; if that is several "
+                f"labels, pass --label_separator {mark!r}"
+            )
+
+
+def check_labels(examples: Examples, problem: str) -> None:
+    """Raise ValueError for a label that is a list where that has none or the reverse, or no number of a regression."""
+    expected = {SINGLE: "no list", MULTI: "a list", REGRESSION: "a number that float32 holds"}[problem]
+    for place, label in zip(examples.places, examples.labels):
+        is_right = is_number(label) if problem == REGRESSION else isinstance(label, list) == (problem == MULTI)
+        if not is_right:
+            raise ValueError(f"{place}: label_field: expected {expected}, got {str(label)[:60]!r}")
+
+
+def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndarray:
     """Turn labels into numbers.
 
     Args:
-        labels: as they are in the data.
+        examples: with labels as they are in the data.
         problem: what `infer_problem` found.
         names: of the classes.
 
@@ -138,37 +275,40 @@ def encode_labels(labels: list, problem: str, names: list[str]) -> np.ndarray:
         regression.
 
     Raises:
-        ValueError: a label that the training data lacks, a list where that has none or the reverse, or for a
-            regression one that is no number.
+        ValueError: a label that the training data lacks, or see `check_labels`; names file and line.
     """
-    odd = next((label for label in labels if isinstance(label, list) != (problem == MULTI)), None)
-    if odd is not None:
-        raise ValueError(f"label_field: expected {'lists' if problem == MULTI else 'no lists'}, got {odd!r}")
+    check_labels(examples, problem)
     if problem == REGRESSION:
-        if not all(map(is_number, labels)):
-            raise ValueError(f"label_field: expected numbers, got {next(x for x in labels if not is_number(x))!r}")
-        return np.array(labels, dtype=np.float32)
+        return np.array(examples.labels, dtype=np.float32)
     number = {name: i for i, name in enumerate(names)}
-    unknown = {str(n) for label in labels for n in (label if problem == MULTI else [label])} - number.keys()
-    if unknown:
-        raise ValueError(f"label_field: the training data has no example of {sorted(unknown)}")
+    named = [[label_name(part) for part in (label if problem == MULTI else [label])] for label in examples.labels]
+    for place, label in zip(examples.places, named):
+        unknown = [name for name in label if name not in number]
+        if unknown:
+            known = ", ".join(itertools.islice(names, 10)) + (", …" if names[10:] else "")
+            raise ValueError(
+                f"{place}: label_field: the training data has no example of {unknown[0]!r}, only of {known}"
+            )
     if problem == SINGLE:
-        return np.array([number[str(label)] for label in labels])
-    places = np.zeros((len(labels), len(names)), dtype=np.float32)
-    for row, label in enumerate(labels):
-        places[row, [number[str(name)] for name in label]] = 1
+        return np.array([number[name] for (name,) in named])
+    places = np.zeros((len(named), len(names)), dtype=np.float32)
+    for row, label in enumerate(named):
+        places[row, [number[name] for name in label]] = 1
     return places
 
 
-def split_examples(texts: list, labels: list) -> tuple[tuple[list, list], tuple[list, list]]:
+def split_examples(examples: Examples) -> tuple[Examples, Examples]:
     """Hold out a seeded tenth of the examples for validation.
+
+    Returns:
+        The examples to train on, and those that are held out.
 
     Raises:
         ValueError: there are fewer than two examples.
     """
-    if len(labels) < 2:
+    count = len(examples.texts)
+    if count < 2:
         raise ValueError("train_data: a single example cannot be split, give validation_data")
-    order = np.random.default_rng(0).permutation(len(labels)).tolist()
-    held_out = max(1, len(labels) // 10)
-    parts = (order[held_out:], order[:held_out])
-    return tuple(([texts[i] for i in part], [labels[i] for i in part]) for part in parts)
+    order = np.random.default_rng(0).permutation(count).tolist()
+    held_out = max(1, count // 10)
+    return examples.part(order[held_out:]), examples.part(order[:held_out])

@@ -5,9 +5,12 @@ import copy
 import importlib
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
+from huggingface_hub import EvalResult
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -15,16 +18,29 @@ from transformers import (
     set_seed,
 )
 
-from .cards import write_card
+from .cards import in_markdown, write_card
+from .cli import command, say_end
 from .common import REPOSITORY, load_model, load_words, say_float32, write_json
-from .examples import SINGLE, encode_labels, infer_problem, load_examples, split_examples
-from .records import pieces
+from .examples import REGRESSION, SINGLE, Task
+from .pictures import draw_confusion, draw_losses
+from .prediction import predict, tokenize
+from .records import is_file_name
 from .runs import STAGE, Run, is_finite, open_run
-from .scores import DECIDING, decide, draw_confusion, fit_baseline, score
-from .training import CarefulTrainer, Divergence
+from .scores import DECIDING, class_scores, decide, fit_baseline, interval, score, write_errors, write_predictions
+from .training import LOG_SECONDS, CarefulTrainer, Divergence, tell_time
 
 # Below this many weights a model needs larger steps and one more epoch.
 SMALL_MODEL = 50_000_000
+# What the Hub calls our metrics, where the names differ.
+METRIC_TYPES = {
+    "macro_f1": "f1",
+    "micro_f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
+# Rows of the table of classes that are printed; the card holds all.
+SHOWN_CLASSES = 20
 
 
 def default_rates(weights: int) -> tuple[float, float]:
@@ -36,86 +52,76 @@ def default_rates(weights: int) -> tuple[float, float]:
     return (3e-4, 4.0) if weights < SMALL_MODEL else (5e-5, 3.0)
 
 
-def finetune(options: argparse.Namespace, arguments: TrainingArguments) -> dict:
+def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Task) -> dict:
     """Run the fine-tuning that the options describe and write its results to `output_dir`.
 
     Args:
         options: the own options of finetune_classification.py.
         arguments: the options of transformers' Trainer.
+        task: what `read_task` found in the data that the options name.
 
     Returns:
-        What `metrics.json` holds: the problem, the classes, the scores of each seed, their mean and standard
-        deviation, the seeds that diverged and the step of each, and the baseline's scores where asked.
+        What `metrics.json` holds: the problem, the classes, the number of examples, the scores of each seed on the
+        validation data, their mean and standard deviation, the seeds that diverged and the step of each; under
+        `judged`, of the best seed on the test data, or else the validation data, the scores, the 95% interval of the
+        deciding one, and those of each class; and the baseline's on the same data where asked.
 
     Raises:
-        ValueError: data that `load_examples`, `infer_problem` or `encode_labels` refuse, more than two text fields, or
-            several processes.
+        ValueError: the output folder holds results, the model cannot be loaded, or several processes.
         FloatingPointError: every seed diverged.
     """
-    if not 1 <= len(options.text_fields) <= 2:
-        raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
     if arguments.world_size > 1:
         raise ValueError(f"fine-tuning runs in one process, got {arguments.world_size}: start it without torchrun")
+    if arguments.label_smoothing_factor and task.problem != SINGLE:
+        raise ValueError(f"label_smoothing_factor works with single-label problems, this is {task.problem}")
     for package in ("sklearn", "matplotlib"):  # so that they are missed before training
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)
-    inputs = {"train_data": options.train_data, "validation_data": options.validation_data, "model": model_name}
+    inputs = {f"{name}_data": getattr(options, f"{name}_data") for name in ("train", "validation", "test")}
+    inputs |= {"predict": options.predict, "model": model_name}
     with open_run(Path(arguments.output_dir), options.overwrite, **inputs) as run:
         arguments.output_dir = str(run.work)
-        return _finetune(options, arguments, run, model_name, tokenizer)
+        return _finetune(options, arguments, task, run, model_name, tokenizer)
 
 
-def _finetune(options: argparse.Namespace, arguments: TrainingArguments, run: Run, model_name: str, tokenizer) -> dict:
+def _finetune(
+    options: argparse.Namespace, arguments: TrainingArguments, task: Task, run: Run, model_name: str, tokenizer
+) -> dict:
     """Do what `finetune` does, in the folder of a run."""
-    train = load_examples(options.train_data, options, "train")
-    if options.validation_data:
-        validation = load_examples(options.validation_data, options, "validation")
-    else:
-        train, validation = split_examples(*train)
-    problem, names = infer_problem(train[1])
-    if arguments.label_smoothing_factor and problem != SINGLE:
-        raise ValueError(f"label_smoothing_factor works with single-label problems, this is {problem}")
-    print(
-        f"{problem} with "
-        + (
-            f"{len(names)} classes ({', '.join(names[:5])}{', …' if names[5:] else ''})"
-            if names
-            else "numbers as labels"
-        )
-        + f"; {len(train[1]):,} training and {len(validation[1]):,} validation examples",
-        flush=True,
+    sets, max_length = tokenize(
+        task.parts, tokenizer, options.max_length, options.per_device_train_batch_size, options.tokens_per_batch
     )
-    truth = [encode_labels(labels, problem, names) for labels in (train[1], validation[1])]
-    results = {"problem": problem, "classes": names, "seeds": {}, "diverged": {}}
+    for name, labels in task.truth.items():
+        sets[name] = [{**row, "labels": label} for row, label in zip(sets[name], labels.tolist())]
+    results = {"problem": task.problem, "classes": task.names, "max_length": max_length, "seeds": {}, "diverged": {}}
+    results["examples"] = {name: len(part) for name, part in sets.items()}
+    judged, truth = task.judged, task.truth[task.judged]
     if options.baseline:
-        texts = [["\n".join(fields) for fields in part] for part in (train[0], validation[0])]
-        guess = fit_baseline(problem, texts[0], truth[0], texts[1])
-        results["baseline"] = score(problem, guess, truth[1])
+        began = time.perf_counter()
+        texts = [["\n".join(fields) for fields in task.parts[name].texts] for name in ("train", judged)]
+        guess = fit_baseline(task.problem, texts[0], task.truth["train"], texts[1])
+        results["baseline"] = score(task.problem, guess, truth)
+        results["baseline_interval"] = interval(task.problem, guess, truth)
+        results["baseline_seconds"] = round(time.perf_counter() - began, 1)
+        print(f"TF-IDF: {tell(task.problem, results['baseline'], results['baseline_interval'])}", flush=True)
 
-    sets = []
-    for (texts, _), labels in zip((train, validation), truth):
-        # The first piece of a text has more tokens than are kept, and fits into memory.
-        fields = ([next(pieces(text)) for text in field] for field in zip(*texts))
-        tokens = tokenizer(*fields, truncation=True, max_length=options.max_length)
-        rows = zip(*tokens.values(), labels.tolist())
-        sets.append([dict(zip((*tokens, "labels"), row)) for row in rows])
-
-    stage, best = run.work / STAGE, None
+    stage, best, histories, began = run.work / STAGE, None, {}, time.perf_counter()
     for seed in options.seeds:
         try:
-            trainer = train_seed(seed, model_name, tokenizer, sets, problem, names, options, arguments)
+            trainer = train_seed(seed, model_name, tokenizer, sets, task, options, arguments)
         except Divergence as error:
             print(f"seed {seed}: {error}", flush=True)
             results["diverged"][str(seed)] = error.step
             divergence = error
             continue
-        predicted = decide(problem, trainer.predict(sets[1]).predictions)
-        results["seeds"][str(seed)] = score(problem, predicted, truth[1])
-        reached = results["seeds"][str(seed)][DECIDING[problem]]
-        print(f"seed {seed}: {DECIDING[problem]} {reached:.4f}", flush=True)
-        if best is None or reached > best[0]:
-            best = (reached, predicted)
+        histories[f"seed {seed}"] = trainer.state.log_history
+        logits = trainer.predict(sets["validation"]).predictions
+        reached = score(task.problem, decide(task.problem, logits), task.truth["validation"])
+        results["seeds"][str(seed)] = reached
+        print(f"seed {seed}: {tell(task.problem, reached)}", flush=True)
+        if best is None or reached[DECIDING[task.problem]] > best[0]:
+            best = (reached[DECIDING[task.problem]], seed, logits)
             shutil.rmtree(stage, ignore_errors=True)
             trainer.save_model(str(stage))
     if best is None:
@@ -125,15 +131,34 @@ def _finetune(options: argparse.Namespace, arguments: TrainingArguments, run: Ru
             metric: float(statistic([scores[metric] for scores in results["seeds"].values()]))
             for metric in next(iter(results["seeds"].values()))
         }
-    if problem == SINGLE:
-        draw_confusion(truth[1], best[1], names, stage / "confusion.png")
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    _, seed, logits = best
+    if {"test", "predict"} & sets.keys():
+        model = load_model("ForSequenceClassification", str(stage), options.trust_remote_code)
+        model = model.float().to(arguments.device)
+    if judged == "test":
+        rows = [{name: value for name, value in row.items() if name != "labels"} for row in sets["test"]]
+        logits = predict(model, tokenizer, rows, options.tokens_per_batch)
+    if "predict" in sets:
+        found = predict(model, tokenizer, sets["predict"], options.tokens_per_batch)
+        write_predictions(stage / "predictions.csv", options.text_fields, task.parts["predict"], task, found)
+    predicted = decide(task.problem, logits)
+    results["judged"] = {
+        "data": judged,
+        "seed": seed,
+        "scores": score(task.problem, predicted, truth),
+        "interval": interval(task.problem, predicted, truth),
+        "classes": class_scores(predicted, truth, task.names) if task.names else {},
+        "errors": write_errors(stage / "errors.csv", options.text_fields, task.parts[judged], task, logits, truth),
+    }
+    if task.problem == SINGLE:
+        draw_confusion(truth, predicted, task.names, stage / "confusion.png")
+    draw_losses(histories, stage / "loss.png")
     write_json(stage / "metrics.json", results)
-    write_model_card(stage, run.folder.name, model_name, results)
+    write_model_card(stage, run.folder.name, model_name, results, options)
     say_float32(stage)
     run.publish(stage, options.keep_checkpoints)
-    for part in ("mean", "baseline"):
-        if part in results:
-            print(f"{part}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in results[part].items()))
+    say_results(results, run.folder)
     return results
 
 
@@ -141,9 +166,8 @@ def train_seed(
     seed: int,
     model_name: str,
     tokenizer,
-    sets: list[list[dict]],
-    problem: str,
-    names: list[str],
+    sets: dict[str, list[dict]],
+    task: Task,
     options: argparse.Namespace,
     arguments: TrainingArguments,
 ) -> CarefulTrainer:
@@ -153,23 +177,22 @@ def train_seed(
         seed: of the head, the order and dropout.
         model_name: folder or Hub id to start from.
         tokenizer: of the model.
-        sets: tokenized training and validation examples.
-        problem, names: what `infer_problem` found.
-        options, arguments: as `finetune` takes them.
+        sets: tokenized examples with their labels, by part.
+        task, options, arguments: as `finetune` takes them.
 
     Raises:
         ValueError: the model's weights hold NaN or infinity.
         FloatingPointError: the loss or the weights became NaN or infinite.
     """
     set_seed(seed)
-    classes = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+    classes = {"id2label": dict(enumerate(task.names)), "label2id": {n: i for i, n in enumerate(task.names)}}
     model = load_model(
         "ForSequenceClassification",
         model_name,
         options.trust_remote_code,
-        problem_type=problem,
-        num_labels=max(1, len(names)),
-        **classes,
+        problem_type=task.problem,
+        num_labels=max(1, len(task.names)),
+        **(classes if task.names else {}),
     ).float()
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {model_name!r} hold NaN or infinity")
@@ -182,17 +205,18 @@ def train_seed(
     own.seed, own.output_dir = seed, os.path.join(arguments.output_dir, f"seed-{seed}")
     own.eval_strategy = own.save_strategy = "epoch"
     own.load_best_model_at_end = True
-    own.metric_for_best_model, own.greater_is_better = DECIDING[problem], True
+    own.metric_for_best_model, own.greater_is_better = DECIDING[task.problem], True
     rates = f"learning rate {own.learning_rate:g}, at most {own.num_train_epochs:g} epochs"
     print(f"seed {seed}: {weights:,} weights, {rates}", flush=True)
     trainer = CarefulTrainer(
+        seconds_between_logs=LOG_SECONDS if options.logging_steps is None else None,
         model=model,
         args=own,
         data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=sets[0],
-        eval_dataset=sets[1],
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation"],
         processing_class=tokenizer,
-        compute_metrics=lambda p: score(problem, decide(problem, p.predictions), p.label_ids),
+        compute_metrics=lambda p: score(task.problem, decide(task.problem, p.predictions), p.label_ids),
         callbacks=[EarlyStoppingCallback(options.patience)],
     )
     trainer.train()
@@ -200,17 +224,90 @@ def train_seed(
     return trainer
 
 
-def write_model_card(folder: Path, title: str, model_name: str, results: dict) -> None:
-    """Write the README.md of a fine-tuned model, with its scores on the validation data."""
-    scores = ", ".join(f"{metric} {value:.4f}" for metric, value in results["mean"].items())
-    kind = results["problem"].replace("_", " ")
+def tell(problem: str, scores: dict[str, float], ends: Optional[list[float]] = None) -> str:
+    """Scores in words, the deciding one first, with its 95% interval where it is given."""
+    names = sorted(scores, key=lambda metric: metric != DECIDING[problem])
+    parts = [f"{metric} {scores[metric]:.4f}" for metric in names]
+    if ends is not None:
+        parts[0] += f" (95% interval {ends[0]:.3f} to {ends[1]:.3f})"
+    return ", ".join(parts)
+
+
+def say_results(results: dict, folder: Path) -> None:
+    """Print the scores of a finished run, what it left where, and what to do next."""
+    judged, problem = results["judged"], results["problem"]
+    count = results["examples"][judged["data"]]
+    print(f"mean of {len(results['seeds'])} on the validation data: {tell(problem, results['mean'])}")
+    print(f"best, seed {judged['seed']}, on {count:,} {judged['data']} texts:", end=" ")
+    print(f"{tell(problem, judged['scores'], judged['interval'])}; trained for {tell_time(results['seconds'])}")
+    if "baseline" in results:
+        scores = tell(problem, results["baseline"], results["baseline_interval"])
+        print(f"TF-IDF on the same texts: {scores}; fitted in {results['baseline_seconds']} s")
+    for name, row in list(judged["classes"].items())[:SHOWN_CLASSES]:
+        numbers = "  ".join(f"{metric} {row[metric]:.3f}" for metric in ("precision", "recall", "f1"))
+        print(f"  {numbers}  {row['support']:>5} texts  {name}")
+    errors = "all texts by their error" if problem == REGRESSION else f"{judged['errors']:,} wrong answers"
+    files = ["the model", "README.md (its card)", "metrics.json", "loss.png", f"errors.csv ({errors})"]
+    files += [name for name in ("confusion.png", "predictions.csv") if (folder / name).is_file()]
+    say_end(
+        f"saved in {folder}: {', '.join(files)}",
+        command("predict.py", folder, "new.csv", "predictions.csv"),
+        command("push_to_hub.py", folder, f"YOUR-NAME/{folder.resolve().name}", "--dry_run"),
+    )
+
+
+def write_model_card(folder: Path, title: str, model_name: str, results: dict, options: argparse.Namespace) -> None:
+    """Write the README.md of a fine-tuned model, with what it was trained on and how well it does."""
+    judged, problem = results["judged"], results["problem"]
+    count = results["examples"][judged["data"]]
+    chosen = "" if judged["data"] == "test" else ", which also chose the epoch and the seed"
     source = Path(model_name)
+    lines = [
+        f"On {count:,} {judged['data']} texts{chosen}: {tell(problem, judged['scores'], judged['interval'])}.",
+        f"Mean over {len(results['seeds'])} seed(s) on {results['examples']['validation']:,} validation texts: "
+        f"{tell(problem, results['mean'])}.",
+    ]
+    if "baseline" in results:
+        scores = tell(problem, results["baseline"], results["baseline_interval"])
+        lines.append(f"TF-IDF with a linear model on the {judged['data']} texts: {scores}.")
+    if judged["classes"]:
+        lines.append("| label | precision | recall | F1 | texts |\n| --- | --- | --- | --- | --- |")
+        for name, row in judged["classes"].items():
+            numbers = " | ".join(f"{row[metric]:.3f}" for metric in ("precision", "recall", "f1"))
+            lines[-1] += f"\n| {in_markdown(name)} | {numbers} | {row['support']:,} |"
+    if (folder / "confusion.png").is_file():
+        lines.append("![which label was taken for which](confusion.png)")
+    lines.append("![loss by step](loss.png)\n\n[metrics.json](metrics.json) holds all scores.")
     write_card(
         folder,
-        f"Fine-tuned by `scripts/finetune_classification.py` ({kind}); on the validation data, mean over "
-        f"{len(results['seeds'])} seed(s): {scores}",
+        f"Fine-tuned by `scripts/finetune_classification.py` ({problem.replace('_', ' ')}) on "
+        f"{results['examples']['train']:,} texts of up to {results['max_length']:,} tokens",
         source=model_name,
         folder=source if source.is_dir() else None,
         title=title,
-        notes="Load it with `AutoModelForSequenceClassification`; `metrics.json` holds all scores.",
+        notes="## Scores\n\n" + "\n\n".join(lines),
+        pairs=len(options.text_fields) == 2,
+        results=card_results(results, options),
     )
+
+
+def card_results(results: dict, options: argparse.Namespace) -> list[EvalResult]:
+    """The scores of a fine-tuned model as the head of its card holds them, with their number of texts and interval."""
+    judged, deciding = results["judged"], DECIDING[results["problem"]]
+    sources = getattr(options, f"{judged['data']}_data") or options.train_data
+    is_dataset = len(sources) == 1 and not is_file_name(sources[0])
+    name = sources[0].partition(":")[0] if is_dataset else Path(sources[0]).name
+    count = f"{results['examples'][judged['data']]:,} texts"
+    ends = ", 95% interval {:.3f} to {:.3f}".format(*judged["interval"])
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=name if is_dataset else "local",
+            dataset_name=name,
+            dataset_split=judged["data"],
+            metric_type=METRIC_TYPES.get(metric, metric),
+            metric_name=f"{metric}, {count}{ends if metric == deciding else ''}",
+            metric_value=round(value, 4),
+        )
+        for metric, value in judged["scores"].items()
+    ]

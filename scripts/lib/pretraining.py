@@ -42,7 +42,7 @@ from .recipe import LinearSchedule, count_flops, measure_matmul_flops
 from .references import without_references
 from .runs import STAGE, Run, check_is_folder, is_finite, open_run
 from .staging import Input, staged_folder
-from .training import CarefulTrainer
+from .training import LOG_SECONDS, CarefulTrainer
 
 
 class PretrainingTrainer(CarefulTrainer):
@@ -59,7 +59,8 @@ class PretrainingTrainer(CarefulTrainer):
     """
 
     def __init__(self, options: argparse.Namespace, peak_flops: float, **kwargs):
-        super().__init__(**kwargs)
+        interval = LOG_SECONDS if options.logging_steps is None else None
+        super().__init__(seconds_between_logs=interval, max_seconds=options.max_seconds, **kwargs)
         self.options, self.peak_flops = options, peak_flops * self.args.world_size
         self._mark = None
         self._clear_counts()

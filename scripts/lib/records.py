@@ -159,10 +159,15 @@ def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
         names = list(filter(None, rows.fieldnames or ()))
         if len(set(names)) < len(names):
             raise ValueError(f"{path}, line 1: expected columns with names of their own, got {names}")
+        separator = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+        if separator:
+            raise ValueError(f"{path}, line 1: expected commas between the columns, got {separator!r} in {names[0]!r}")
         number = rows.line_num + 1
         for record in rows:
             if None in record or None in record.values():
-                raise ValueError(f"{path}, line {number}: expected {len(rows.fieldnames)} columns")
+                filled = [value for value in record.values() if value is not None]
+                found = len(filled) + len(record.get(None, [None])) - 1
+                raise ValueError(f"{path}, line {number}: expected {len(rows.fieldnames)} columns, got {found}")
             yield number, record
             number = rows.line_num + 1
     except csv.Error as error:

@@ -32,6 +32,9 @@ RESULTS = (
     "trainer_state.json",
     "metrics.json",
     "confusion.png",
+    "loss.png",
+    "errors.csv",
+    "predictions.csv",
 )
 # What the next run replaces, and what would be taken for its own if it did not; results need not be there for it.
 REPLACED = (*RESULTS, *TOKENIZER_FILES, ".final")
@@ -121,12 +124,8 @@ def open_run(
         stack.enter_context(_made(folder))
         stack.enter_context(locked(folder, "output_dir"))
         results, unfinished = results_of(folder), numbered(beside)
-        if (results or unfinished) and not overwrite and not resume:
-            holds = f"{beside} holds an unfinished run"
-            if results:
-                holds = f"{folder} holds {results[0].name} of an earlier run"
-            choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
-            raise ValueError(f"output_dir: {holds}; {choice}replace it with --overwrite")
+        if not overwrite and not resume:
+            _refuse_results(folder, resumable)
         inside = resume not in (None, "last") and beside in Path(os.path.realpath(resume)).parents
         work = folder
         if (overwrite and results) or inside or (resume == "last" and unfinished):
@@ -148,6 +147,24 @@ def open_run(
                 flush=True,
             )
         yield Run(folder, work, _checkpoint_of(work, results if work == folder else [], resume))
+
+
+def check_output(folder: Path, overwrite: bool, **inputs: Input) -> None:
+    """Refuse early what `open_run` would refuse for a run that cannot be resumed, without a change to any folder."""
+    folder = Path(os.path.realpath(folder))
+    check_is_folder(folder)
+    check_apart(folder, "output_dir", **inputs)
+    if not overwrite:
+        _refuse_results(folder, resumable=False)
+
+
+def _refuse_results(folder: Path, resumable: bool) -> None:
+    results, beside = results_of(folder), stage_of(folder) / RUN
+    if not results and not numbered(beside):
+        return
+    holds = f"{folder} holds {results[0].name} of an earlier run" if results else f"{beside} holds an unfinished run"
+    choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
+    raise ValueError(f"output_dir: {holds}; {choice}replace it with --overwrite")
 
 
 def _clear_unless(resumable: bool, work: Path) -> None:
@@ -191,6 +208,29 @@ def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Op
             )
         print(f"{work} holds no whole checkpoint: starting at step 0", flush=True)
     return checkpoint
+
+
+def find_results(folder: Path, allowed: bool, resumable: bool = False) -> list[str]:
+    """Names of what an earlier run left in an output folder; nothing is made or changed.
+
+    Args:
+        folder: of the run.
+        allowed: whether there may be any.
+        resumable: whether the script can go on from a checkpoint.
+
+    Raises:
+        ValueError: the folder is none, or it holds results that may not be there.
+    """
+    check_is_folder(folder)
+    found = [path for pattern in RESULTS for path in sorted(folder.glob(pattern))]
+    # A run that failed before its first checkpoint leaves an empty folder.
+    results = [path.name for path in found if not path.is_dir() or any(path.iterdir())]
+    if results and not allowed:
+        choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
+        raise ValueError(
+            f"output_dir: {folder} holds {results[0]} of an earlier run; {choice}replace it with --overwrite"
+        )
+    return results
 
 
 def check_is_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import time
 from typing import Optional
 
 import torch
@@ -12,15 +13,24 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .runs import is_finite
 
+# Time between two lines of the log, in seconds, where no step count was asked for.
+LOG_SECONDS = 10.0
+
 
 class CarefulTrainer(Trainer):
     """A Trainer that logs in lines and stops when the loss or the weights are no longer finite.
 
     No step synchronizes with the device: the first loss that is not finite is noted there, and read when the log reads
     a loss anyway. A checkpoint is saved only after its weights have been checked. Needs `logging_nan_inf_filter` off.
+
+    Args:
+        seconds_between_logs: besides every `logging_steps` the loss is logged when so much time has passed, and at
+            least ten times in a training. None: every `logging_steps` alone.
+        max_seconds: when the training ends, where the clock ends it.
+        **kwargs: as Trainer takes them.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, seconds_between_logs: Optional[float] = None, max_seconds: Optional[float] = None, **kwargs):
         try:
             super().__init__(**kwargs)
         except RuntimeError as error:
@@ -30,13 +40,16 @@ class CarefulTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
-            self.add_callback(Bars)
-        self.add_callback(LogLines)
+            self.add_callback(Bars(self, max_seconds))
+        self.add_callback(LogLines(seconds_between_logs, max_seconds))
+        self.tokens_trained = 0  # by this process; int64 [] on the device where batches are padded
         self._bad_step = None  # int64 [] on the device, 0 while every loss was finite
         self._last_saved = None
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        is_real = inputs.get("attention_mask")
+        self.tokens_trained = self.tokens_trained + (inputs["input_ids"].numel() if is_real is None else is_real.sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if self._bad_step is None:
             self._bad_step = torch.zeros((), dtype=torch.int64, device=loss.device)
         is_first = (self._bad_step == 0) & ~loss.isfinite()
@@ -84,20 +97,97 @@ class Divergence(FloatingPointError):
 
 
 class Bars(ProgressCallback):
-    """transformers' progress bars, without its printing of the log."""
+    """Progress bars of training and evaluation, with tokens a second and without the log.
+
+    Args:
+        trainer: whose tokens are counted.
+        max_seconds: when the training ends, where the clock ends it.
+    """
+
+    def __init__(self, trainer: CarefulTrainer, max_seconds: Optional[float] = None):
+        super().__init__()
+        self.trainer, self.max_seconds = trainer, max_seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.began = self.refreshed = time.perf_counter()
+        self.current_step = state.global_step
+        if self.training_bar is None:
+            return
+        if self.max_seconds:  # the bar is one of time, as nobody knows how many steps there will be
+            self.training_bar.total = self.max_seconds
+            self.training_bar.bar_format = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
+        else:
+            self.training_bar.unit = " steps"
+            self.training_bar.initial = self.training_bar.n = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is None:
+            return
+        now = time.perf_counter()
+        if self.refreshed == self.began or now - self.refreshed > 1:  # reading the tokens may wait for the device
+            self.refreshed = now
+            speed = int(self.trainer.tokens_trained) * args.world_size / (now - self.began)
+            self.training_bar.set_postfix_str(f"{shorten(speed)} tok/s", refresh=False)
+        done = now - self.began - self.training_bar.n if self.max_seconds else state.global_step - self.current_step
+        self.training_bar.update(done)
+        self.current_step = state.global_step
 
     def on_log(self, args, state, control, **kwargs):
         pass
 
 
 class LogLines(TrainerCallback):
-    """Prints the log as lines."""
+    """Prints the log as lines, has it written often enough, and says early how long the training will take.
+
+    Args:
+        seconds_between_logs, max_seconds: as `CarefulTrainer` takes them.
+    """
+
+    def __init__(self, seconds_between_logs: Optional[float] = None, max_seconds: Optional[float] = None):
+        self.interval, self.max_seconds = seconds_between_logs, max_seconds
+        if self.interval and max_seconds:
+            self.interval = min(self.interval, max_seconds / 20)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logged, self.warm = time.perf_counter(), None
+        self.told = bool(self.max_seconds)
+        if self.interval:
+            state.logging_steps = max(1, min(state.logging_steps, state.max_steps // 10))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        # Processes log together, and their clocks differ.
+        if self.interval and args.world_size == 1 and now - self.logged > self.interval:
+            control.should_log = True
+        if self.warm is None:  # the first step takes longer than the others
+            self.warm = (now, state.global_step)
+        elif not self.told and now - self.warm[0] > 2:
+            self.told = True
+            seconds = (now - self.warm[0]) / (state.global_step - self.warm[1])
+            left = tell_time(seconds * (state.max_steps - state.global_step))
+            _write_line(state, f"about {left} to go: {state.max_steps:,} steps of {seconds:.2g} s, and evaluation")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged = time.perf_counter()
         line = format_log(state.global_step, state.max_steps, logs or {})
-        if state.is_world_process_zero and line is not None:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        if line is not None:
+            _write_line(state, line)
+
+
+def _write_line(state, line: str) -> None:
+    if state.is_world_process_zero:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def tell_time(seconds: float) -> str:
+    """A time in its largest two units, such as `4 min 20 s`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_log(step: int, max_steps: int, logs: dict[str, float]) -> Optional[str]:

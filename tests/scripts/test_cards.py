@@ -1,8 +1,11 @@
-"""The card of a converted model: where it comes from, and that foreign names stay plain text."""
+"""The card of a model: where it comes from, how its task is used, and that foreign names stay plain text."""
 
+import json
 import re
 import shutil
 
+import pytest
+import yaml
 from folders import write_complete_repository
 from lib import cards, checkpoint_conversion
 
@@ -25,6 +28,50 @@ def test_the_card_names_source_revision_and_licence(tmp_path):
         assert words in card
     cards.write_card(tmp_path, "by hand", "someone/bert", source, license="mit")
     assert "| Licence | mit |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_names_the_base_model_that_a_local_source_names(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    source = tmp_path / "source"
+    source.mkdir()
+    for stated, expected in (("a/b", "a/b"), ("[a/b, c/d]", None), ("'a b'", None)):
+        (source / "README.md").write_text(f"---\nbase_model: {stated}\nlicense: mit\n---\n")
+        cards.write_card(tmp_path, "by hand", str(source), source)
+        head = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
+        assert (head.get("base_model"), head["license"]) == (expected, "mit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "task", "words"),
+    [
+        ({"architectures": ["MosaicBertForMaskedLM"]}, "fill-mask", "model.tokenizer.mask_token"),
+        ({"architectures": ["BertForSequenceClassification"]}, "text-classification", 'model(["A text.", "Another'),
+        (
+            {"architectures": ["MosaicBertForSequenceClassification"], "problem_type": "regression"},
+            "text-classification",
+            'function_to_apply="none"',
+        ),
+        (
+            {"architectures": ["MosaicBertForSequenceClassification"], "problem_type": "multi_label_classification"},
+            "text-classification",
+            "top_k=None",
+        ),
+        ({"architectures": ["MosaicBertForTokenClassification"]}, "token-classification", "aggregation_strategy"),
+        ({"architectures": ["MosaicBertForQuestionAnswering"]}, "question-answering", "AutoModelForQuestionAnswering."),
+        ({"architectures": ["MosaicBertForMultipleChoice"]}, "multiple-choice", "AutoModelForMultipleChoice."),
+        ({"architectures": ["MosaicBertModel"]}, "feature-extraction", "AutoModel."),
+        ({}, "feature-extraction", "AutoModel."),
+    ],
+)
+def test_the_card_shows_how_its_task_is_used(tmp_path, fields, task, words):
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "id2label": {"0": "x|y", "1": "![z](q)"}}))
+    cards.write_card(tmp_path, "by hand", "someone/bert")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == task
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(block, "card", "exec")
+    assert words in block and "trust_remote_code=True" in block
+    assert r"Its labels are x\|y, \!\[z\]\(q\)." in card
 
 
 def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(tmp_path):

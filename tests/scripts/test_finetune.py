@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import sys
 
 import finetune_classification
 import numpy as np
 import push_to_hub
 import pytest
+import yaml
 from corpora import WORDS
 from folders import SPECIAL
 from lib import examples, finetuning, runs, scores, training
@@ -74,19 +76,51 @@ def run(start, folder, **flags):
 def test_each_kind_of_label_is_learned(start, tmp_path, suffix, label_of, flags, problem, metric):
     train = write_examples(tmp_path / f"train{suffix}", label_of, 80)
     valid = write_examples(tmp_path / f"valid{suffix}", label_of, 20)
+    texts = [" ".join(WORDS[:10]), " ".join(WORDS[20:30])]
     results = run(start, tmp_path, train_data=train, validation_data=valid, baseline=True, **flags)
     assert results["problem"] == problem
     assert results["mean"][metric] > 0.8 and results["baseline"][metric] > 0.8
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == results
+    low, high = results["judged"]["interval"]
+    assert low <= results["judged"]["scores"][metric] <= high
+    check_card(tmp_path / "out", results, texts)
     assert (tmp_path / "out/confusion.png").exists() == (problem == examples.SINGLE)
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = [" ".join(WORDS[:10]), " ".join(WORDS[20:30])]
     logits = model(**tokenizer(texts, return_tensors="pt")).logits
     assert model.config.problem_type == problem
     if problem == examples.SINGLE:
         assert [model.config.id2label[i] for i in logits.argmax(-1).tolist()] == ["left", "right"]
+
+
+def check_card(folder, results, texts):
+    """The card's block predicts, its head holds scores with their size and interval, and a push sends what it names."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["pipeline_tag"] == "text-classification"
+    (entry,) = head["model-index"][0]["results"]
+    measured = {metric["name"].partition(",")[0]: metric for metric in entry["metrics"]}
+    assert {name: metric["value"] for name, metric in measured.items()} == {
+        name: round(value, 4) for name, value in results["judged"]["scores"].items()
+    }
+    deciding = measured[scores.DECIDING[results["problem"]]]["name"]
+    assert re.fullmatch(r"\w+, 20 texts, 95% interval -?[\d.]+ to [\d.]+", deciding)
+    sent = push_to_hub.files_to_push(folder)
+    assert {"metrics.json", "loss.png"} <= set(sent) and "errors.csv" not in sent
+    for name in results["classes"]:
+        assert f"| {name} | " in card
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    block = block.replace("REPOSITORY", str(folder)).replace("print(", "answers = (")
+    found = {}
+    exec(block.replace('"A text.", "Another text."', repr(texts)[1:-1]), found)
+    predicted = [
+        max(answer, key=lambda one: one["score"]) if isinstance(answer, list) else answer for answer in found["answers"]
+    ]
+    if results["problem"] == examples.REGRESSION:
+        assert predicted[0]["score"] < -0.5 and predicted[1]["score"] > 0.5
+    else:
+        assert {answer["label"] for answer in predicted} <= set(results["classes"])
 
 
 def test_seeds_differ_and_are_averaged_and_the_best_is_saved(start, tmp_path):
@@ -127,8 +161,18 @@ def test_training_stops_when_nothing_gets_better(start, tmp_path):
         ("a.jsonl", ['{"text": null, "label": "y"}'], {}, "line 1: expected a string in 'text', got null"),
         ("a.jsonl", ['{"text": "ba", "label": {"a": 1}}'], {}, "a list of these in 'label', got {'a': 1}"),
         ("a.jsonl", ['{"text": "ba", "label": [["a"]]}'], {}, r"a list of these in 'label', got \[\['a'\]\]"),
-        ("a.jsonl", ['{"text": "ba", "label": 1e999}'], {}, "train_data: expected finite numbers in 'label', got inf"),
-        ("a.csv", ["text,label", "ba,1.5", "be,nan"], {}, "train_data: expected finite numbers in 'label', got nan"),
+        (
+            "a.jsonl",
+            ['{"text": "ba", "label": 1e999}'],
+            {},
+            "line 1: expected a finite number in 'label', got inf",
+        ),
+        (
+            "a.csv",
+            ["text,label", "ba,1.5", "be,nan"],
+            {},
+            "line 3: expected a finite number in 'label', got nan",
+        ),
         ("a.csv", ["text,label", "ba,x", "be,"], {}, "a.csv, line 3: 'label' is empty"),
         ("a.jsonl", ['{"text": "ba", "label": 1}'], {"label_separator": "+"}, "label_separator needs a string in"),
         ("a.jsonl", ['{"text": "ba", "label": "x"}'] * 20, {}, "every training example has the label 'x'"),
@@ -157,15 +201,24 @@ def test_bad_data_is_named(start, tmp_path, name, content, flags, message):
         run(start, tmp_path, train_data=tmp_path / name, **flags)
 
 
+def labelled(labels):
+    """Examples with these labels, whose text is their number."""
+    return examples.Examples(
+        [(str(number),) for number in range(len(labels))], labels, [f"line {number}" for number in range(len(labels))]
+    )
+
+
 def test_labels_that_training_lacks_are_named():
-    with pytest.raises(ValueError, match=r"label_field: the training data has no example of \['z'\]"):
-        examples.encode_labels(["x", "z"], examples.SINGLE, ["x", "y"])
-    with pytest.raises(ValueError, match="label_field: expected numbers, got 'high'"):
-        examples.encode_labels([1.5, "high"], examples.REGRESSION, [])
-    with pytest.raises(ValueError, match="label_field: expected lists, got 'xy'"):
-        examples.encode_labels([["x"], "xy"], examples.MULTI, ["x", "y"])
-    with pytest.raises(ValueError, match=r"label_field: expected no lists, got \['x'\]"):
-        examples.encode_labels(["x", ["x"]], examples.SINGLE, ["x", "y"])
+    with pytest.raises(ValueError, match="line 1: label_field: the training data has no example of 'z', only of x, y"):
+        examples.encode_labels(labelled(["x", "z"]), examples.SINGLE, ["x", "y"])
+    with pytest.raises(ValueError, match="line 1: label_field: expected a number that float32 holds, got 'high'"):
+        examples.encode_labels(labelled([1.5, "high"]), examples.REGRESSION, [])
+    with pytest.raises(ValueError, match="line 0: label_field: expected a number that float32 holds, got '1e\\+39'"):
+        examples.encode_labels(labelled([1e39, 1.0]), examples.REGRESSION, [])
+    with pytest.raises(ValueError, match="line 1: label_field: expected a list, got 'xy'"):
+        examples.encode_labels(labelled([["x"], "xy"]), examples.MULTI, ["x", "y"])
+    with pytest.raises(ValueError, match=r"line 1: label_field: expected no list, got \"\['x'\]\""):
+        examples.encode_labels(labelled(["x", ["x"]]), examples.SINGLE, ["x", "y"])
 
 
 @pytest.mark.parametrize(
@@ -176,29 +229,59 @@ def test_labels_that_training_lacks_are_named():
         ([True, False], examples.SINGLE, ["False", "True"]),
         (["b", 1], examples.SINGLE, ["1", "b"]),
         ([["b"], []], examples.MULTI, ["b"]),
+        # pandas writes a column of whole numbers so, as soon as it once had a hole
+        ([0.0, 2.0, 1.0, 2.0], examples.SINGLE, ["0", "1", "2"]),
+        ([float(number) for number in range(21)] * 2, examples.REGRESSION, []),
+        ([float(number) for number in range(21)] * 10, examples.SINGLE, [str(number) for number in range(21)]),
     ],
 )
 def test_labels_decide_the_problem(labels, problem, names):
-    assert examples.infer_problem(labels) == (problem, names)
+    assert examples.infer_problem(labelled(labels)) == (problem, names)
     assert examples.numbers_of(["1", "2"]) == [1, 2] and examples.numbers_of(["1", "x"]) == ["1", "x"]
     assert examples.numbers_of(["1", "2.5"]) == [1.0, 2.5]
 
 
+def test_whoever_knows_better_names_the_problem():
+    assert examples.infer_problem(labelled([0.0, 1.0]), "regression") == (examples.REGRESSION, [])
+    assert examples.infer_problem(labelled([1.5, 2.0]), "classification") == (examples.SINGLE, ["1.5", "2"])
+    assert examples.infer_problem(labelled([["b"], ["a"]]), "multi_label") == (examples.MULTI, ["a", "b"])
+    with pytest.raises(ValueError, match="line 0: label_field: expected a number that float32 holds, got 'x'"):
+        examples.infer_problem(labelled(["x", "y"]), "regression")
+    encoded = examples.encode_labels(labelled(["1", 1.0, 0]), examples.SINGLE, ["0", "1"])
+    assert encoded.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "labels, problem, wanted, hint",
+    [
+        (["a|b", "c", "a", "b|c"], examples.SINGLE, None, "2 of 4 labels hold '|', such as 'a|b'"),
+        (["a;b", "c", "a", "b"], examples.SINGLE, None, "pass --label_separator ';'"),
+        (["a|b", "c", "a", "b|c"], examples.SINGLE, "classification", None),
+        (["Tom, Dick", *"abcdefgh"], examples.SINGLE, None, None),
+        (list(range(30)), examples.SINGLE, None, "30 different whole numbers were taken for classes; see --problem r"),
+        ([float(n) for n in range(30)], examples.REGRESSION, None, "taken for amounts; see --problem classification"),
+        ([0.0, 1.0, 1.0], examples.SINGLE, None, None),
+        ([0.5, 1.0, 1.0], examples.REGRESSION, None, None),
+    ],
+)
+def test_labels_that_may_mean_something_else_get_a_hint(labels, problem, wanted, hint):
+    found = list(examples.hints(labels, problem, wanted))
+    assert (hint in found[0]) if hint else (found == [])
+
+
 def test_one_tenth_is_held_out_where_no_validation_data_is_given():
-    train, held_out = examples.split_examples([(str(n),) for n in range(50)], list(range(50)))
-    assert len(held_out[1]) == 5 and sorted(train[1] + held_out[1]) == list(range(50))
-    assert all(text == (str(label),) for text, label in zip(*map(list, train)))
+    train, held_out = examples.split_examples(labelled(list(range(50))))
+    assert len(held_out.labels) == 5 and sorted(train.labels + held_out.labels) == list(range(50))
+    assert all(text == (str(label),) for text, label in zip(train.texts, train.labels))
 
 
 def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, tmp_path, capsys):
     assert finetuning.default_rates(21_000_000) == (3e-4, 4.0) and finetuning.default_rates(137_000_000) == (5e-5, 3.0)
     train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
-    options, arguments = finetune_classification.parse(
-        ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
-    )
-    finetuning.finetune(options, arguments)
+    flags = ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
+    finetuning.finetune(*finetune_classification.parse(flags))
     shown = capsys.readouterr().out
-    assert "single_label_classification with 2 classes (left, right); 15 training and 1 validation examples" in shown
+    assert "single_label_classification with 2 classes (left, right); 15 train and 1 validation examples" in shown
     assert "weights, learning rate 0.0003, at most 4 epochs" in shown
 
 
@@ -270,14 +353,17 @@ def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatc
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
 def test_a_missing_package_is_found_before_the_training(start, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     with pytest.raises(ModuleNotFoundError, match=package):
-        run(start, tmp_path, train_data=tmp_path / "unread.csv")
+        run(start, tmp_path, train_data=train)
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(start, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     with pytest.raises(ValueError, match="fine-tuning runs in one process, got 2: start it without torchrun"):
-        run(start, tmp_path, train_data=tmp_path / "unread.csv")
+        run(start, tmp_path, train_data=train)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -398,6 +398,20 @@ def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
     size = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"^add +{size:,} bytes  model.safetensors$", output, re.M)
     assert output.endswith("nothing was pushed\n")
+    files = push_to_hub.files_to_push(folder)
+    total = sum((folder / name).stat().st_size for name in files)
+    last = client(hub, tmp_path / "nobody", program, token=None)  # the Hub is gone
+    assert re.search(rf"^total +{total:,} bytes  {len(files)} files$", last, re.M)
+    assert f"{hub.url} cannot be reached, so it is unknown what a push would delete there: " in last
+    assert last.endswith("nothing was pushed\n")
+
+
+def test_the_head_of_the_card_is_shown_before_a_push(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\ntags: [a]\n---\n\n# Title\n\n---\n", encoding="utf-8")
+    assert push_to_hub.card_head(tmp_path) == "license: mit\ntags: [a]"
+    card.write_text("# Title\n\n---\nlicense: mit\n---\n", encoding="utf-8")
+    assert push_to_hub.card_head(tmp_path) == "none: the Hub will not know its licence and task"
 
 
 def test_only_what_belongs_to_the_model_is_pushed_and_images_of_the_card_show(tmp_path):
@@ -538,6 +552,17 @@ def test_a_card_that_shows_what_is_no_image_in_the_folder_is_not_pushed(folder, 
         path.write_bytes(b"secret")
     (folder / "README.md").write_text(image, encoding="utf-8")
     assert_refused(folder, f"README.md shows {link}, which is no image in the folder")
+
+
+def test_scores_that_the_card_links_to_are_pushed(folder):
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")
+    links = "[all](metrics.json) [code](tests/x.py) [web](https://a.b/c.json) ![](<data:,x.json>)"
+    (folder / "README.md").write_text(links, encoding="utf-8")
+    assert "metrics.json" in push_to_hub.files_to_push(folder)
+    for link in ("gone.json", "../key.json"):
+        (folder.parent / "key.json").write_text("{}", encoding="utf-8")
+        (folder / "README.md").write_text(f"[all]({link})", encoding="utf-8")
+        assert_refused(folder, f"README.md links to {link}, which is no file in the folder")
 
 
 def test_a_card_that_is_not_utf8_is_not_pushed(folder):

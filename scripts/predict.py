@@ -1,0 +1,58 @@
+"""Predict with a classifier or a regressor that finetune_classification.py made: one row a text, as CSV.
+
+python scripts/predict.py runs/topics new.csv predictions.csv
+"""
+
+from pathlib import Path
+
+from lib import cli
+
+
+def main() -> None:
+    """Parse the command line, predict and write the table."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("model", help="folder or Hub id of the model")
+    parser.add_argument("data", help=".jsonl, .json or .csv file with texts (also .gz), or a `datasets` id")
+    parser.add_argument("output", type=cli.new_file, help="CSV file to write: texts, predictions, probabilities")
+    parser.add_argument(
+        "--text_fields", nargs="+", default=["text"], metavar="NAME", help="one field with texts, or two with pairs"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=cli.positive_integer,
+        metavar="N",
+        help="truncate longer texts to this many tokens (default: --tokens_per_batch)",
+    )
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=cli.positive_integer,
+        default=16_384,
+        metavar="N",
+        help="about how many tokens a batch has",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    options = parser.parse_args()
+    from lib.common import check_model, load_from, repository_class
+    from lib.examples import load_examples
+    from lib.staging import check_apart
+
+    check_apart(options.output, "output", data=options.data, model=options.model)
+    check_model(options.model)
+    examples = load_examples([options.data], options, "test", "data", labelled=False)
+    from lib import prediction
+    from lib.evaluation import find_device
+    from lib.scores import write_predictions
+    from transformers import AutoTokenizer
+
+    device = find_device(options.device)
+    tokenizer = load_from(AutoTokenizer.from_pretrained, options.model)
+    model = load_from(repository_class("BertForSequenceClassification").from_pretrained, options.model)
+    task = prediction.task_of(model.config)
+    sets, _ = prediction.tokenize({"test": examples}, tokenizer, options.max_length, 1, options.tokens_per_batch)
+    logits = prediction.predict(model.float().to(device), tokenizer, sets["test"], options.tokens_per_batch)
+    write_predictions(Path(options.output), options.text_fields, examples, task, logits)
+    cli.say_end(f"saved in {options.output}: {len(logits):,} predictions ({task.problem})")
+
+
+if __name__ == "__main__":
+    cli.run(main, "a smaller --tokens_per_batch or --max_length needs less")

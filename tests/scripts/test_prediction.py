@@ -1,0 +1,112 @@
+"""Texts become tokens without a silent loss, and predict.py answers as the model that was trained."""
+
+import csv
+import json
+
+import numpy as np
+import predict
+import pytest
+from corpora import WORDS
+from folders import SPECIAL, write_complete_repository
+from lib import prediction
+from lib.examples import Examples
+from models import tiny_model
+from repositories import write_repository
+from transformers import BertTokenizerFast
+
+from mosaicbert.bert_layers import BertForSequenceClassification
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    path.write_text("\n".join(SPECIAL + WORDS))
+    return BertTokenizerFast(str(path))
+
+
+@pytest.fixture
+def classifier(tmp_path, tokenizer):
+    """A repository with an untrained classifier of three named classes."""
+    model = tiny_model(BertForSequenceClassification, vocab_size=64, num_labels=3)
+    model.config.id2label = {0: "left", 1: "middle", 2: "right"}
+    folder = write_repository(tmp_path / "model", model, {})
+    fields = {**model.config.to_dict(), "problem_type": "single_label_classification"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "tokens", "longest"),
+    [
+        ([5, 300, 20], 2, 1000, 300),  # the two longest fit
+        ([100, 400, 400, 3], 3, 500, 200),  # 100 + 200 + 200
+        ([400, 400, 400, 400], 2, 500, 250),
+        ([900], 32, 500, 500),
+        ([3, 4], 32, 16_384, prediction.SHORTEST),
+        ([900] * 99, 99, 100, prediction.SHORTEST),
+    ],
+)
+def test_texts_stay_as_long_as_the_worst_batch_allows(lengths, batch_size, tokens, longest):
+    limit = prediction.fitting_length(lengths, batch_size, tokens)
+    assert limit == longest
+    worst = sum(sorted(min(length, limit) for length in lengths)[-batch_size:])
+    assert worst <= tokens or limit == prediction.SHORTEST
+
+
+def test_what_a_model_will_not_see_is_told_in_one_line(tokenizer, capsys):
+    texts = [(" ".join(WORDS[:30]),), (WORDS[0],), ("  ",), (f"{WORDS[1]} \U0001f600 {WORDS[2]}☃",)]
+    parts = {"train": Examples(texts[:2], [], []), "test": Examples(texts[2:], [], [])}
+    rows, limit = prediction.tokenize(parts, tokenizer, 16, 32, 1000)
+    assert capsys.readouterr().out == (
+        "4 texts of up to 32 tokens; 1 cut at 16 (see --max_length); 1 empty; 1 with what becomes [UNK] "
+        "(☃ \U0001f600)\n"
+    )
+    assert limit == 16 and [len(row["input_ids"]) for row in rows["train"]] == [16, 3]
+    rows, limit = prediction.tokenize(parts, tokenizer, None, 32, 1000)
+    assert limit == 32 and len(rows["train"][0]["input_ids"]) == 32
+    assert "none cut" in capsys.readouterr().out
+
+
+def test_words_that_no_tokenizer_splits_are_told(tokenizer, capsys):
+    prediction.tokenize({"test": Examples([(WORDS[0] * 200,)], [], [])}, tokenizer, None, 1, 1000)
+    assert "1 with what becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
+
+
+def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokenizer, tmp_path, run_script, capsys):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(WORDS, size)) for size in (3, 40, 1, 12, 25, 7)]
+    with open(tmp_path / "new.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["body"], *([text] for text in texts)])
+    output = tmp_path / "predictions.csv"
+    flags = ["--text_fields", "body", "--tokens_per_batch", "40"]
+    run_script(predict, classifier, tmp_path / "new.csv", output, *flags)
+    assert f"saved in {output}: 6 predictions (single_label_classification)\n" in capsys.readouterr().out
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = BertForSequenceClassification.from_pretrained(classifier).eval()
+    for text, row in zip(texts, rows):
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=40)
+        chances = model(**ids).logits.softmax(-1)[0].tolist()
+        assert row["body"] == text and row["predicted"] == ["left", "middle", "right"][int(np.argmax(chances))]
+        found = [float(row[f"p({name})"]) for name in ("left", "middle", "right")]
+        assert found == pytest.approx(chances, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{model}", "gone.csv", "out.csv"), "data: no file matches 'gone.csv'"),
+        (("{data}", "{data}", "out.csv"), "model: expected a folder or a Hub id"),
+        (("{tmp}", "{data}", "out.csv"), "model: the folder '.*' holds no config.json"),
+        (("{model}", "{data}", "{data}"), "output: .* is .*, which data reads; name a file apart"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(tmp_path, run_script, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_complete_repository(tmp_path / "model")
+    (tmp_path / "new.csv").write_text("text\nba\n")
+    places = {"model": tmp_path / "model", "data": tmp_path / "new.csv", "tmp": tmp_path}
+    with pytest.raises(SystemExit, match=message):
+        run_script(predict, *(argument.format(**places) for argument in arguments))
+    assert not (tmp_path / "out.csv").exists()
