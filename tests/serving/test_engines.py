@@ -8,6 +8,8 @@ import subprocess
 import threading
 from pathlib import Path
 
+import export as script
+import numerics
 import pytest
 import torch
 from conftest import ROOT
@@ -106,6 +108,27 @@ def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(export_demo, 
                 hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
             cosine = torch.cosine_similarity(hidden.mean(0).double(), torch.tensor(embedding).double(), dim=0)
             assert cosine >= least, (name, text[:30])
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_sentence_transformers_embeds_in_other_engines_where_optimum_has_them(tmp_path, run_script, backend):
+    pytest.importorskip("optimum.onnxruntime" if backend == "onnx" else "optimum.intel")
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "encoder"
+    run_script(script, ROOT, folder, "--format", "onnx", "--types", "float32", "--features")
+    options = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
+    if backend == "openvino":
+        import openvino
+
+        model = openvino.convert_model(folder / "onnx" / "model.onnx")
+        openvino.save_model(model, folder / "openvino" / "openvino_model.xml", compress_to_fp16=False)
+        options = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    exported = SentenceTransformer(str(folder), backend=backend, model_kwargs=options)
+    source = SentenceTransformer(str(ROOT), trust_remote_code=True, device="cpu")
+    assert exported.max_seq_length == 8192
+    got, expected = (model.encode(TEXTS, convert_to_tensor=True).cpu() for model in (exported, source))
+    numerics.assert_same(got, expected, numerics.SAME[torch.float32])
 
 
 class Site(http.server.BaseHTTPRequestHandler):
