@@ -1,6 +1,7 @@
 """Converting checkpoints: from older repositories and from Composer to a complete repository."""
 
 import json
+import types
 
 import convert_checkpoint
 import numerics
@@ -211,6 +212,22 @@ def test_rows_that_padding_adds_are_improbable(tmp_path, text, run_script, capsy
     logits = model(**tokenizer("the cat [MASK]", return_tensors="pt")).logits
     assert (model.cls.predictions.decoder.bias[len(tokenizer) :] == -30).all()
     assert (logits.softmax(-1)[..., len(tokenizer) :] < 1e-12).all()
+
+
+def test_the_masked_loss_predicts_words_only():
+    seen = {}
+
+    def model(ids, attention_mask, labels):
+        seen.update(ids=ids, labels=labels)
+        return types.SimpleNamespace(loss=torch.tensor(0.0))
+
+    ids, mask = ragged_batch([400, 200])
+    ids[:, ::2] = 1  # special tokens
+    tokenizer = types.SimpleNamespace(all_special_ids=[1], mask_token_id=0)
+    checkpoint_conversion.masked_loss(model, tokenizer, ids, mask)
+    chosen = seen["labels"] != -100
+    assert 20 < chosen.sum() < 70 and not (chosen & ((ids == 1) | (mask == 0))).any()
+    assert torch.equal(seen["ids"], ids.masked_fill(chosen, 0)) and (seen["labels"][chosen] == ids[chosen]).all()
 
 
 def test_verify_notices_a_repository_with_other_numbers(tmp_path):

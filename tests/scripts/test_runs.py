@@ -11,8 +11,9 @@ from lib import runs, staging
 
 # Replaces results again and again, each time in a process of its own that is killed one file operation later.
 REPLACE = """
-import json, os, shutil, signal, sys
+import json, shutil, sys
 from pathlib import Path
+from interruptions import stopped_ever_later
 from lib import runs, staging
 
 home, exchange, links = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
@@ -36,30 +37,12 @@ def train(content):
             path.write_text(content)
         run.publish(run.work / "final", False)
 
-def train_until(last):
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        if event.split(".")[0] in ("open", "os", "shutil", "fcntl", "ctypes") and event != "os.kill":
-            count += 1
-            if count == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    train("2")
-    os._exit(count >= last)
-
 train("0")
 (folder / "notes.txt").write_text("mine")
 (folder / "checkpoint-best").mkdir()
 (folder / "checkpoint-best" / "weights").write_text("mine")
-results, last, status = [], 0, 1
-while status:
-    last += 1
-    train("1")
-    child = os.fork()
-    if not child:
-        train_until(last)
-    status = os.waitpid(child, 0)[1]
+results = []
+for _ in stopped_ever_later(lambda: train("1"), lambda: train("2")):
     at_once = state()
     train("3")
     results.append([at_once, state(), sorted(path.name for path in home.iterdir())])
@@ -74,7 +57,7 @@ def test_results_are_old_or_new_wherever_a_run_that_overwrites_is_killed(tmp_pat
         pytest.skip("two folders change places in one step on Linux alone")
     result = subprocess.run(
         [sys.executable, "-c", REPLACE, str(tmp_path), str(exchange), str(links)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tests' / 'support'}"},
         capture_output=True,
         text=True,
         timeout=300,

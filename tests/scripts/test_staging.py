@@ -16,11 +16,11 @@ from conftest import ROOT
 from folders import write_complete_repository
 from lib import staging
 
-# Replaces a target again and again, each time in a process of its own that is stopped one file operation later. Python
-# announces every file operation to audit hooks before it happens; a hook may raise, or kill the process.
+# Replaces a target again and again, each time in a process of its own that is stopped one file operation later.
 REPLACE = """
-import json, os, signal, sys
+import json, sys
 from pathlib import Path
+from interruptions import stopped_ever_later
 from lib import staging
 
 home, stop, exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
@@ -40,31 +40,8 @@ def replace(content, fails=False):
         if fails:
             raise ValueError("later")
 
-def replace_until(last):
-    count = 0
-    def hook(event, arguments):
-        nonlocal count
-        if event.split(".")[0] in ("open", "os", "shutil", "fcntl", "ctypes") and event != "os.kill":
-            count += 1
-            if count == last:
-                if stop == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise KeyboardInterrupt if stop == "interrupt" else OSError(5, "Input/output error")
-    sys.addaudithook(hook)
-    try:
-        replace("2")
-    except (KeyboardInterrupt, OSError):
-        pass
-    os._exit(count >= last)
-
-results, last, status = [], 0, 1
-while status:
-    last += 1
-    replace("1")
-    child = os.fork()
-    if not child:
-        replace_until(last)
-    status = os.waitpid(child, 0)[1]
+results = []
+for _ in stopped_ever_later(lambda: replace("1"), lambda: replace("2"), stop):
     at_once = state()
     try:
         replace("3", fails=True)
@@ -84,7 +61,7 @@ def test_a_target_is_old_or_new_wherever_a_run_stops(tmp_path, stop, exchange):
         pytest.skip("two folders change places in one step on Linux alone")
     result = subprocess.run(
         [sys.executable, "-c", REPLACE, str(tmp_path), stop, str(exchange)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tests' / 'support'}"},
         capture_output=True,
         text=True,
         timeout=300,
