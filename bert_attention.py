@@ -55,7 +55,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return series + between
 
 
-# Slopes on accelerators, by number of heads, dtype and device: a copy there waits for the work before it.
+# Slopes on accelerators, by number of heads, dtype and device: a copy there waits for all queued work.
 _KEPT_SLOPES = {}
 
 
@@ -71,13 +71,13 @@ def slopes_on(device: torch.device, num_heads: int, dtype: torch.dtype) -> torch
     return slopes
 
 
-def alibi_bias(slopes, query_places, key_places):
-    """-slope * |i - j|: [H, queries, keys] in the dtype of `slopes` [H], for integer places [queries] and [keys]."""
-    return -slopes[:, None, None] * (query_places[:, None] - key_places[None, :]).abs()
+def alibi_bias(slopes, queries, keys):
+    """-slope * |i - j|, [H, queries, keys] in the dtype of `slopes` [H], for integer positions of queries and keys."""
+    return -slopes[:, None, None] * (queries[:, None] - keys[None, :]).abs()
 
 
 def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=False):
-    """ALiBi attention by the plain formula; memory grows with M².
+    """ALiBi attention as the paper writes it; memory grows with M².
 
     Args:
         qkv: floating [T, 3, H, D]: query, key and value of each token.
@@ -96,8 +96,8 @@ def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=
     query, key, value = packed.to_rows(qkv).unbind(2)  # [N, M, H, D] each
     precision = torch.promote_types(qkv.dtype, torch.float32)
     scores = torch.einsum("nqhd,nkhd->nhqk", query.to(precision), key.to(precision)) * scale
-    place = torch.arange(scores.shape[-1], device=qkv.device)
-    scores = scores + alibi_bias(alibi_slopes.to(precision), place, place)
+    positions = torch.arange(scores.shape[-1], device=qkv.device)
+    scores = scores + alibi_bias(alibi_slopes.to(precision), positions, positions)
     attended = packed.attended(0, scores.shape[-1])  # [N, 1 or M, M]
     if attended is None:
         weights = scores.softmax(dim=-1)
@@ -119,18 +119,16 @@ def sdpa_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     in M. Where padding is kept, no shape may depend on data: there is one call, and its bias grows with M².
 
     Args and returns: see `eager_attention`.
-
-    Source: ours.
     """
     if not packed.keeps_padding and not len(qkv):
         return qkv[:, 0]
     query, key, value = (x.transpose(1, 2) for x in packed.to_rows(qkv).unbind(2))  # [N, H, M, D] each
     num_rows, heads, length, _ = query.shape
     slopes = alibi_slopes.to(torch.promote_types(qkv.dtype, torch.float32))
-    place = torch.arange(length, device=qkv.device)
+    positions = torch.arange(length, device=qkv.device)
 
     def attend(query, key, value, start, end):
-        bias = alibi_bias(slopes, place[start:end], place).to(query.dtype)[None]  # [1, H, end - start, M]
+        bias = alibi_bias(slopes, positions[start:end], positions).to(query.dtype)[None]  # [1, H, end - start, M]
         if (attended := packed.attended(start, end)) is not None:
             # A query with no key to attend to sees all of them: the softmax of nothing is NaN.
             attended = attended | ~attended.any(dim=-1, keepdim=True)

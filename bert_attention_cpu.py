@@ -1,10 +1,10 @@
-"""ALiBi attention on the CPU without a tensor of n * n: a strided bias, and bands for heads that look nearby only.
+"""ALiBi attention on the CPU without a tensor of n * n: a strided bias, and bands for heads with a small radius.
 
 **Strided bias.** The bias depends on i - j only. With the queries of a sequence in reverse order, i' = last - i, it
 depends on i' + j, so the mask of torch's CPU kernel can be a view, both strides 1, of one vector of distances per head.
 
-**Bands.** Keys far from a query weigh less than one rounding of its row (see `head_reach`). In long sequences, chunks
-of queries attend to the keys in reach only, and heads that reach about equally far share a call.
+**Bands.** Keys beyond a radius weigh nothing (bert_attention.py proves it). In long sequences, chunks of queries attend
+within the radius only, and heads with similar radii share a call.
 
 Letters: T tokens, H heads, D head size, n tokens of one sequence.
 """
@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 from .bert_checks import flash_backward, flash_forward, is_traced, softmax_gradient
 from .bert_linear_cpu import is_amd_with_bfloat16
 
-# Queries per call where a head looks at its band only. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
-# fast and 512 costs 1.15 times as much: too many keys then lie outside a steep head's reach.
+# Queries per call for a head that attends within a band. For n of 2,048 to 8,192, chunks of 128 and 256 are equally
+# fast and 512 costs 1.15 times as much: too many keys then lie beyond a steep head's radius.
 BAND_CHUNK = 256
 
-# The same where a head reaches at least as many tokens: 1.12 times as fast as 256 at 8,192 tokens.
+# The same for a radius of at least as many tokens: 1.12 times as fast as 256 at 8,192 tokens.
 WIDE_CHUNK = 1024
 
-# Heads share a call while the widest reaches at most this many times as far as the narrowest. 1.25, 1.5 and 2 differ
+# Heads share a call while the largest radius is at most this many times the smallest. 1.25, 1.5 and 2 differ
 # by less than 5%.
 BAND_GROWTH = 1.5
 
@@ -44,12 +44,12 @@ NOTHING = -1e30
 # Without a backward pass the cut costs 1.1 times as much at n = 256, nothing at 384, and 0.83 at 1,000.
 CUT_FROM = 384
 
-# Scores in one product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory is
-# bounded. 2^18 takes 1.0 to 1.4 times as long, backward 0.8 to 1.7; 2^20 0.8 to 1.0, backward 0.9 to 1.3.
+# Scores in one matrix product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory
+# is bounded. 2^18 takes 1.0 to 1.4 times as long, backward 0.8 to 1.7; 2^20 0.8 to 1.0, backward 0.9 to 1.3.
 PRODUCT_SCORES = 2**19
 
-# Between these, products beat torch's kernel without a backward pass: they take 1.7 times as long for 16 tokens, and
-# 1.2 times for 4,096.
+# Between these, matrix products beat torch's kernel without a backward pass: they take 1.7 times as long for 16 tokens,
+# and 1.2 times for 4,096.
 FEWEST_SCORES = 2**14
 LONGEST_PRODUCT = 2048
 
@@ -68,7 +68,7 @@ def cpu_declines(qkv, packed) -> Optional[str]:
 def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """ALiBi attention by torch's CPU kernel with a strided bias; memory is linear in n.
 
-    From 1,024 tokens up heads attend only to keys that can weigh anything: with scores up to 5, 1.8 times as fast as
+    From 1,024 tokens up heads attend within their radius only: with scores up to 5, 1.8 times as fast as
     one call over all keys at 4,096 tokens and 2.7 times at 8,192. In shorter sequences their bias cuts the same keys
     off (see `NOTHING`).
 
@@ -81,8 +81,6 @@ def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
 
     Returns:
         [T, H, D] in the dtype of `qkv`.
-
-    Source: ours.
     """
     if not len(qkv):
         return qkv[:, 0]
@@ -90,13 +88,13 @@ def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     lengths = packed.lengths
     longest = max(lengths)
     trained = torch.is_grad_enabled() and qkv.requires_grad
-    bias, reach = distance_bias(slopes, longest), [longest] * len(slopes)
+    bias, radii = distance_bias(slopes, longest), [longest] * len(slopes)
     smallest = math.log(torch.finfo(slopes.dtype).tiny)
     if longest >= CUT_FROM or trained and slopes.amax() * (1 - longest) < smallest:
-        reach = [min(far, longest) for far in head_reach(qkv.detach(), slopes, scale)]
+        radii = [min(radius, longest) for radius in head_radii(qkv.detach(), slopes, scale)]
         distance = torch.arange(1 - longest, longest, device=bias.device).abs()
-        bias.masked_fill_(distance > torch.tensor(reach, device=bias.device)[:, None], NOTHING)
-    arguments = (qkv, bias, scale, plan_calls(lengths, reach), packed.reversal)
+        bias.masked_fill_(distance > torch.tensor(radii, device=bias.device)[:, None], NOTHING)
+    arguments = (qkv, bias, scale, plan_calls(lengths, radii), packed.reversal)
     return CPUAttention.apply(*arguments) if trained else attend_by_plan(*arguments, trained=False)[0]
 
 
@@ -105,18 +103,8 @@ def distance_bias(slopes, span):
     return -slopes[:, None] * torch.arange(1 - span, span, device=slopes.device).abs()
 
 
-def head_reach(qkv, slopes, scale):
-    """Distance r beyond which keys weigh nothing, for each head.
-
-    No score of query i is larger than C_i = |scale| |q_i| max |k|, and each distance occurs at most twice, so all keys
-    beyond distance r together weigh less than exp(C_i - slope r) 2 / (1 - exp(-slope)). As a share of the query's row,
-    they weigh less than the smaller of two bounds, and so does what a key gathers from all queries beyond r:
-
-    - The row weighs at least what the own key does, at distance 0: exp(scale q_i k_i).
-    - No score is below -C_i, and the keys beyond r are the share exp(-slope r) of those on their side of the query, so
-      they weigh less than 2 exp(2 C_i - slope r) of the row. (The 2 is for a key, which gathers from two sides.)
-
-    Where it is 2^-24, half a rounding of float32, keys are left out. (2^-53 for float64.)
+def head_radii(qkv, slopes, scale):
+    """Radius of each head, see bert_attention.py; in float64 the keys beyond it weigh less than 2^-53 of a row.
 
     Args:
         qkv: floating [T, 3, H, D].
@@ -124,9 +112,7 @@ def head_reach(qkv, slopes, scale):
         scale: factor of the scores.
 
     Returns:
-        H numbers, whole or infinite; infinite where the scores are not finite.
-
-    Source: ours.
+        H whole numbers, or infinity where the scores are not finite.
     """
     query, key = qkv[:, :2].to(slopes.dtype).unbind(1)
     bound = abs(scale) * query.norm(dim=-1) * key.norm(dim=-1).amax(dim=0)  # [T, H]
@@ -134,31 +120,31 @@ def head_reach(qkv, slopes, scale):
     tail = torch.log(2 / -torch.expm1(-slopes))
     spread = torch.minimum(bound - own + tail, 2 * bound + math.log(2)).amax(dim=0)
     bits = 53 if slopes.dtype == torch.float64 else 24
-    reach = (spread + bits * math.log(2)) / slopes
-    return [math.ceil(far) if far < math.inf else math.inf for far in reach.tolist()]
+    radii = (spread + bits * math.log(2)) / slopes
+    return [math.ceil(radius) if radius < math.inf else math.inf for radius in radii.tolist()]
 
 
 class HeadGroup(NamedTuple):
-    """Heads that look equally far in sequences of equal length.
+    """Heads with one radius in sequences of equal length.
 
     Attributes:
         start: first token of the first sequence.
         count: sequences, one after another.
         length: tokens of each, n.
         heads: head numbers, ascending.
-        reach: farthest distance in tokens that they look at; n: everywhere.
+        radius: largest distance in tokens that they attend over; n: the whole sequence.
     """
 
     start: int
     count: int
     length: int
     heads: list[int]
-    reach: int
+    radius: int
 
     @property
     def is_whole(self):
-        """Whether the heads look at the whole sequence."""
-        return self.reach >= self.length
+        """Whether the heads attend to the whole sequence."""
+        return self.radius >= self.length
 
     @property
     def selection(self):
@@ -174,52 +160,52 @@ class HeadGroup(NamedTuple):
         return tokens.unflatten(0, (self.count, self.length))
 
     def windows(self):
-        """Yield query chunks and the keys that they look at: first query, last + 1, first key, last + 1."""
-        chunk = WIDE_CHUNK if self.reach >= WIDE_CHUNK else BAND_CHUNK
+        """Yield chunks of queries and the keys that they attend to: first query, last + 1, first key, last + 1."""
+        chunk = WIDE_CHUNK if self.radius >= WIDE_CHUNK else BAND_CHUNK
         chunk = self.length if self.is_whole else chunk
         for start in range(0, self.length, chunk):
             end = min(start + chunk, self.length)
-            yield start, end, max(0, start - self.reach), min(self.length, end + self.reach)
+            yield start, end, max(0, start - self.radius), min(self.length, end + self.radius)
 
 
-def plan_calls(lengths, reach):
-    """Which heads of which sequences look how far: a list of `HeadGroup`.
+def plan_calls(lengths, radii):
+    """Which heads of which sequences share a call: a list of `HeadGroup`.
 
     Neighbours of equal length share a call. Gathering equal lengths from afar gains nothing (at most 1.05), and padding
     short texts to one call loses (0.4 to 0.95).
 
     Args:
         lengths: tokens of each sequence.
-        reach: tokens that each head looks at to either side, H integers.
+        radii: tokens that each head attends to on either side, H integers.
     """
     plan, start = [], 0
     for length, equals in groupby(lengths):
-        group = HeadGroup(start, len(list(equals)), length, list(range(len(reach))), length)
+        group = HeadGroup(start, len(list(equals)), length, list(range(len(radii))), length)
         start += group.count * length
         if length:
-            plan += [group] if length < BAND_FROM else split_by_reach(group, [min(far, length) for far in reach])
+            plan += [group] if length < BAND_FROM else split_by_radius(group, [min(radius, length) for radius in radii])
     return plan
 
 
-def split_by_reach(group, reach):
-    """The group cut into groups of heads that look about equally far, where that saves work.
+def split_by_radius(group, radii):
+    """The group cut into groups of heads with similar radii, where that saves work.
 
     Args:
         group: sequences of equal length and all their heads.
-        reach: tokens that each head looks at to either side, H integers.
+        radii: tokens that each head attends to on either side, H integers.
 
     Returns:
         A list of `HeadGroup`.
     """
-    kept = sum(min(group.length, 2 * far + BAND_CHUNK) for far in reach) / (group.length * len(reach))
+    kept = sum(min(group.length, 2 * radius + BAND_CHUNK) for radius in radii) / (group.length * len(radii))
     if kept > BAND_PAYS:
         return [group]
     groups = []
-    for head in sorted(group.heads, key=reach.__getitem__):
-        if groups and reach[head] <= BAND_GROWTH * reach[groups[-1].heads[0]]:
-            groups[-1] = groups[-1]._replace(heads=groups[-1].heads + [head], reach=reach[head])
+    for head in sorted(group.heads, key=radii.__getitem__):
+        if groups and radii[head] <= BAND_GROWTH * radii[groups[-1].heads[0]]:
+            groups[-1] = groups[-1]._replace(heads=groups[-1].heads + [head], radius=radii[head])
         else:
-            groups.append(group._replace(heads=[head], reach=reach[head]))
+            groups.append(group._replace(heads=[head], radius=radii[head]))
     return [group._replace(heads=sorted(group.heads)) for group in groups]
 
 
@@ -230,13 +216,13 @@ def mask_view(bias, start, end, low, high):
         [1, H, end - start, high - low], a view of `bias` [H, 2 * span - 1].
     """
     heads, width = bias.shape
-    first = width // 2 + low - (end - 1)  # distance 0 stands at width // 2
+    first = width // 2 + low - (end - 1)  # distance 0 is at width // 2
     strides = (0, bias.stride(0), 1, 1)
     return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
 
 
-class Formula(NamedTuple):
-    """How one call is computed; the arguments are those of torch's CPU flash attention.
+class Kernels(NamedTuple):
+    """Forward and backward of one call; the arguments are those of torch's CPU flash attention.
 
     Attributes:
         forward: to the context and the logarithms of the rows' sums (empty where `backward` needs none).
@@ -247,12 +233,12 @@ class Formula(NamedTuple):
     backward: Callable
 
 
-def formula_for(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Formula:
-    """The formula of a group's calls on this processor.
+def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Kernels:
+    """What computes a group's calls on this processor.
 
-    - bfloat16 on AMD with avx512_bf16: products by oneDNN, 2.0 to 2.2 times as fast as torch's kernel from 64 to 512
-      tokens, 1.8 at 2,048; backward 2.9 times at 8 × 128, 1.8 at 4 × 512, but 0.86 at 1,024, so with a backward pass
-      up to `PRODUCT_SCORES` a head only.
+    - bfloat16 on AMD with avx512_bf16: matrix products by oneDNN, 2.0 to 2.2 times as fast as torch's kernel from 64 to
+      512 tokens, 1.8 at 2,048; backward 2.9 times at 8 × 128, 1.8 at 4 × 512, but 0.86 at 1,024, so with a backward
+      pass up to `PRODUCT_SCORES` a head only.
     - Anything else: torch's kernel. It is called by its own name, as autograd of overlapping windows would fill a zero
       tensor of full size for each; in `CPUAttention` all windows add into one gradient.
 
@@ -261,15 +247,15 @@ def formula_for(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Formula:
         group: whose calls.
         trained: whether there will be a backward pass.
 
-    Source: ours; measurements in benchmarks/README.md.
+    Measurements: benchmarks/README.md.
     """
     scores = group.length**2
     fits = group.count * len(group.heads) * scores >= FEWEST_SCORES and group.length <= LONGEST_PRODUCT
     if trained:
         fits = scores <= PRODUCT_SCORES
     if dtype == torch.bfloat16 and fits and is_amd_with_bfloat16():
-        return Formula(attend_by_products, products_backward)
-    return Formula(flash_forward, flash_backward)
+        return Kernels(attend_by_products, products_backward)
+    return Kernels(flash_forward, flash_backward)
 
 
 def weights_by_products(query, key, mask, scale):
@@ -303,7 +289,7 @@ def product_parts(query, key):
 
 
 def attend_by_products(query, key, value, attn_mask, scale):
-    """`Formula.forward` by matrix products and softmax, in parts of bounded size; see `weights_by_products`.
+    """`Kernels.forward` by matrix products and softmax, in parts of bounded size; see `weights_by_products`.
 
     Args:
         value: like `key`.
@@ -311,8 +297,6 @@ def attend_by_products(query, key, value, attn_mask, scale):
 
     Returns:
         [B, H, n, D] in the dtype of `query`, and an empty tensor.
-
-    Source: ours.
     """
     context = torch.empty_like(query)
     for part in product_parts(query, key):
@@ -323,15 +307,13 @@ def attend_by_products(query, key, value, attn_mask, scale):
 
 
 def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is_causal, attn_mask, scale):
-    """`Formula.backward` to `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
+    """`Kernels.backward` to `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
 
     Args:
         grad: of the context, [B, H, n, D]. The others are those of torch's kernel; its switches must be off.
 
     Returns:
         Gradients of `query`, `key` and `value` in their dtype.
-
-    Source: ours.
     """
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
     for part in product_parts(query, key):
@@ -366,7 +348,7 @@ def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
     for group in plan:
         heads = group.selection
         q, k, v, out = (group.rows(x) for x in (query, key, value, context))
-        attend, penalty = formula_for(qkv.dtype, group, trained).forward, bias[heads]
+        attend, penalty = choose_kernels(qkv.dtype, group, trained).forward, bias[heads]
         for start, end, low, high in group.windows():
             queries, keys = slice(group.length - end, group.length - start), slice(low, high)
             part, lse = attend(
@@ -382,10 +364,7 @@ def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
 
 
 class CPUAttention(torch.autograd.Function):
-    """`attend_by_plan` with its gradient.
-
-    Source: ours.
-    """
+    """`attend_by_plan` with its gradient."""
 
     @staticmethod
     def forward(ctx, qkv, bias, scale, plan, reversal):
@@ -407,7 +386,7 @@ class CPUAttention(torch.autograd.Function):
         for group in ctx.plan:
             heads = group.selection
             grad_out, q, k, v, out = (group.rows(x) for x in (grad, query, key, value, context))
-            attend_back, penalty = formula_for(qkv.dtype, group, trained=True).backward, bias[heads]
+            attend_back, penalty = choose_kernels(qkv.dtype, group, trained=True).backward, bias[heads]
             # Windows overlap, so their sum is kept in the dtype of the bias.
             shape = (group.count, group.length, len(group.heads), qkv.shape[-1])
             grad_k, grad_v = (None, None) if group.is_whole else (k.new_zeros(shape, dtype=bias.dtype) for _ in "kv")
@@ -431,7 +410,7 @@ class CPUAttention(torch.autograd.Function):
                 else:
                     grad_k[:, keys] += part_k.transpose(1, 2)
                     grad_v[:, keys] += part_v.transpose(1, 2)
-            for place, part in ((1, grad_k), (2, grad_v)):
-                group.rows(grad_qkv[:, place])[:, :, heads] = part.to(qkv.dtype)  # a list of heads casts nothing
+            for which, part in ((1, grad_k), (2, grad_v)):
+                group.rows(grad_qkv[:, which])[:, :, heads] = part.to(qkv.dtype)  # a list of heads casts nothing
         grad_qkv[:, 0] = grad_query.index_select(0, reversal)
         return grad_qkv, None, None, None, None

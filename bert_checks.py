@@ -1,6 +1,6 @@
 """What several files ask: whether torch traces, whether a layer is plain, whether an argument is what it must be.
 
-All private names of torch that the model files use are here too, each with what stands in where a release lacks it.
+All private names of torch that the model files use are here too, each with a fallback for releases that lack it.
 """
 
 import numbers
@@ -53,8 +53,8 @@ functorch_is_active = private("_C._are_functorch_transforms_active", lambda: Fal
 dispatch_mode_is_active = private("utils._python_dispatch.is_in_torch_dispatch_mode", lambda: False)
 softmax_gradient = private("_softmax_backward_data", softmax_gradient_by_formula)
 assert_on_device = private("_assert_async", assert_now)
-# Where these are None, another attention or torch's public product serves the call.
-onednn_linear = private("ops.mkldnn._linear_pointwise")
+# Where these are None, another attention or torch's public linear layer serves the call.
+onednn_pointwise = private("ops.mkldnn._linear_pointwise")
 flash_forward = private("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 flash_backward = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward")
 
@@ -65,7 +65,7 @@ def is_traced() -> bool:
 
 
 def is_plain(layer: nn.Module, kind: type = nn.Linear) -> bool:
-    """Whether a layer is an untouched `kind`: no subclass, hook, replaced forward, quantized or sharded weight."""
+    """Whether a layer is exactly `kind` and nothing hooks, wraps, quantizes or shards it."""
     return (
         type(layer) is kind
         and type(layer.weight) in (nn.Parameter, torch.Tensor)
@@ -88,7 +88,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple) -> None:
 
 
 def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as int64, in which -100 and any number of classes have a place.
+    """`tensor` as int64, which holds -100 and any class number.
 
     Raises:
         TypeError: it is no tensor.
@@ -103,7 +103,7 @@ def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
     """Raise ValueError when a value lies outside [0, size) and is not `ignored`.
 
-    Only on the CPU, where it costs nothing next to the model; a device would have to wait for the answer.
+    Only on the CPU, where it costs little beside the model; on an accelerator this would force a synchronization.
 
     Args:
         name: the argument to name.
@@ -120,8 +120,8 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = 
     if ignored is not None:
         outside &= ids != ignored
     if outside.any():
-        place = outside.nonzero()[0].tolist()
-        raise ValueError(f"{name} must lie in [0, {size}), got {ids[tuple(place)].item()} at {place}")
+        position = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name} must lie in [0, {size}), got {ids[tuple(position)].item()} at {position}")
 
 
 def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], total: int) -> None:

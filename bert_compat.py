@@ -4,7 +4,7 @@ import inspect
 import re
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 
 def asked_attention(config):
@@ -15,6 +15,16 @@ def asked_attention(config):
 def ask_attention(config, name: str) -> None:
     """Set the attention implementation of a config, past transformers' own check of the name."""
     config._attn_implementation_internal = name
+
+
+def reserve_attention_names(*names: str) -> None:
+    """Make transformers accept these attention implementations, which raise ValueError in any other architecture."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError(f"attn_implementation must be one that this architecture has; {names} are MosaicBERT's")
+
+    for name in names:
+        AttentionInterface.register(name, refuse)
 
 
 class CompatiblePreTrainedModel(PreTrainedModel):
@@ -83,10 +93,10 @@ def refuse_incomplete(missing, unexpected) -> None:
     if not missing:
         return
     layers = sorted({int(number) for key in missing for number in re.findall(r"encoder\.layer\.(\d+)\.", key)})
-    where = f", of the layers {', '.join(map(str, layers))} among them" if layers else ""
+    where = f", layers {', '.join(map(str, layers))} among them" if layers else ""
     message = (
-        f"the checkpoint is no MosaicBERT, is incomplete, or has fewer layers than num_hidden_layers says: it lacks "
-        f"{len(missing)} weights of the encoder{where} ({shortened(missing)})"
+        "the checkpoint is no MosaicBERT, is incomplete, or num_hidden_layers is too large: "
+        f"{len(missing)} tensors of the encoder are missing from the weights{where} ({shortened(missing)})"
     )
     unexpected = sorted(unexpected)
     raise ValueError(message + (f" and holds unknown ones ({shortened(unexpected)})" if unexpected else ""))

@@ -6,7 +6,7 @@ The hub: backend table, modules in execution order, models and heads. It imports
 
     configuration_bert.py   fields and their checks
     bert_checks.py          checks that several files share
-    bert_padding.py         from the arguments of a call to one `PackedBatch`
+    bert_padding.py         validate a call's inputs and describe the batch, pack and unpack
     bert_attention.py       ALiBi; eager and SDPA attention, for any device
     bert_attention_cpu.py   attention on the CPU without a tensor of S x S
     bert_linear_cpu.py      faster linear layers on the CPU
@@ -28,8 +28,6 @@ from typing import Callable, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
-from transformers import BertConfig as StockBertConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -44,11 +42,11 @@ from transformers.utils import can_return_tuple
 from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
 from .bert_checks import as_integers, assert_on_device, check_ids, check_shape, check_tensor, is_plain, is_traced
-from .bert_compat import CompatiblePreTrainedModel, ask_attention, asked_attention
+from .bert_compat import CompatiblePreTrainedModel, ask_attention, asked_attention, reserve_attention_names
 from .bert_linear_cpu import in_parts, linear
-from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, places_of_rows, sequence_loss
+from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, row_integers, sequence_loss
 from .bert_padding import PackedBatch, pack_batch
-from .configuration_bert import AUTO_MAP, EXTRA_FIELDS, FIELD_CHECKS, BertConfig, check_fields, cover_starting_size
+from .configuration_bert import AUTO_MAP, BertConfig, complete_config
 
 try:
     from .flash_attn_triton import triton_attention
@@ -62,75 +60,74 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class AttentionBackend:
-    """One row of the backend table: what serves a call, and what it can serve.
+class Backend:
+    """One way to compute an operation, and the calls that it can serve.
 
     Attributes:
-        function: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`, [T, 3, H, D] to [T, H, D]; None when its
-            package is missing.
-        dtypes: dtypes of `qkv`.
+        function: computes the operation; None when its package is missing.
+        dtypes: dtypes of the input.
         devices: device types; empty: all.
-        max_head_dim: largest D; None: no limit.
+        max_channels: largest last dimension of the input, D for attention; None: no limit.
         dropout: whether it drops attention weights.
-        declines: `(qkv, packed) -> reason or None`, asked last; None: never declines.
+        declines: `(input, packed) -> reason or None`, asked last; None: never declines.
         returns_weights: whether it serves `output_attentions`.
     """
 
     function: Optional[Callable]
     dtypes: tuple
     devices: tuple = ()
-    max_head_dim: Optional[int] = None
+    max_channels: Optional[int] = None
     dropout: bool = True
     declines: Optional[Callable] = None
     returns_weights: bool = False
 
-    def reason_against(self, qkv: torch.Tensor, packed: PackedBatch, dropout_p: float) -> Optional[str]:
-        """Why this row cannot serve a call, in words, or None when it can."""
+    def reason_against(self, x: torch.Tensor, packed: Optional[PackedBatch] = None, dropout_p=0.0) -> Optional[str]:
+        """Why it cannot serve a call on x [..., channels], in words, or None when it can."""
         if self.function is None:
             return "its package is not installed"
-        if qkv.dtype not in self.dtypes:
-            return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {qkv.dtype}"
-        if self.devices and qkv.device.type not in self.devices:
-            return f"it supports devices {', '.join(self.devices)}, got {qkv.device.type}"
-        if self.max_head_dim and qkv.shape[-1] > self.max_head_dim:
-            return f"it supports heads of up to {self.max_head_dim} channels, got {qkv.shape[-1]}"
+        if x.dtype not in self.dtypes:
+            return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {x.dtype}"
+        if self.devices and x.device.type not in self.devices:
+            return f"it supports devices {', '.join(self.devices)}, got {x.device.type}"
+        if self.max_channels and x.shape[-1] > self.max_channels:
+            return f"it supports up to {self.max_channels} channels, got {x.shape[-1]}"
         if dropout_p > 0 and not self.dropout:
             return f"it has no attention dropout, got {dropout_p}"
-        return self.declines(qkv, packed) if self.declines else None
+        return self.declines(x, packed) if self.declines else None
 
 
-def triton_row_declines(qkv, packed):
-    """Why Triton cannot serve a call on a CUDA or ROCm device, or None when it can."""
+def attention_kernel_declines(qkv, packed):
+    """Why the Triton kernel cannot serve attention on a CUDA or ROCm device, or None when it can."""
     if packed.restarts is not None:
         return "compiled code needs cu_seq_lens_q to tell texts in one row apart, got position_ids"
     return triton_declines(qkv.device)
 
 
-# The one table: order is preference.
+def fused_kernel_declines(x, packed):
+    """Why no Triton kernel computes a fused layer on a CUDA or ROCm device, or None when one can."""
+    return "something needs to see torch's operators" if is_observed(x) else triton_declines(x.device)
+
+
+# Attention, in order of preference: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`, [T, 3, H, D] to
+# [T, H, D].
 ATTENTION_BACKENDS = {
-    "triton": AttentionBackend(triton_attention, FLOATS[:3], ("cuda",), 128, declines=triton_row_declines),
-    "cpu": AttentionBackend(cpu_attention, FLOATS, ("cpu",), dropout=False, declines=cpu_declines),
-    "sdpa": AttentionBackend(sdpa_attention, FLOATS),
-    "eager": AttentionBackend(eager_attention, FLOATS, returns_weights=True),
+    "triton": Backend(triton_attention, FLOATS[:3], ("cuda",), 128, declines=attention_kernel_declines),
+    "cpu": Backend(cpu_attention, FLOATS, ("cpu",), dropout=False, declines=cpu_declines),
+    "sdpa": Backend(sdpa_attention, FLOATS),
+    "eager": Backend(eager_attention, FLOATS, returns_weights=True),
+}
+
+# Kernels that compute several of torch's operators at once, which compute every call that these cannot serve.
+FUSED_LAYERS = {
+    "geglu": Backend(triton_geglu, FLOATS[:3], ("cuda",), declines=fused_kernel_declines),
+    "add_norm": Backend(triton_add_layer_norm, FLOATS[:3], ("cuda",), 8192, declines=fused_kernel_declines),
 }
 
 # What the config holds when nobody asked for a backend: the first row that can serve the call.
 AUTOMATIC = "auto"
 
 
-def foreign_attention(*args, **kwargs):
-    """Stand in the registry of transformers for a name that only MosaicBERT serves.
-
-    Raises:
-        ValueError: always; another architecture was given the name.
-    """
-    raise ValueError(
-        "attn_implementation must be one that this architecture has; 'auto', 'triton' and 'cpu' are MosaicBERT's"
-    )
-
-
-for _name in (AUTOMATIC, "triton", "cpu"):
-    AttentionInterface.register(_name, foreign_attention)
+reserve_attention_names(AUTOMATIC, "triton", "cpu")
 
 
 def check_attention_name(name: str) -> None:
@@ -163,44 +160,10 @@ def choose_attention(name: str, qkv: torch.Tensor, packed: PackedBatch, dropout_
     raise ValueError(f"attn_implementation {candidate!r} cannot serve this call: {reason}")
 
 
-@dataclass(frozen=True)
-class FusedLayer:
-    """One row of the table of fused layers: one kernel for what torch does in several, and what it can serve.
-
-    Attributes:
-        function: the kernel; None when its package is missing.
-        devices: device types.
-        dtypes: dtypes of its input.
-        max_size: most channels; None: no limit.
-    """
-
-    function: Optional[Callable]
-    devices: tuple = ("cuda",)
-    dtypes: tuple = FLOATS[:3]
-    max_size: Optional[int] = None
-
-    def serves(self, x: torch.Tensor) -> bool:
-        """Whether the kernel computes a call on x [..., channels]; torch's own operators compute the others."""
-        return (
-            self.function is not None
-            and x.device.type in self.devices
-            and x.dtype in self.dtypes
-            and (self.max_size is None or x.shape[-1] <= self.max_size)
-            and not is_observed(x)
-            and triton_declines(x.device) is None
-        )
-
-
-FUSED_LAYERS = {
-    "geglu": FusedLayer(triton_geglu),
-    "add_norm": FusedLayer(triton_add_layer_norm, max_size=8192),
-}
-
-
 def geglu(gated: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * value: [..., 2 F], gates first, to [..., F]."""
     fused = FUSED_LAYERS["geglu"]
-    if fused.serves(gated):
+    if fused.reason_against(gated) is None:
         return fused.function(gated)
     gate, value = gated.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
@@ -209,7 +172,7 @@ def geglu(gated: torch.Tensor) -> torch.Tensor:
 def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout: Optional[nn.Dropout] = None):
     """norm(dropout(x) + residual), [..., E]; the kernel steps aside for anything but a plain `BertLayerNorm`."""
     fused = FUSED_LAYERS["add_norm"]
-    if fused.serves(x) and is_plain(norm, BertLayerNorm):
+    if fused.reason_against(x) is None and is_plain(norm, BertLayerNorm):
         dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
         dtype = norm.result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
         return fused.function(x, residual, norm.weight, norm.bias, norm.eps, dropout_p, dtype)
@@ -282,7 +245,7 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, hidden, packed, slopes, output_attentions):
         """[T, E] to a context [T, E] and, where they are asked for, weights [N, H, M, M]."""
-        # torch.export cannot split rows again that it merged, so it gets new ones from the product.
+        # torch.export cannot split rows again that it merged, so the linear layer gets merged rows.
         hidden = hidden.flatten(0, -2) if is_traced() else hidden
         qkv = linear(self.Wqkv, hidden).reshape(-1, 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_rate if self.training else 0.0
@@ -385,7 +348,7 @@ class BertEncoder(nn.Module):
 
 
 class BertPooler(nn.Module):
-    """tanh of a projection of each sequence's first token, or of each row's first place."""
+    """tanh of a projection of each sequence's first token, or of each row's first position."""
 
     def __init__(self, config):
         super().__init__()
@@ -442,22 +405,12 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["BertLayer"]
-    # Parts of a checkpoint that another class of ours has, and buffers of older code: no news in a loading report.
+    # Weights of our other classes and buffers of older code: expected, so kept out of the loading report.
     _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"^qa_outputs\.", r"pooler\.", r"position_ids$"]
     _supports_sdpa = True
 
     def __init__(self, config, *inputs, **kwargs):
-        if type(config) is StockBertConfig:  # would name the models of transformers when it is saved
-            config.__class__ = BertConfig
-        for name, default in EXTRA_FIELDS.items():  # transformers' BertConfig lacks them
-            if not hasattr(config, name):
-                setattr(config, name, default)
-        # Fields may have been set since the config was built, as `from_pretrained(..., field=...)` does.
-        check_fields(
-            {name: getattr(config, name) for name in FIELD_CHECKS if hasattr(config, name)}
-            | {"pad_token_id": config.pad_token_id}
-        )
-        cover_starting_size(config)
+        complete_config(config)
         if asked_attention(config) is None:
             ask_attention(config, AUTOMATIC)
         super().__init__(config, *inputs, **kwargs)
@@ -566,9 +519,9 @@ class BertModel(BertPreTrainedModel):
             attention_mask: bool, integer or float [B, S], nonzero at real tokens; holes and left padding keep the
                 distances that the mask shows. None: all are real.
             token_type_ids: int64 [B, S] below `type_vocab_size`; None: 0 everywhere.
-            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the places themselves; a position that does
-                not follow that of the token before starts a new sequence, as transformers'
-                `DataCollatorWithFlattening` writes it. Rows of several sequences have no padding.
+            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the layout, not from these. A position
+                id that is not the previous one plus 1 starts a new sequence, as `DataCollatorWithFlattening` of
+                transformers writes them. Rows of several sequences have no padding.
             inputs_embeds: floating [B, S, E] in place of `input_ids`.
             output_attentions: also return the attention weights, [B, H, S, S] per layer, served by eager attention.
             output_hidden_states: also return L + 1 hidden states [B, S, E], zero at padding.
@@ -670,13 +623,13 @@ class BertForMaskedLM(BertHead):
             labels: integers [B, S]; -100 and any label at padding do not count.
             num_items_in_batch: int or integer tensor; divide the summed loss by this instead of by the labels here,
                 as `Trainer` asks under gradient accumulation.
-            masked_lm_positions: int64 [M], the places row * S + column of all labels in a batch without padding, where
-                the caller knows them; else a device is waited for.
+            masked_lm_positions: int64 [M], flat indices (row * S + column) of all labels in a batch without padding;
+                passing them avoids a device synchronization.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs: see `BertModel.forward`.
 
         Returns:
             `MaskedLMOutput`: loss, mean cross entropy over the labels (float32; 0 without any label); logits
-            [B, S, V], zero at padding and, where labels are given, at every place without label. With
+            [B, S, V], zero at padding and, where labels are given, at every position without a label. With
             `config.sparse_prediction` and labels: logits [M, V] of the M labelled tokens.
 
         Raises:
@@ -695,12 +648,12 @@ class BertForMaskedLM(BertHead):
             loss = class_loss(logits, labels, num_items_in_batch)
             logits = logits.masked_fill((labels == -100)[..., None], 0)
         else:
-            places = (labels != -100).nonzero().flatten() if masked_lm_positions is None else masked_lm_positions
-            logits = self.cls(hidden[places])  # [M, V]
-            loss = class_loss(logits, labels[places], num_items_in_batch)
+            labelled = (labels != -100).nonzero().flatten() if masked_lm_positions is None else masked_lm_positions
+            logits = self.cls(hidden[labelled])  # [M, V]
+            loss = class_loss(logits, labels[labelled], num_items_in_batch)
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
-                logits = packed.unpack(everywhere.index_copy(0, places, logits))
+                logits = packed.unpack(everywhere.index_copy(0, labelled, logits))
         return MaskedLMOutput(loss=loss, logits=logits, **encoded.extras)
 
 
@@ -837,10 +790,10 @@ class BertForQuestionAnswering(BertHead):
         num_items_in_batch=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """Scores of each place as start and as end of the answer.
+        """Start and end scores of every position.
 
         Args:
-            start_positions: integers [B] or [B, 1], the place of the answer's first token; a place outside the S given
+            start_positions: integers [B] or [B, 1], the answer's first token; a position outside the S given
                 (the answer was cut off) or at padding does not count.
             end_positions: its last token, likewise.
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
@@ -863,8 +816,8 @@ class BertForQuestionAnswering(BertHead):
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None:
-            places = (start_positions, end_positions)
-            loss = answer_loss(start_logits, end_logits, *places, attention_mask, num_items_in_batch)
+            positions = (start_positions, end_positions)
+            loss = answer_loss(start_logits, end_logits, *positions, attention_mask, num_items_in_batch)
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, **encoded.extras
         )
@@ -923,7 +876,7 @@ class BertForMultipleChoice(BertHead):
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(tokens.shape[:2])
         loss = None
         if labels is not None:
-            loss = class_loss(logits, places_of_rows("labels", labels, logits.shape[0]), num_items_in_batch)
+            loss = class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras)
 
 

@@ -1,4 +1,4 @@
-"""Faster products on the CPU: the one place that asks which processor this is.
+"""Faster linear layers on the CPU; the only file that asks which processor this is.
 
 Measurements: benchmarks/README.md.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .bert_checks import is_plain, is_traced, onednn_linear
+from .bert_checks import is_plain, is_traced, onednn_pointwise
 
-# Fewest rows of a product that is worth a choice.
+# Below this many rows, always use F.linear.
 FEWEST_ROWS = 128
 
 # Largest intermediate result of `in_parts`. glibc maps memory from 32 MiB up anew at each call, and the kernel clears
@@ -40,49 +40,47 @@ def is_amd_with_bfloat16() -> bool:
     return vendor == "AuthenticAMD" and "avx512_bf16" in flags
 
 
-def float32_product(x, weight, bias):
+def float32_linear(x, weight, bias):
     """x @ weight.T + bias in float32, returned in the dtype of `x`."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def onednn_product(x, weight, bias):
+def onednn_linear(x, weight, bias):
     """x @ weight.T + bias by oneDNN, which torch itself asks for float32 under inductor only; it has no gradient."""
-    return onednn_linear(x, weight, bias, "none", [], "none")
+    return onednn_pointwise(x, weight, bias, "none", [], "none")
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """`onednn_product` with its gradients; second derivatives come from torch's own products.
+    """`onednn_linear` with its gradients; second derivatives come from `F.linear`.
 
     On AMD in float32, 1,776 rows: 1.8 to 2.3 times as fast as `F.linear`, the gradient of x 1.8 to 1.9 times, that of
     the weight 1.1 to 1.6 times.
-
-    Source: ours.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         """[..., in], [out, in] and [out] or None to [..., out]."""
         ctx.save_for_backward(x, weight)
-        return onednn_product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         """Gradient [..., out] of the result to those of the three arguments."""
         x, weight = ctx.saved_tensors
-        product = F.linear if torch.is_grad_enabled() else onednn_product
+        multiply = F.linear if torch.is_grad_enabled() else onednn_linear
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad_rows, weight.t(), None).view_as(x)
+            grad_x = multiply(grad_rows, weight.t(), None).view_as(x)
         if ctx.needs_input_grad[1]:
-            grad_weight = product(grad_rows.t(), rows.t(), None)
+            grad_weight = multiply(grad_rows.t(), rows.t(), None)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_x, grad_weight, grad_bias
 
 
-def product_for(dtype: torch.dtype, rows: int) -> Callable:
-    """The formula of a linear layer for inference on this processor: `(x, weight, bias) -> x @ weight.T + bias`.
+def choose_linear(dtype: torch.dtype, rows: int) -> Callable:
+    """The fastest `(x, weight, bias) -> x @ weight.T + bias` for inference on this processor.
 
     From `FEWEST_ROWS` rows up:
 
@@ -91,31 +89,27 @@ def product_for(dtype: torch.dtype, rows: int) -> Callable:
     - bfloat16 on AMD with avx512_bf16: oneDNN without a detour is 1.01 to 1.07 times as fast.
     - bfloat16 on Intel without AMX: float32 is 1.4 to 1.5 times as fast (for float16 0.8 to 0.9 times).
     - Anything else: `F.linear`.
-
-    Source: ours.
     """
     vendor, flags = processor()
     if rows < FEWEST_ROWS:
         return F.linear
-    if vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available() and onednn_linear is not None:
+    if vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available() and onednn_pointwise is not None:
         if dtype == torch.float32 or dtype == torch.bfloat16 and is_amd_with_bfloat16():
-            return onednn_product
+            return onednn_linear
     if dtype == torch.bfloat16 and vendor == "GenuineIntel" and "amx_tile" not in flags:
-        return float32_product
+        return float32_linear
     return F.linear
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, by the fastest product where the layer is a plain `nn.Linear` on the CPU.
+    """`layer(x)`, in the fastest way where the layer is a plain `nn.Linear` on the CPU.
 
     Args:
-        layer: what stands in the place of an `nn.Linear`: itself, an adapter, a quantized layer.
+        layer: an `nn.Linear`, or what has replaced it: an adapter, a quantized layer.
         x: floating [..., in].
 
     Returns:
         [..., out] in the dtype of `x`.
-
-    Source: ours.
     """
     if (
         x.device.type != "cpu"
@@ -126,11 +120,11 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or x.dtype != layer.weight.dtype
     ):
         return layer(x)
-    product = product_for(x.dtype, x.shape[:-1].numel())
+    compute = choose_linear(x.dtype, x.shape[:-1].numel())
     if torch.is_grad_enabled():
         # F.linear has gradients in every dtype, and asks oneDNN itself for bfloat16.
-        product = OneDNNLinear.apply if product is onednn_product and x.dtype == torch.float32 else F.linear
-    return product(x, layer.weight, layer.bias)
+        compute = OneDNNLinear.apply if compute is onednn_linear and x.dtype == torch.float32 else F.linear
+    return compute(x, layer.weight, layer.bias)
 
 
 def in_parts(function: Callable, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -143,8 +137,6 @@ def in_parts(function: Callable, x: torch.Tensor, width: int) -> torch.Tensor:
 
     Returns:
         What `function` returns.
-
-    Source: ours.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or is_traced():
         return function(x)

@@ -46,13 +46,13 @@ def packed_labels(packed: PackedBatch, labels: torch.Tensor) -> torch.Tensor:
     return labels if packed.key_mask is None else labels.masked_fill(~packed.key_mask, -100)
 
 
-def places_of_rows(name: str, places: torch.Tensor, rows: int) -> torch.Tensor:
+def row_integers(name: str, values: torch.Tensor, rows: int) -> torch.Tensor:
     """int64 [B] of integers [B] or [B, 1], one for each of `rows` = B rows; the messages of errors call them `name`."""
-    places = as_integers(name, places)
-    if places.dim() == 2 and places.shape[1] == 1:
-        places = places.squeeze(1)
-    check_shape(name, places, (rows,))
-    return places
+    values = as_integers(name, values)
+    if values.dim() == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    check_shape(name, values, (rows,))
+    return values
 
 
 def guess_problem_type(num_labels: int, labels: torch.Tensor) -> str:
@@ -66,7 +66,7 @@ def guess_problem_type(num_labels: int, labels: torch.Tensor) -> str:
 def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) -> torch.Tensor:
     """Loss of logits [N, C]; `BertForSequenceClassification.forward` says what labels each problem type takes."""
     if problem_type == "single_label_classification":
-        return class_loss(logits, places_of_rows("labels", labels, logits.shape[0]), num_items_in_batch)
+        return class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
     if problem_type not in ("regression", "multi_label_classification"):
         raise ValueError(
             "problem_type must be regression, single_label_classification or multi_label_classification, "
@@ -75,20 +75,20 @@ def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) ->
     if logits.shape[-1] == 1 and labels.dim() == 1:
         labels = labels[:, None]
     check_shape("labels", labels, logits.shape)
-    formula = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
-    total = formula(logits.float(), labels.float(), reduction="sum")
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    total = loss(logits.float(), labels.float(), reduction="sum")
     return mean_loss(total, labels.numel(), num_items_in_batch)
 
 
 def answer_loss(
     start_logits, end_logits, start_positions, end_positions, attention_mask=None, num_items_in_batch=None
 ) -> torch.Tensor:
-    """Mean of the cross entropies of an answer's first and last place.
+    """Mean of the cross entropies of an answer's first and last position.
 
     Args:
         start_logits: floating [B, S].
         end_logits: likewise.
-        start_positions: integers [B] or [B, 1]; a place outside [0, S) or at padding does not count.
+        start_positions: integers [B] or [B, 1]; a position outside [0, S) or at padding does not count.
         end_positions: likewise.
         attention_mask: any dtype [B, S], nonzero at real tokens; None: there is no padding.
         num_items_in_batch: see `mean_loss`.
@@ -97,15 +97,15 @@ def answer_loss(
         float32 scalar.
     """
     losses = []
-    for name, scores, places in (
+    for name, scores, positions in (
         ("start_positions", start_logits, start_positions),
         ("end_positions", end_logits, end_positions),
     ):
-        places = places_of_rows(name, places, scores.shape[0])
-        skipped = (places < 0) | (places >= scores.shape[1])
+        positions = row_integers(name, positions, scores.shape[0])
+        skipped = (positions < 0) | (positions >= scores.shape[1])
         if attention_mask is not None:
             # A column of no token: where the rows are empty, there is none to ask.
             masked = F.pad(attention_mask == 0, (0, 1), value=True)
-            skipped = skipped | masked.gather(1, places.masked_fill(skipped, scores.shape[1])[:, None])[:, 0]
-        losses.append(class_loss(scores, places.masked_fill(skipped, -100), num_items_in_batch))
+            skipped = skipped | masked.gather(1, positions.masked_fill(skipped, scores.shape[1])[:, None])[:, 0]
+        losses.append(class_loss(scores, positions.masked_fill(skipped, -100), num_items_in_batch))
     return sum(losses) / 2

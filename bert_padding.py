@@ -1,4 +1,4 @@
-"""From the arguments of a call to one object that says where packed tokens sit, and the moves that use it.
+"""Packing: validate a call's inputs, describe the batch, pack and unpack.
 
 Letters: B batch, S padded length, T real tokens, N sequences, M row length, E hidden size.
 """
@@ -14,14 +14,14 @@ from .bert_checks import as_integers, assert_on_device, check_boundaries, check_
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Where T packed tokens sit in the caller's [B, S] layout, and which of them form one sequence.
+    """Which positions of the caller's [B, S] layout the T packed tokens have, and which of them form one sequence.
 
     Built once per forward by `pack_batch` and passed down whole. Usually padding is dropped, and tokens are [T, ...].
     Where shapes must not depend on data, or padding is kept on request, tokens stay [B, S, ...] and T = B * S.
 
     Attributes:
         shape: (B, S) of the caller's layout. Sequences are its rows, or parts of its rows for flattened input.
-        indices: int64 [T], the place of each token in the flattened layout (row * S + column). None: every place
+        indices: int64 [T], the position of each token in the flattened layout (row * S + column). None: every position
             holds a token, T = B * S.
         cu_seqlens: int32 [N + 1], where each sequence starts in the T tokens; the last entry is T.
         positions: int64 [T], increasing within a sequence. ALiBi distances are differences of these.
@@ -31,13 +31,11 @@ class PackedBatch:
             of `positions` inside a sequence equal differences of token indices.
         keeps_padding: whether tokens stay [B, S, ...].
         key_mask: bool [B, S], True at real tokens, where padding is kept. None: all T tokens are real.
-        documents: int64 [B, S], the number of the sequence that a place belongs to, where padding is kept and a row
+        documents: int64 [B, S], the number of the sequence that a position belongs to, where padding is kept and a row
             holds several sequences. None: sequences are rows.
         restarts: bool scalar, whether `position_ids` restart within a row, where only the device knows; `cu_seqlens`
             then knows rows only. None: `cu_seqlens` knows every sequence.
         known_lengths: tokens of each sequence, where the host knows them already; read `lengths`.
-
-    Source: ours.
     """
 
     shape: tuple[int, int]
@@ -71,7 +69,7 @@ class PackedBatch:
 
     @cached_property
     def reversal(self) -> torch.Tensor:
-        """int64 [T]: the index of each place's token once the tokens of each sequence are in reverse order."""
+        """int64 [T]: the index of each token once the tokens of each sequence are in reverse order."""
         starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
         total = self.positions.shape[0]
         first_plus_last = (starts + ends - 1).repeat_interleave(ends - starts, output_size=total)
@@ -92,7 +90,7 @@ class PackedBatch:
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Put the tokens back into the caller's layout; places without a token become zero.
+        """Put the tokens back into the caller's layout; positions without a token become zero.
 
         Args:
             packed: any dtype, [T, ...], or [B, S, ...] where padding is kept.
@@ -105,8 +103,8 @@ class PackedBatch:
                 return packed
             return packed.masked_fill(~self.key_mask.view(*self.shape, *[1] * (packed.dim() - 2)), 0)
         if self.indices is not None:
-            places = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
-            packed = places.index_copy(0, self.indices, packed)
+            padded = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+            packed = padded.index_copy(0, self.indices, packed)
         # Not unflatten, whose result torch's older ONNX exporter takes for one of a fixed shape.
         return packed.reshape(*self.shape, *packed.shape[1:])
 
@@ -122,7 +120,7 @@ class PackedBatch:
         self._check_sequences()
         if self.key_mask is not None:
             if not packed.shape[1]:
-                return packed.sum(1)  # zeros: there is no place to look at
+                return packed.sum(1)  # zeros: there is no position to take
             first = self.key_mask.long().argmax(dim=1)
             taken = packed[torch.arange(self.shape[0], device=first.device), first]
             return taken.masked_fill(~self.key_mask.any(dim=1)[:, None], 0)
@@ -165,7 +163,7 @@ class PackedBatch:
 
     @property
     def row_indices(self) -> torch.Tensor:
-        """int64 [T]: sequence number * M + position, the place of each token in an [N, M] layout."""
+        """int64 [T]: sequence number * M + position, the flat index of each token in an [N, M] layout."""
         lengths = self.cu_seqlens.diff().long()
         sequence = torch.arange(self.num_sequences, device=lengths.device)
         sequence = sequence.repeat_interleave(lengths, output_size=self.positions.shape[0])
@@ -173,7 +171,7 @@ class PackedBatch:
 
     @property
     def has_full_rows(self) -> bool:
-        """Whether every place of `to_rows` holds a token of the flattened T, padding included where it is kept."""
+        """Whether every position of `to_rows` holds a token of the flattened T, padding included where it is kept."""
         return self.keeps_padding or self.num_sequences * self.row_length == self.positions.shape[0]
 
     def to_rows(self, packed: torch.Tensor) -> torch.Tensor:
@@ -196,7 +194,7 @@ class PackedBatch:
         return flat if self.has_full_rows else flat.index_select(0, self.row_indices)
 
     def token_mask(self) -> Optional[torch.Tensor]:
-        """bool [*rows], True where a place of `to_rows` holds a real token; None: all do."""
+        """bool [*rows], True where a position of `to_rows` holds a real token; None: all do."""
         if self.has_full_rows:
             return self.key_mask
         return self.to_rows(torch.ones_like(self.positions, dtype=torch.bool))
@@ -267,7 +265,7 @@ def pack_batch(
         return pack_flattened(cu_seq_lens_q.to(device), max_length_q, shape, keep_padding)
     if position_ids is not None:
         restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # [B or 1, S - 1]
-        if attention_mask is not None:  # what stands at padding means nothing
+        if attention_mask is not None:  # ignore the values at padding
             real = attention_mask != 0
             restarts = restarts & real[:, 1:] & real[:, :-1]
         if is_traced():
@@ -298,7 +296,7 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     """
     batch, length = shape
     if attention_mask is not None and attention_mask.device.type == "cpu" and attention_mask.all():
-        attention_mask = None  # a device would have to wait for the answer
+        attention_mask = None  # on an accelerator this would force a synchronization
     if attention_mask is None:
         return replace(pack_rows(None, shape, device), keeps_padding=False, known_lengths=(length,) * batch)
     keep = attention_mask != 0
@@ -338,8 +336,8 @@ def pack_flattened(
     """
     total = shape[0] * shape[1]
     cu_seqlens = cu_seqlens.to(torch.int32)
-    place = torch.arange(total, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    token = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
     known_lengths = None
     if keep_padding:
         max_seqlen = total if max_seqlen is None else max_seqlen
@@ -350,7 +348,7 @@ def pack_flattened(
         shape=shape,
         indices=None,
         cu_seqlens=cu_seqlens,
-        positions=place - cu_seqlens.long().index_select(0, sequence),
+        positions=token - cu_seqlens.long().index_select(0, sequence),
         row_length=max_seqlen,
         max_seqlen=max_seqlen,
         keeps_padding=keep_padding,

@@ -18,7 +18,7 @@ if tuple(map(int, re.findall(r"\d+", release)[:3])) < OLDEST_TRANSFORMERS:
     oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
     raise ImportError(f"MosaicBERT needs transformers {oldest} or newer, got {release}")
 
-# What a MosaicBERT reads beyond transformers' BertConfig, with the values that a config without them stands for.
+# What a MosaicBERT reads beyond transformers' BertConfig, with the values they have in a config without them.
 EXTRA_FIELDS = {
     "alibi_starting_size": 512,
     "sparse_prediction": False,
@@ -50,8 +50,13 @@ def is_size(value) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether `value` is a finite real number."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite real number that fits a float."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer may be too large for a float
+        return False
 
 
 def is_rate(value) -> bool:
@@ -164,7 +169,7 @@ class BertConfig(StockBertConfig):
         intermediate_size: F, the width of the gate and of the value in the gated feed-forward layer.
         hidden_act: activation of the MLM head, a name that transformers knows. The gated feed-forward layer always
             uses the exact GELU.
-        hidden_dropout_prob: dropout rate after the embedding, the attention output and the gate product.
+        hidden_dropout_prob: dropout rate after the embedding, the attention output and the gated activation.
         attention_probs_dropout_prob: dropout rate of the attention weights. Above 0, the implementation `cpu`, which
             has no dropout, leaves training to the next one.
         type_vocab_size: rows of the token type embedding.
@@ -277,3 +282,22 @@ class BertConfig(StockBertConfig):
             target = Path(save_directory, file.name)
             if not (target.exists() and target.samefile(file)):
                 shutil.copy(file, target)
+
+
+def complete_config(config) -> None:
+    """Make a config that arrives at a model one of ours, with every field, and check it.
+
+    Args:
+        config: our `BertConfig`, in which fields may have been set since it was built, or transformers' `BertConfig`.
+
+    Raises:
+        ValueError: a field has a value that no MosaicBERT can have, see `check_fields`.
+    """
+    if type(config) is StockBertConfig:  # would name the models of transformers when it is saved
+        config.__class__ = BertConfig
+    for name, default in EXTRA_FIELDS.items():
+        if not hasattr(config, name):
+            setattr(config, name, default)
+    names = (*FIELD_CHECKS, "pad_token_id")
+    check_fields({name: getattr(config, name) for name in names if hasattr(config, name)})
+    cover_starting_size(config)

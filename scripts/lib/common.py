@@ -3,12 +3,11 @@
 torch and transformers are imported in the functions that use them, so that a script's `--help` stays fast.
 """
 
-import inspect
 import json
 import pickle
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, get_args
+from typing import TYPE_CHECKING, Optional
 
 from .cli import one_line
 from .references import foreign_references, without_references
@@ -70,24 +69,10 @@ def foreign_config(fields: dict):
     Raises:
         ValueError: a value is none that its field can have.
     """
-    config_class = repository_class("BertConfig")
-    for name, parameter in inspect.signature(config_class.__init__).parameters.items():
-        kinds = get_args(parameter.annotation) or (parameter.annotation,)
-        if name in fields and not _is_of(fields[name], kinds):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
     try:
-        return config_class(**fields)
+        return repository_class("BertConfig")(**fields)
     except Exception as error:  # the value may have any type
         raise ValueError(f"config.json: {one_line(error)}") from error
-
-
-def _is_of(value, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, (int, float)) and float in kinds:
-        return abs(value) < 1e300  # an integer in JSON may be too large for a float
-    return isinstance(value, kinds)
 
 
 def empty_model(name: str, config):

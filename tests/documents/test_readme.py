@@ -76,7 +76,7 @@ def test_attention_table_is_the_backend_table():
             name,
             ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes),
             ", ".join(row.devices) or "any",
-            f"up to {row.max_head_dim}" if row.max_head_dim else "any",
+            f"up to {row.max_channels}" if row.max_channels else "any",
             "yes" if row.dropout else "no",
             "yes" if row.returns_weights else "no",
         )

@@ -33,8 +33,8 @@ def remove_layer(folder):
 
 FAILURES = {
     "attn_implementation": (lambda folder: None, {"attn_implementation": "nonsense"}),
-    "of the layers 2, 3": (lambda folder: change_config(folder, num_hidden_layers=4), {}),
-    "of the layers 0": (remove_layer, {}),
+    "weights, layers 2, 3 ": (lambda folder: change_config(folder, num_hidden_layers=4), {}),
+    "weights, layers 0 ": (remove_layer, {}),
     "num_labels must be a positive integer, got 0": (lambda folder: None, {"num_labels": 0}),
     "model.safetensors": (lambda folder: (folder / "model.safetensors").unlink(), {}),
 }

@@ -9,7 +9,7 @@ from attention_cases import LAYOUTS, assert_as_good_as_plain, attend, batch, pla
 
 from mosaicbert import bert_attention_cpu, bert_linear_cpu
 from mosaicbert.bert_attention import alibi_slopes, eager_attention
-from mosaicbert.bert_attention_cpu import HeadGroup, cpu_attention, cpu_declines, head_reach
+from mosaicbert.bert_attention_cpu import HeadGroup, cpu_attention, cpu_declines, head_radii
 from mosaicbert.bert_padding import pack_padded, pack_rows
 
 PACKED = [layout for layout in LAYOUTS if layout != "holes"]
@@ -69,12 +69,12 @@ def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, nor
 
 @pytest.mark.parametrize("heads", [8, 12], ids="{} heads".format)
 def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(monkeypatch, band_for_all, formula, heads):
-    """Of 8 heads neighbours reach about equally far, of 12 others do too: a list chooses the heads of a band."""
+    """Of 8 heads neighbours have similar radii, of 12 others do too: a list chooses the heads of a band."""
     monkeypatch.setattr(bert_attention_cpu, "BAND_GROWTH", 3.0)
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=heads, norm=0.05, dtype=torch.bfloat16)
-    reach = head_reach(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(heads)), 0.25)
-    bands = [group for group in bert_attention_cpu.plan_calls(packed.lengths, reach) if not group.is_whole]
+    radii = head_radii(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(heads)), 0.25)
+    bands = [group for group in bert_attention_cpu.plan_calls(packed.lengths, radii) if not group.is_whole]
     assert bands and any(isinstance(group.selection, list) for group in bands) == (heads == 12)
     assert_as_good_as_plain(cpu_attention, packed, inputs)
     arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(heads)), 0.25, 0.0)
@@ -117,8 +117,8 @@ def test_products_in_parts_equal_the_whole(monkeypatch, most):
 )
 def test_the_processor_decides_the_formula(monkeypatch, vendor, flags, dtype, count, length, trained, by_products):
     monkeypatch.setattr(bert_linear_cpu, "processor", lambda: (vendor, frozenset(flags)))
-    group = HeadGroup(start=0, count=count, length=length, heads=list(range(12)), reach=length)
-    formula = bert_attention_cpu.formula_for(dtype, group, trained)
+    group = HeadGroup(start=0, count=count, length=length, heads=list(range(12)), radius=length)
+    formula = bert_attention_cpu.choose_kernels(dtype, group, trained)
     assert (formula.forward is bert_attention_cpu.attend_by_products) is by_products
     assert (formula.backward is bert_attention_cpu.products_backward) is by_products
 
@@ -137,7 +137,7 @@ def test_keys_that_weigh_nothing_are_cut_off_exactly(monkeypatch, norm):
     """Below the length where bands begin, with and without a backward pass, in one block of keys and in several."""
     packed = batch([130, 700])
     inputs = tensors(packed, heads=2, size=8, norm=norm)
-    assert head_reach(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(2)), 8**-0.5)[0] < 700, (
+    assert head_radii(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(2)), 8**-0.5)[0] < 700, (
         "nothing is cut off here"
     )
     assert_as_good_as_plain(cpu_attention, packed, inputs)
@@ -152,9 +152,9 @@ def test_a_band_is_exact_at_any_norm(band_for_all, norm):
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=8, norm=norm)
     if norm == 0.05:  # the steep heads must really leave keys out, or this test shows nothing
-        reach = head_reach(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(8)), 0.25)
-        lists = bert_attention_cpu.plan_calls(packed.lengths, reach)
-        assert any(group.reach < group.length for group in lists)
+        radii = head_radii(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(8)), 0.25)
+        lists = bert_attention_cpu.plan_calls(packed.lengths, radii)
+        assert any(group.radius < group.length for group in lists)
         assert sum(len(group.heads) * group.count for group in lists) == 3 * 8
     assert_as_good_as_plain(cpu_attention, packed, inputs)
 
@@ -176,22 +176,22 @@ def test_a_band_is_exact_when_the_farthest_key_is_the_most_alike(band_for_all):
 @pytest.mark.parametrize("slope", [2**-0.5, 0.25, 2**-8], ids=lambda slope: f"slope {slope}")
 def test_a_band_drops_less_than_one_rounding_of_a_row(slope, norm, own, near):
     """The bound itself, in float64 and at the worst case: the query comes first, so that its row has one side; the keys
-    beyond its reach score C, and what is dropped comes from two sides, as it does for a key in backward."""
+    beyond its radius score C, and what is dropped comes from two sides, as it does for a key in backward."""
     length, bound = 50_000, norm**2
     query, key = torch.zeros(2, length, 1, 2)
     query[0, 0, 0] = norm
     scores = torch.full((length,), near)
     scores[0], scores[length // 2 :] = own, 1.0
     key[:, 0, 0], key[:, 0, 1] = scores * norm, (1 - scores**2).sqrt() * norm
-    (reach,) = head_reach(torch.stack((query, key, key), dim=1), torch.tensor([slope]), 1.0)
-    assert reach < length // 2
+    (radius,) = head_radii(torch.stack((query, key, key), dim=1), torch.tensor([slope]), 1.0)
+    assert radius < length // 2
     distance = torch.arange(1, length, dtype=torch.float64)
-    weights = torch.exp(torch.where(distance > reach, bound, near * bound) - slope * distance)
-    row = math.exp(own * bound) + weights[distance <= reach].sum()
-    assert 2 * weights[distance > reach].sum() < 2**-24 * row
+    weights = torch.exp(torch.where(distance > radius, bound, near * bound) - slope * distance)
+    row = math.exp(own * bound) + weights[distance <= radius].sum()
+    assert 2 * weights[distance > radius].sum() < 2**-24 * row
     # Not farther than each of the bounds by itself.
     spreads = (bound - own * bound + math.log(2 / -math.expm1(-slope)), 2 * bound + math.log(2))
-    assert reach <= math.ceil((min(spreads) + 24 * math.log(2)) / slope) + 1
+    assert radius <= math.ceil((min(spreads) + 24 * math.log(2)) / slope) + 1
 
 
 def test_scores_that_are_not_finite_look_everywhere():
@@ -199,21 +199,21 @@ def test_scores_that_are_not_finite_look_everywhere():
         query = torch.ones(9, 2, 4)
         query[3, 1, 2] = bad
         qkv = torch.stack((query, torch.ones_like(query), torch.ones_like(query)), dim=1)
-        assert head_reach(qkv, torch.tensor([0.5, 0.5]), 1.0)[1] == math.inf
+        assert head_radii(qkv, torch.tensor([0.5, 0.5]), 1.0)[1] == math.inf
 
 
 def test_head_groups_cover_every_head_once_and_windows_every_query_once():
-    group = HeadGroup(start=0, count=1, length=4000, heads=list(range(12)), reach=4000)
-    reach = [4000, 30, 40, 900, 31, 4000, 100, 2000, 50, 60, 70, 80]
-    parts = bert_attention_cpu.split_by_reach(group, reach)
+    group = HeadGroup(start=0, count=1, length=4000, heads=list(range(12)), radius=4000)
+    radii = [4000, 30, 40, 900, 31, 4000, 100, 2000, 50, 60, 70, 80]
+    parts = bert_attention_cpu.split_by_radius(group, radii)
     assert sorted(head for part in parts for head in part.heads) == list(range(12))
     assert len(parts) > 1
     numbers = torch.arange(12)
     for part in parts:
         assert numbers[part.selection].tolist() == part.heads
-        assert part.reach == max(reach[head] for head in part.heads)
+        assert part.radius == max(radii[head] for head in part.heads)
         windows = list(part.windows())
         queries = [query for start, end, _, _ in windows for query in range(start, end)]
         assert queries == list(range(4000))
         for start, end, low, high in windows:
-            assert low == max(0, start - part.reach) and high == min(4000, end + part.reach)
+            assert low == max(0, start - part.radius) and high == min(4000, end + part.radius)

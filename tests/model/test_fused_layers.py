@@ -71,13 +71,14 @@ def test_hooked_or_replaced_norms_are_called_as_modules(calls):
 
 
 def test_torch_computes_what_a_row_does_not_serve(calls, monkeypatch):
-    row = bert_layers.FUSED_LAYERS["add_norm"]
-    assert row.serves(torch.zeros(1, 8192)) and not row.serves(torch.zeros(1, 8193))
-    assert not row.serves(torch.zeros(1, 16).double())
-    assert not row.serves(torch.zeros(1, 16, device="meta"))
-    assert not replace(row, function=None).serves(torch.zeros(1, 16))
+    row, x = bert_layers.FUSED_LAYERS["add_norm"], torch.zeros(1, 16)
+    assert row.reason_against(torch.zeros(1, 8192)) is None
+    assert row.reason_against(torch.zeros(1, 8193)) == "it supports up to 8192 channels, got 8193"
+    assert "got torch.float64" in row.reason_against(x.double())
+    assert row.reason_against(x.to("meta")) == "it supports devices cpu, got meta"
+    assert replace(row, function=None).reason_against(x) == "its package is not installed"
     monkeypatch.setattr(bert_layers, "triton_declines", lambda device: "no compiler")
-    assert not row.serves(torch.zeros(1, 16))
+    assert row.reason_against(x) == "no compiler"
     monkeypatch.setattr(bert_layers, "triton_declines", lambda device: None)
     monkeypatch.setattr(bert_layers, "is_observed", lambda tensor: True)
-    assert not row.serves(torch.zeros(1, 16))
+    assert row.reason_against(x) == "something needs to see torch's operators"

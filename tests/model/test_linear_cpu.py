@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from mosaicbert import bert_linear_cpu
-from mosaicbert.bert_linear_cpu import float32_product, linear, onednn_product, processor, product_for
+from mosaicbert.bert_linear_cpu import choose_linear, float32_linear, linear, onednn_linear, processor
 
 
 def products(dtype):
     """The formulas that this processor can run in `dtype`, `F.linear` left out."""
     runs = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-    return [float32_product] + [onednn_product] * runs.get(dtype, False)
+    return [float32_linear] + [onednn_linear] * runs.get(dtype, False)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -37,14 +37,14 @@ def test_every_product_is_as_good_as_torch(dtype, rows, bias):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes that `product_for`'s choice multiplied; it is asked for nothing else."""
+    """The shapes that `choose_linear`'s choice multiplied; it is asked for nothing else."""
     shapes = []
 
     def product(x, weight, bias):
         shapes.append(tuple(x.shape))
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows: product)
+    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows: product)
     return shapes
 
 
@@ -119,12 +119,12 @@ def test_few_rows_autocast_tracing_and_torch_func_keep_torchs_formula(taken):
 @pytest.mark.parametrize(
     "cpuinfo, dtype, expected",
     [
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.float32, onednn_product),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.bfloat16, onednn_product),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.float32, onednn_linear),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", torch.bfloat16, onednn_linear),
         ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512f\n", torch.bfloat16, F.linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.float32, F.linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_fp16\n", torch.float16, F.linear),
-        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.bfloat16, float32_product),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16\n", torch.bfloat16, float32_linear),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16 amx_tile\n", torch.bfloat16, F.linear),
         ("CPU implementer\t: 0x41\nFeatures\t: bf16\n", torch.bfloat16, F.linear),
         (None, torch.float32, F.linear),
@@ -141,7 +141,7 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
-        assert product_for(dtype, 128) is expected and product_for(dtype, 127) is F.linear
+        assert choose_linear(dtype, 128) is expected and choose_linear(dtype, 127) is F.linear
     finally:
         processor.cache_clear()
 
@@ -155,7 +155,7 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
         model.to(dtype)
         results = []
         for product in (F.linear, *products(dtype)):
-            monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows, product=product: product)
+            monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows, product=product: product)
             results.append(model(ids, mask).logits)
     for result in results[1:]:
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
@@ -164,7 +164,7 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "x", "weight"])
 def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
-    monkeypatch.setattr(bert_linear_cpu, "product_for", lambda dtype, rows: onednn_product)
+    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows: onednn_linear)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(48, 96, bias=bias).requires_grad_(trained != "x")
     x = torch.randn(3, 70, 48, generator=generator, requires_grad=trained != "weight")

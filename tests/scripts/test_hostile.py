@@ -266,7 +266,7 @@ def test_a_size_that_is_no_size_is_named(source, field, value):
 )
 def test_a_number_that_is_no_number_is_named(source, field, value):
     source.fields("config.json", **{field: value})
-    source.fails(f"config.json: {field} must be float, got ")
+    source.fails(f"config.json: {field} must be a ")
 
 
 def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):
