@@ -97,16 +97,10 @@ def test_slopes_for_twelve_heads_are_those_of_eight_and_every_second_one_of_sixt
 
 
 @pytest.mark.parametrize("layout", ["odd lengths, one empty", "holes"])
-def test_dropout_in_sdpa_has_the_right_mean_and_repeats_in_backward(layout):
+def test_dropout_in_sdpa_repeats_in_backward(layout):
     packed = LAYOUTS[layout]()
     query, key, value, grad = tensors(packed, heads=2, size=8, dtype=torch.float64)
-    exact = truth(packed, query, key, value, grad)[0]
     torch.manual_seed(0)
-    draws = torch.stack([attend(sdpa_attention, packed, query, key, value, grad, 0.3)[0].detach() for _ in range(300)])
-    spread = draws.std(0) / 300**0.5
-    # About 6,000 comparisons of a mean: six standard errors happen by chance once in 80,000 runs.
-    assert ((draws.mean(0) - exact).abs() <= 6 * spread + 1e-9).all()
-
     # With one mask, the context is linear in value: its gradient must come from the mask of the forward pass.
     value = value.requires_grad_()
     slopes = torch.tensor(alibi_slopes(2), dtype=torch.float64)

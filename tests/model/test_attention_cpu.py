@@ -56,7 +56,7 @@ def test_bfloat16_matches_the_reference_by_either_formula(formula, layout):
     assert_as_good_as_plain(cpu_attention, packed, tensors(packed, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("norm", [0.3, 1.0, 2.0, 4.0], ids=lambda norm: f"norm {norm}")
+@pytest.mark.parametrize("norm", [0.3, 1.0, 4.0], ids=lambda norm: f"norm {norm}")
 def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, norm):
     packed = batch([64] * 3 + [200, 400])
     inputs = tensors(packed, dtype=torch.bfloat16, norm=norm)

@@ -34,11 +34,11 @@ def test_eval_ignores_dropout_rates_and_train_obeys_them(backend):
 def test_attention_dropout_keeps_the_expectation(backend, rows):
     """Dropout works in every backend: the mean over many draws is the result without it."""
     torch.manual_seed(0)
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[0, 9:] = 0
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, 9:], mask[2] = 0, 0
     if rows:
         mask[1, 4] = 0
-    packed = pack_padded(mask, (2, 12), mask.device)
+    packed = pack_padded(mask, (3, 12), mask.device)
     total = int(mask.sum())
     qkv = torch.randn(total, 3, 2, 8)
     slopes = torch.tensor([0.5, 0.1])

@@ -42,15 +42,20 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT)
 
 
-def ask_node(name, **question):
-    """The answer of a script beside this file, which reads JSON and writes it on its last line."""
+@pytest.fixture
+def ask_node():
+    """Asks a script beside this file, which reads JSON and writes its answer as JSON on its last line."""
     if not MODULES.is_dir() or shutil.which("node") is None:
         pytest.skip("the engines are not installed; run make engines")
-    command = ["node", Path(__file__).with_name(name)]
-    question = json.dumps({"modules": str(MODULES), **question})
-    done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def ask(name, **question):
+        command = ["node", Path(__file__).with_name(name)]
+        question = json.dumps({"modules": str(MODULES), **question})
+        done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return ask
 
 
 def expected_answers():
@@ -84,7 +89,7 @@ def test_openvino_answers_from_all_files_as_the_checkpoint_does(export_demo, tok
             assert best.values.item() == pytest.approx(answers[0][1], abs=near), name
 
 
-def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export_demo, tokenizer):
+def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(ask_node, export_demo, tokenizer):
     texts = [*TEXTS, LONG_WORD, "", "It's [MASK]."]
     got = ask_node("transformers_js.mjs", folder=str(export_demo("onnx")), texts=texts, sentences=SENTENCES)
     assert got["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
@@ -94,7 +99,7 @@ def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(export_
             assert [a["score"] for a in answers] == pytest.approx([score for _, score in expected], abs=near), dtype
 
 
-def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(export_demo, tokenizer):
+def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(ask_node, export_demo, tokenizer):
     files = {name: str(export_demo("gguf") / f"demo-{name}.gguf") for name in ("F32", "F16", "Q8_0")}
     got = ask_node("llama_cpp.mjs", files=list(files.values()), texts=[*TEXTS, LONG_WORD, ""])
     *tokens, long_word, nothing = got["tokens"]
