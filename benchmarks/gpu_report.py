@@ -151,9 +151,9 @@ def run_parts(parts: list, out: Path, max_seconds: float) -> dict:
     """
     begin, outcomes = time.monotonic(), {}
     with open(out / "log.txt", "w", encoding="utf-8") as log:
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             left = max_seconds - (time.monotonic() - begin)
-            share = left * part.weight / sum(other.weight for other in parts[place:])
+            share = left * part.weight / sum(later.weight for later in parts[index:])
             if share < 1:
                 outcomes[part.name] = Outcome(0.0, "no time was left", "")
                 continue

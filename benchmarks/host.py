@@ -1,4 +1,4 @@
-"""The Python of one attention call: everything but the start of the compiled kernels, on any machine."""
+"""Times the Python of one attention call on any machine: all of it but the start of the compiled kernels."""
 
 import contextlib
 import sys
@@ -42,7 +42,7 @@ class Always(dict):
 
 @contextlib.contextmanager
 def stubbed_launches():
-    """Let Triton kernels of this repository seem compiled, and do nothing.
+    """Make the Triton kernels of this repository look compiled, and run none.
 
     Yields:
         The `CountedKernel` that counts their launches.
@@ -56,7 +56,7 @@ def stubbed_launches():
 
 
 class Nothing(torch.autograd.Function):
-    """An operation without work: the least that a call costs in eager mode, forward and backward."""
+    """An operation that computes nothing: the least that a call costs in eager mode, forward and backward."""
 
     @staticmethod
     def forward(ctx, qkv):

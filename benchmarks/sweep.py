@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --out sweep.csv
 
 Head size 64, bfloat16, 12 heads, nothing skipped. Kernels are compiled by several processes first, into Triton's cache,
-and then timed one by one as the model launches them.
+and then timed one by one, launched as the model does.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def compile_share(first: int, shares: int) -> None:
     """Compile every `shares`-th tile size from `first` on, by running it."""
     for _, run in launches(BATCHES[-1], "cuda"):
         for size in SIZES[first::shares]:
-            with contextlib.suppress(Exception):  # told when it is timed
+            with contextlib.suppress(Exception):  # reported when it is timed
                 run(launching.Tile(*size))
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton attention."""
+"""Triton attention where only a GPU can tell: devices, streams, graphs, memory and long sequences."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def test_long_sequences_on_the_device(monkeypatch, length, skip):
     context, (gradient,) = with_gradient(lambda x: attend(x, packed, slopes), qkv)
     rows = torch.randint(length, (64,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     truth = sampled_truth(qkv.detach(), slopes, rows)
-    # Two roundings of bfloat16: of the weights before the product, and of the result.
+    # Two roundings of bfloat16: of the weights before they multiply the values, and of the result.
     assert_same(context[rows], truth, 7.9e-3)
     assert gradient.isfinite().all()
 

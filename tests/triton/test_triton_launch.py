@@ -1,4 +1,4 @@
-"""Which tile size runs, how kernels start, and devices that cannot run them."""
+"""The choice of tile sizes, how kernels start, and devices that cannot run them."""
 
 import contextlib
 import itertools
