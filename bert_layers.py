@@ -83,12 +83,12 @@ class Backend:
 
     def reason_against(self, x: torch.Tensor, packed: Optional[PackedBatch] = None, dropout_p=0.0) -> Optional[str]:
         """Why it cannot serve a call on x [..., channels], in words, or None when it can."""
-        if self.function is None:
-            return "its package is not installed"
         if x.dtype not in self.dtypes:
             return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {x.dtype}"
         if self.devices and x.device.type not in self.devices:
             return f"it supports devices {', '.join(self.devices)}, got {x.device.type}"
+        if self.function is None:
+            return "its package is not installed"
         if self.max_channels and x.shape[-1] > self.max_channels:
             return f"it supports up to {self.max_channels} channels, got {x.shape[-1]}"
         if dropout_p > 0 and not self.dropout:
@@ -413,8 +413,8 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         complete_config(config)
         if asked_attention(config) is None:
             ask_attention(config, AUTOMATIC)
+        check_attention_name(asked_attention(config))  # transformers would not name those that there are
         super().__init__(config, *inputs, **kwargs)
-        check_attention_name(config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
         """Choose the attention implementation of all layers.

@@ -74,6 +74,11 @@ def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) ->
         )
     if logits.shape[-1] == 1 and labels.dim() == 1:
         labels = labels[:, None]
+    if problem_type == "multi_label_classification" and labels.dim() == 1:
+        raise ValueError(
+            f"labels must be integers for one of {logits.shape[-1]} classes a text, or have shape "
+            f"{list(logits.shape)} for several, got {labels.dtype} {list(labels.shape)}"
+        )
     check_shape("labels", labels, logits.shape)
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
     total = loss(logits.float(), labels.float(), reduction="sum")

@@ -160,8 +160,12 @@ def test_heads_name_wrong_labels():
     classifier = tiny_model(BertForSequenceClassification, num_labels=3)
     with fails("labels must have shape [2], got [2, 3]"):
         classifier(IDS, labels=torch.zeros(2, 3, dtype=torch.long))
-    with fails("labels must have shape [2, 3], got [2]"):
+    with fails(
+        "labels must be integers for one of 3 classes a text, or have shape [2, 3] for several, got torch.float32 [2]"
+    ):
         classifier(IDS, labels=torch.zeros(2))
+    with fails("labels must have shape [2, 3], got [2, 2]"):
+        classifier(IDS, labels=torch.zeros(2, 2))
     with fails("labels must lie in [0, 3), got 3 at [1]"):
         classifier(IDS, labels=torch.tensor([0, 3]))
     # Some releases of transformers refuse it in the config already.
@@ -186,7 +190,6 @@ def test_heads_name_wrong_labels():
 
 
 def test_an_attention_implementation_that_cannot_serve_says_why():
-    pytest.importorskip("triton", reason="without Triton the reason is another one: tests/loading/test_loading.py")
     model = tiny_model(attn_implementation="triton")
     with fails("attn_implementation 'triton' cannot serve this call: it supports devices cuda, got cpu"):
         model(IDS)
