@@ -20,7 +20,7 @@ Distances are symmetric and each key meets each distance at most twice as well, 
 bounds what a key gathers in the backward pass. Where a mask has holes, distances in positions are at least distances in
 token numbers, and r stays valid when it is counted in tokens.
 
-Letters: N rows, M row length, T tokens, H heads, D head size.
+Letters: N rows, R row length, T tokens, H heads, D head size.
 """
 
 import torch
@@ -77,7 +77,7 @@ def alibi_bias(slopes, queries, keys):
 
 
 def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=False):
-    """ALiBi attention as the paper writes it; memory grows with M².
+    """ALiBi attention as the paper writes it; memory grows with R².
 
     Args:
         qkv: floating [T, 3, H, D]: query, key and value of each token.
@@ -88,17 +88,17 @@ def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=
         return_weights: also return the weights, as used (after dropout).
 
     Returns:
-        [T, H, D] in the dtype of `qkv`; with `return_weights` also [N, H, M, M] in that dtype, zero where the query or
+        [T, H, D] in the dtype of `qkv`; with `return_weights` also [N, H, R, R] in that dtype, zero where the query or
         the key is no token.
 
     Source: https://arxiv.org/abs/2108.12409, section 3, made symmetric.
     """
-    query, key, value = packed.to_rows(qkv).unbind(2)  # [N, M, H, D] each
+    query, key, value = packed.to_rows(qkv).unbind(2)  # [N, R, H, D] each
     precision = torch.promote_types(qkv.dtype, torch.float32)
     scores = torch.einsum("nqhd,nkhd->nhqk", query.to(precision), key.to(precision)) * scale
     positions = torch.arange(scores.shape[-1], device=qkv.device)
     scores = scores + alibi_bias(alibi_slopes.to(precision), positions, positions)
-    attended = packed.attended(0, scores.shape[-1])  # [N, 1 or M, M]
+    attended = packed.attended(0, scores.shape[-1])  # [N, 1 or R, R]
     if attended is None:
         weights = scores.softmax(dim=-1)
     else:
@@ -116,19 +116,19 @@ def sdpa_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """ALiBi attention by torch's scaled_dot_product_attention (SDPA) over padded rows.
 
     The bias is written out for some queries of all rows at a time, and again in the backward pass, so memory is linear
-    in M. Where padding is kept, no shape may depend on data: there is one call, and its bias grows with M².
+    in R. Where padding is kept, no shape may depend on data: there is one call, and its bias grows with R².
 
     Args and returns: see `eager_attention`.
     """
     if not packed.keeps_padding and not len(qkv):
         return qkv[:, 0]
-    query, key, value = (x.transpose(1, 2) for x in packed.to_rows(qkv).unbind(2))  # [N, H, M, D] each
+    query, key, value = (x.transpose(1, 2) for x in packed.to_rows(qkv).unbind(2))  # [N, H, R, D] each
     num_rows, heads, length, _ = query.shape
     slopes = alibi_slopes.to(torch.promote_types(qkv.dtype, torch.float32))
     positions = torch.arange(length, device=qkv.device)
 
     def attend(query, key, value, start, end):
-        bias = alibi_bias(slopes, positions[start:end], positions).to(query.dtype)[None]  # [1, H, end - start, M]
+        bias = alibi_bias(slopes, positions[start:end], positions).to(query.dtype)[None]  # [1, H, end - start, R]
         if (attended := packed.attended(start, end)) is not None:
             # A query with no key to attend to sees all of them: the softmax of nothing is NaN.
             attended = attended | ~attended.any(dim=-1, keepdim=True)

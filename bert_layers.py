@@ -18,8 +18,8 @@ The hub: backend table, modules in execution order, models and heads. It imports
     launch_triton.py        how Triton kernels start, and where they can
 
 Letters: B batch, S padded length, T real tokens, N sequences, H heads, D head size, E = H * D hidden size,
-F intermediate size, V vocabulary, M labelled tokens, C choices. Where padding is kept (see `PackedBatch`), packed
-tensors are [B, S, ...] instead of [T, ...].
+F intermediate size, V vocabulary, M labelled tokens, R row length, C choices. Where padding is kept (see
+`PackedBatch`), packed tensors are [B, S, ...] instead of [T, ...].
 """
 
 from dataclasses import dataclass
@@ -244,7 +244,7 @@ class BertSelfAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, hidden, packed, slopes, output_attentions):
-        """[T, E] to a context [T, E] and, where they are asked for, weights [N, H, M, M]."""
+        """[T, E] to a context [T, E] and, where they are asked for, weights [N, H, R, R]."""
         # torch.export cannot split rows again that it merged, so the linear layer gets merged rows.
         hidden = hidden.flatten(0, -2) if is_traced() else hidden
         qkv = linear(self.Wqkv, hidden).reshape(-1, 3, self.num_heads, self.head_dim)

@@ -1,6 +1,6 @@
 """Packing: validate a call's inputs, describe the batch, pack and unpack.
 
-Letters: B batch, S padded length, T real tokens, N sequences, M row length, E hidden size.
+Letters: B batch, S padded length, T real tokens, N sequences, R row length, E hidden size.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,7 @@ class PackedBatch:
             holds a token, T = B * S.
         cu_seqlens: int32 [N + 1], where each sequence starts in the T tokens; the last entry is T.
         positions: int64 [T], increasing within a sequence. ALiBi distances are differences of these.
-        row_length: M, exclusive upper bound of `positions`.
+        row_length: R, exclusive upper bound of `positions`.
         max_seqlen: tokens of the longest sequence, or an upper bound where only the device knows.
         has_holes: whether some sequence skips columns between its first and its last token. When False, differences
             of `positions` inside a sequence equal differences of token indices.
@@ -158,12 +158,12 @@ class PackedBatch:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Number and length of the rows of `to_rows`: (N, M), or (B, S) where padding is kept."""
+        """Number and length of the rows of `to_rows`: (N, R), or (B, S) where padding is kept."""
         return self.shape if self.keeps_padding else (self.num_sequences, self.row_length)
 
     @property
     def row_indices(self) -> torch.Tensor:
-        """int64 [T]: sequence number * M + position, the flat index of each token in an [N, M] layout."""
+        """int64 [T]: sequence number * R + position, the flat index of each token in an [N, R] layout."""
         lengths = self.cu_seqlens.diff().long()
         sequence = torch.arange(self.num_sequences, device=lengths.device)
         sequence = sequence.repeat_interleave(lengths, output_size=self.positions.shape[0])

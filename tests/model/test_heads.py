@@ -116,7 +116,7 @@ def test_question_answering_never_points_at_padding():
     assert output.start_logits.shape == output.end_logits.shape == (3, 12)
     assert (output.start_logits[~mask.bool()] == -50).all() and (output.end_logits[~mask.bool()] == -50).all()
     assert output.start_logits[mask.bool()].abs().max() < 10
-    # Ends 40 and -1 lie outside the 12 places: cut off, not counted.
+    # Ends 40 and -1 lie outside the 12 positions: cut off, not counted.
     expected = (F.cross_entropy(output.start_logits, start) + F.cross_entropy(output.end_logits[:1], end[:1])) / 2
     numerics.assert_same(output.loss, expected, SAME)
     assert trains(model, output.loss)

@@ -1,4 +1,4 @@
-"""Products on the CPU: each formula gives the product, and the faster one is taken where it may be."""
+"""Linear layers on the CPU: each way to compute one is as good as torch's, and the fastest is taken where it may be."""
 
 import functools
 
@@ -15,7 +15,7 @@ from mosaicbert.bert_linear_cpu import choose_linear, float32_linear, linear, on
 
 
 def products(dtype):
-    """The formulas that this processor can run in `dtype`, `F.linear` left out."""
+    """The ways to compute a linear layer in `dtype` that this processor has, `F.linear` left out."""
     runs = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     return [float32_linear] + [onednn_linear] * runs.get(dtype, False)
 
