@@ -90,6 +90,9 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
+        fits = isinstance(state, dict) and len(state.get("base_lrs", ())) == len(self.base_lrs)
+        if not fits or not all(isinstance(state.get(name), int) for name in ("last_epoch", "_step_count")):
+            raise ValueError("the state of the schedule is of another kind")
         self.__dict__.update({name: state[name] for name in self.STATE if name in state})
 
 

@@ -4,6 +4,7 @@ torch is imported where it is used, so that a bad folder is refused at once.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -46,7 +46,7 @@ STAGE = ".final"
 RUN = "run"
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """A run with its output folder.
 
@@ -292,11 +292,15 @@ def find_fault(checkpoint: Path) -> Optional[str]:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "trainer_state.json is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         return "trainer_state.json is cut off"
-    if not isinstance(state, dict) or "global_step" not in state:
+    if not is_state(state):
         return "trainer_state.json is not a trainer's state"
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    paths = list(checkpoint.rglob("*"))
+    odd = next((path for path in paths if not path.is_file() and not path.is_dir()), None)
+    if odd is not None:
+        return f"{odd.name} is no file"
+    files = [path for path in paths if path.is_file()]
     for kind in ("scheduler*", "optimizer*", "*model*"):
         if not any(checkpoint.glob(kind)):
             return f"no file {kind}"
@@ -308,12 +312,37 @@ def find_fault(checkpoint: Path) -> Optional[str]:
         if path.suffix == ".safetensors":
             try:
                 with safe_open(path, "pt") as weights:
+                    dtypes = {weights.get_tensor(name).is_floating_point() for name in weights.keys()}
                     names = [name for name in weights.keys() if not is_finite(weights.get_tensor(name))]
             except SafetensorError:
                 return f"{path.name} is cut off"
+            if dtypes != {True}:
+                return f"{path.name} holds other than floating-point weights"
             if names:
                 return f"{path.name} holds NaN or infinity in {names[0]}"
     return None
+
+
+def is_state(content) -> bool:
+    """Whether the content of a JSON file is a trainer's state, as far as a run reads it."""
+    from transformers import TrainerState
+
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    if not isinstance(content, dict) or not content.keys() <= known:
+        return False
+    history = content.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        return False
+    numbers = [entry.get(name, 0) for entry in history for name in ("loss", "seconds", "step")]
+    numbers += [content.get(name, 0) for name in ("num_input_tokens_seen", "total_flos")]
+    numbers += [content.get(name) or 0 for name in ("epoch", "logging_steps", "eval_steps", "save_steps", "max_steps")]
+    step = content.get("global_step")
+    return (
+        isinstance(step, int)
+        and 0 <= step < 2**63
+        and all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)
+        and isinstance(content.get("stateful_callbacks") or {}, dict)
+    )
 
 
 def is_finite(*tensors: "torch.Tensor") -> bool:

@@ -1,9 +1,12 @@
 """The Trainer of the training scripts, which logs in lines and stops when numbers are no longer finite."""
 
+import contextlib
 import math
-import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -11,7 +14,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .runs import is_finite
+from .cli import one_line
+from .common import unpickling_problem
+from .runs import is_finite, numbered
 
 # Time between two lines of the log, in seconds, where no step count was asked for.
 LOG_SECONDS = 10.0
@@ -70,12 +75,72 @@ class CarefulTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         self.check_weights()
-        super()._save_checkpoint(*args, **kwargs)
-        self._last_saved = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        # Trainer would delete old checkpoints by their age, a user's `checkpoint-best` among them.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{path} cannot be written, {one_line(error)}") from error
+        finally:
+            self.args.save_total_limit = limit
+        self._last_saved = str(path)
+        if limit and self.args.should_save:
+            others = [other for other in numbered(path.parent, "checkpoint") if other != path]
+            best = self.state.best_model_checkpoint
+            others = [other for other in others if best is None or other != Path(best)]
+            kept = 1 + (best is not None and Path(best) != path)
+            others.sort(key=lambda other: other.stat().st_mtime)  # after a step back, higher numbers are older
+            for other in others[: max(0, len(others) - max(0, limit - kept))]:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        with _resuming(resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            if checkpoint is None or self.is_fsdp_enabled or not isinstance(optimizer, torch.optim.AdamW):
+                return  # others keep what they like
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                held = [kept for kept in optimizer.state[parameter].values() if torch.is_tensor(kept) and kept.dim()]
+                if not held or any(kept.shape != parameter.shape for kept in held):
+                    raise ValueError("optimizer.pt does not fit the weights")
+
+    def _load_rng_state(self, checkpoint):
+        with _resuming(checkpoint):
+            return super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        tied = set(self.model._tied_weights_keys or ())
+        for what, names in (("lacks", load_result.missing_keys), ("holds", load_result.unexpected_keys)):
+            odd = sorted(set(names) - tied)
+            if odd:
+                raise ValueError(f"it {what} {odd[0]}, unlike the model")
+        super()._issue_warnings_after_load(load_result)
 
     def _stop_diverged(self, what: str):
         step = (int(self._bad_step) if self._bad_step is not None else 0) or self.state.global_step
         raise Divergence(step, what, self._last_saved or self.args.resume_from_checkpoint)
+
+
+@contextlib.contextmanager
+def _resuming(checkpoint: Optional[str]) -> Iterator[None]:
+    """Name the checkpoint in whatever error its files cause."""
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} cannot be loaded, {unpickling_problem(error)}"
+        ) from error
 
 
 class Divergence(FloatingPointError):
