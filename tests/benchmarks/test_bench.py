@@ -273,6 +273,18 @@ def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
     assert [line.split(",")[0] for line in lines[2:] if line] == ["Measured on One", "Measured on Two"]
 
 
+def test_the_serving_table_has_milliseconds_and_a_dash_for_what_was_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    case = next(case for case in CASES if case.name == "S-16")
+    seconds = {"ours": [0.0652], "ours, ONNX Runtime": [1.25]}
+    rows = bench.make_rows(case, seconds, dict.fromkeys(seconds, 16), {}, "command")
+    bench.append_rows(tmp_path / "serve.csv", rows)
+    lines = bench.serving_table().splitlines()
+    assert lines[0].startswith("| workload | dtype | ours, torch | ours, ONNX Runtime | ours, OpenVINO |")
+    assert "| one text of 16 tokens | float32 | 65 | 1,250 | – | – | – | – |" in lines
+    assert lines[-1].startswith("Milliseconds a forward. ")
+
+
 def test_a_file_without_markers_is_refused():
     with pytest.raises(ValueError, match="must hold <!-- benchmarks:begin -->"):
         bench.between_markers("# A title\n", "table")
