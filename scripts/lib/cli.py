@@ -26,6 +26,8 @@ OTHER_PACKAGES = {
     "streaming": "mosaicml-streaming",
     **dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), '".[export]"'),
 }
+# Characters of a message: a value from elsewhere may have a megabyte.
+LONGEST_MESSAGE = 1000
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -63,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         if unknown is not None:
             near = difflib.get_close_matches(unknown, known, n=1)
             message = f"there is no option {unknown}" + (f"; did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {shortened(message)} (--help lists the options)\n")
 
     def _flags(self) -> list[str]:
         return [word.partition("=")[0] for word in self.words if re.match(r"--?[A-Za-z]", word)]
@@ -74,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive_integer(text: str) -> int:
     """Type of an option that takes a whole number above zero."""
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > 18 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
@@ -101,14 +103,14 @@ def positive_share(text: str) -> float:
 
 def whole_number(text: str) -> int:
     """Type of an option that takes 0 or a positive integer."""
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
     """Type of an option that seeds all generators; NumPy's takes 32 bits."""
-    if not text.isdecimal() or int(text) >= 2**32:
+    if not text.isdecimal() or len(text) > 18 or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 4294967295, got {text!r}")
     return int(text)
 
@@ -255,7 +257,7 @@ def run(main: Callable[[], None], memory_hint: str = "") -> None:
     try:
         check_transformers()
         main()
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         message = explain(error, memory_hint)
         if message is None:
             raise
@@ -289,6 +291,8 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if type(error).__name__ == "PanicException":  # of a Rust library, and no Exception
+        return f"a library failed: {one_line(error)}"
     # importlib.metadata puts a sentence into the name
     if isinstance(error, ModuleNotFoundError) and re.fullmatch(r"[\w.]+", error.name or ""):
         package = error.name.partition(".")[0]
@@ -307,8 +311,14 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message on one line, or its type where it has none; the middle of an endless one is left out."""
+    return shortened(" ".join(str(error).split())) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A text of at most `LONGEST_MESSAGE` characters, the middle of a longer one left out."""
+    half = LONGEST_MESSAGE // 2 - 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
 def say_end(made: str, *commands: str) -> None:

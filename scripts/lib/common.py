@@ -166,8 +166,15 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
         return load(source, **options)
     except (ImportError, MemoryError):  # `cli.explain` words these
         raise
-    except Exception as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
+    except BaseException as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
+        if not is_failure(error):
+            raise
         raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether this is an error, and no request to stop; a panic of a Rust library is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def load_words(source: str, argument: str = "model", trust_remote_code: bool = False, **options):
@@ -554,7 +561,9 @@ def load_tokenizer(folder: Path, argument: str = "source"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("A word, and ☃.")  # some damage only shows when text is tokenized
         return tokenizer
-    except Exception as error:  # the tokenizers package raises plain exceptions
+    except BaseException as error:  # the tokenizers package raises plain exceptions, and panics
+        if not is_failure(error):
+            raise
         raise ValueError(f"{argument}: its tokenizer cannot be used, {one_line(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """The command line of the scripts: misspelt flags, help, and errors in one line."""
 
+import argparse
 import configparser
 import re
 import subprocess
@@ -72,6 +73,10 @@ class Refused(HfHubHTTPError):
         return "Invalid\n\ntoken"
 
 
+class PanicException(BaseException):
+    """What a Rust library raises where it panics."""
+
+
 # What huggingface_hub passes on: requests raises OSErrors, its successors do not.
 HTTP_LIBRARY = next((sys.modules[name] for name in ("httpx2", "httpx") if name in sys.modules), None)
 NO_NETWORK = HTTP_LIBRARY.ConnectError("no such host") if HTTP_LIBRARY else OSError("no such host")
@@ -94,6 +99,8 @@ NO_NETWORK = HTTP_LIBRARY.ConnectError("no such host") if HTTP_LIBRARY else OSEr
         (NoMemory("CUDA out of memory"), "out of memory; take less"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; take less"),
         (KeyboardInterrupt(), "interrupted"),
+        (PanicException("index out of bounds"), "a library failed: index out of bounds"),
+        (ValueError("a" * 10**6 + "b"), "a" * 498 + " … " + "a" * 497 + "b"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(error, line, monkeypatch):
@@ -166,3 +173,18 @@ finally:
     )
     assert "--traceback" in result.stdout
     assert result.stdout.endswith("heavy: []\n")
+
+
+@pytest.mark.parametrize("kind", [cli.positive_integer, cli.whole_number, cli.seed])
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 19, "-1", "1.5", ""])
+def test_a_number_of_endless_digits_is_refused_as_any_other(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected .*integer"):
+        kind(text)
+
+
+def test_a_message_about_an_endless_word_ends(capsys):
+    parser = cli.Parser("")
+    parser.add_argument("--number", type=cli.positive_integer)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--number", "9" * 10**6])
+    assert len(capsys.readouterr().err) < 1200
