@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -30,6 +30,22 @@ TASKS = {
 # The model classes that the engines of a format have a place for. Choices are several texts at once, which no pipeline
 # of theirs takes.
 PLACES = {"onnx": tuple(TASKS), "gguf": ("BertModel",)}
+
+
+class File(NamedTuple):
+    """A file of an export.
+
+    Attributes:
+        name: its path in the target.
+        kind: a key of `FARTHEST`.
+        size: bytes.
+        found: what the comparison with the source found, in words.
+    """
+
+    name: str
+    kind: str
+    size: int
+    found: str
 
 
 class Comparison:
@@ -135,8 +151,10 @@ def export(
     if type(model).__name__ == "BertForMaskedLM":
         lower_unused_biases(model, num_tokens)
     comparison = Comparison(model, num_tokens)
-    write = {"onnx": write_onnx, "gguf": write_gguf}[format]
-    files = write(model, words, target, name, types, chunked, comparison)
+    if format == "onnx":
+        files = write_onnx(model, words, target, types, chunked, comparison)
+    else:
+        files = write_gguf(model, words, target, name, types, comparison)
     task = TASKS[type(model).__name__]
     limit = model.config.max_position_embeddings
     rows = "\n".join(f"| `{file}` | {kind} | {size / 1e6:,.1f} MB | {found} |" for file, kind, size, found in files)
@@ -154,7 +172,7 @@ def export(
         metadata={**metadata, "tags": ["mosaicbert", format]},
         task=task,
         files=rows,
-        file=files[0][0],
+        file=files[0].name,
         limit=f"{limit:,}",
     )
     lines = [f"{file}: {kind}, {size / 1e6:,.1f} MB, {found}" for file, kind, size, found in files]
@@ -163,11 +181,19 @@ def export(
     return [*lines, f"texts of up to {limit:,} tokens"]
 
 
-def write_onnx(model, tokenizer, target: Path, name: str, types: list[str], chunked: bool, comparison: Comparison):
+def write_onnx(model, tokenizer, target: Path, types: list[str], chunked: bool, comparison: Comparison) -> list[File]:
     """Write the ONNX files of a model, and the config and tokenizer that their engines read.
 
+    Args:
+        model: of a class of `TASKS`.
+        tokenizer: of the model.
+        target: the folder, with the tokenizer's files.
+        types: keys of `FARTHEST`.
+        chunked: attend from some queries at a time.
+        comparison: with the model.
+
     Returns:
-        Name, type, bytes and difference of each file.
+        The files.
 
     Raises:
         ValueError: a file gives other answers.
@@ -190,15 +216,24 @@ def write_onnx(model, tokenizer, target: Path, name: str, types: list[str], chun
     for kind in types:
         path = target / "onnx" / FILES[kind]
         onnx.save(CONVERTED[kind](whole), path)
-        files.append((f"onnx/{path.name}", kind, path.stat().st_size, comparison.check(kind, onnx_session(path))))
+        found = comparison.check(kind, onnx_session(path))
+        files.append(File(f"onnx/{path.name}", kind, path.stat().st_size, found))
     return files
 
 
-def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], chunked: bool, comparison: Comparison):
+def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], comparison: Comparison) -> list[File]:
     """Write the GGUF files of an encoder, and read them back.
 
+    Args:
+        model: a `BertModel`.
+        tokenizer: of the model.
+        target: the folder; other files in it are removed.
+        name: of the model.
+        types: keys of `FARTHEST`.
+        comparison: with the model.
+
     Returns:
-        Name, type, bytes and difference of each file.
+        The files.
 
     Raises:
         ValueError: the format has no place for the tokenizer or the sizes, or a file holds other weights.
@@ -216,5 +251,5 @@ def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], chun
             parameter.data.fill_(math.nan)  # a weight that the file lacks must not be the source's
         reader.load_state_dict(read_gguf(path), strict=False)
         found = comparison.check(kind, lambda *batch: reader(*batch, return_dict=False)[:1])
-        files.append((path.name, kind, path.stat().st_size, found))
+        files.append(File(path.name, kind, path.stat().st_size, found))
     return files
