@@ -1,4 +1,4 @@
-"""Who is measured: our model, the published formula, and what users would pick instead; and the judge of their numbers.
+"""The contenders (our model, the published formula, and the alternatives of users) and the check of their numbers.
 
 A contender is a function without arguments that does the work once. Letters as in `bert_layers.py`.
 """
@@ -21,14 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-# Largest score of the attention cases: what cannot weigh anything depends on it, and with it the time.
+# Largest score of the attention cases: it decides which keys are negligible, and with it the time.
 LARGEST_SCORE = 5.0
 
-# Share of the tokens that the MLM step predicts, and hidden dropout of the pretraining step, as MosaicBERT was trained.
+# Share of predicted tokens in the MLM step, and hidden dropout of the pretraining step, as MosaicBERT was trained.
 MASKED_SHARE = 0.3
 HIDDEN_DROPOUT = 0.1
 
-# Sequences that the gate of a pretraining step compares.
+# Sequences that the check of a pretraining step compares.
 GATED_SEQUENCES = 64
 
 # Measured where the package flash-attn-4 is installed.
@@ -45,13 +45,13 @@ GPU_ONLY = {
 # A contender of this name and a path is our model by the code of another checkout.
 CHECKOUT = "checkout "
 
-# The judge runs all layers up to this length in tokens, beyond it the first layer: its cost is quadratic.
+# The check covers all layers up to this many tokens, and only the first layer beyond; its cost is quadratic.
 JUDGE_ALL_LAYERS = 4096
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the models: E, L, H, F, V, and the most tokens that models with a limit get."""
+    """Sizes of the models: E, L, H, F, V, and the position table of models that have one."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -66,7 +66,7 @@ TINY = Sizes(hidden_size=48, num_hidden_layers=2, intermediate_size=64, vocab_si
 
 
 def shipped_sizes() -> Sizes:
-    """Those of the checkpoint at the root."""
+    """The sizes of the checkpoint at the root."""
     config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     return Sizes(**{name: config[name] for name in names})
@@ -99,7 +99,7 @@ def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, n, D]
         place = torch.arange(k.shape[1], device=k.device)
         for rows, places in zip(q.split(chunk, dim=1), place.split(chunk)):
-            # Computed again in backward: the weights of all layers would take hundreds of GiB at 8,192 tokens.
+            # Recomputed in backward: the weights of all layers would take hundreds of GiB at 8,192 tokens.
             arguments = (rows, k, v, places, place, slopes, scale)
             contexts.append(checkpoint(attend_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(contexts)
@@ -177,7 +177,7 @@ class Attention:
         self.packed = padding.pack_flattened(bounds, max(self.lengths), (1, self.tokens))
 
     def contender(self, name: str):
-        """The function that is timed, and the tokens that it serves."""
+        """The function to time, and its tokens per call."""
         attend = self.attend(name)
         if self.case.mode == "forward":
             return torch.no_grad()(lambda: attend(self.qkv)), self.tokens
@@ -359,7 +359,7 @@ class Encoder:
 
     @staticmethod
     def kind(name: str) -> str:
-        """What `build` makes for a contender."""
+        """The model of a contender."""
         return "ours" if name.startswith("ours") and name != "ours, SDPA" else name
 
     def batch(self, lengths):
@@ -376,7 +376,7 @@ class Encoder:
         return kind(state, attention.alibi_slopes(self.sizes.num_attention_heads))
 
     def contender(self, name: str):
-        """The function that is timed, and the tokens that it serves."""
+        """The function to time, and its tokens per call."""
         if name == "its matrix products":
             return torch.no_grad()(self.matrix_products()), self.tokens
         ids, mask, tokens = self.ids, self.mask, self.tokens
@@ -429,7 +429,7 @@ class Encoder:
         return numerics.relative_error(self.contender(name)[0](), self.contender("ours")[0]())
 
     def matrix_products(self):
-        """Nothing but the products of the encoder, for sequences of equal length."""
+        """Only the matrix products of the encoder, for sequences of equal length."""
         count, length = self.mask.shape
         heads = self.sizes.num_attention_heads
         hidden = torch.randn(self.tokens, self.sizes.hidden_size, dtype=self.dtype, device=self.case.device)
@@ -489,7 +489,7 @@ class Training(Encoder):
         return step, self.tokens
 
     def difference(self, name: str) -> float:
-        """The same of all gradients together."""
+        """The same for all gradients together."""
         gradients = []
         for contender in (name, "ours"):
             self.contender(contender)[0]()
@@ -558,7 +558,7 @@ class Pretraining(Training):
         return (unfused(step) if name == "ours, unfused layers" else step), self.tokens
 
     def product(self):
-        """One large bfloat16 product, and the tokens that our step serves with as many FLOPs.
+        """One large bfloat16 matrix product, and the tokens that our step processes with as many FLOPs.
 
         So its time a token over ours is our model FLOP utilisation.
         """

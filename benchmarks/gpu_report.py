@@ -80,8 +80,8 @@ def parts_of(out: Path, repeats: int, limit: float, commit: Optional[str], rehea
         return Part(command, script, weight)
 
     on_device = ("--rehearse",) if rehearse else ("--device", "cuda")
-    # Verbose, so that a run that is stopped says how far it came. A file that needs a missing package cannot be
-    # collected; the others still run.
+    # Verbose, so that a stopped run shows its progress. A file that needs a missing package cannot be collected; the
+    # others still run.
     pytest = (
         "-m",
         "pytest",
@@ -244,7 +244,7 @@ def markdown_table(head: list, rows: list) -> str:
 
 
 def tests_line(outcome: Outcome) -> str:
-    """The totals in the output of pytest, also where it was stopped."""
+    """The totals in the output of pytest, even if it was stopped."""
     totals = re.findall(r"^=* ?(\d+ \w+.* in [\d.]+s.*?) ?=*$", outcome.output, re.M)
     if totals:
         return totals[-1]

@@ -11,7 +11,7 @@ launching = layers.triton_declines and sys.modules[layers.triton_declines.__modu
 
 
 class CountedKernel:
-    """Stands for every compiled kernel: a start does nothing but count."""
+    """A stand-in for every compiled kernel whose launch only counts."""
 
     def __init__(self):
         self.launches = 0
@@ -25,7 +25,7 @@ class CountedKernel:
 
 
 class Always(dict):
-    """A cache that holds one value under every key, and takes the time of a look-up.
+    """A cache with the same value under every key, at the cost of a real look-up.
 
     Args:
         value: what it holds.
@@ -70,7 +70,7 @@ class Nothing(torch.autograd.Function):
 
 
 class HostCall:
-    """Contenders for the Python of one attention call; small tensors on the CPU, as sizes do not matter.
+    """Contenders for the Python of one attention call, with small CPU tensors, since sizes do not matter.
 
     Args:
         case: a `Case`.
@@ -87,7 +87,7 @@ class HostCall:
         self.slopes = torch.ones(1)
 
     def contender(self, name: str):
-        """The function that is timed."""
+        """The function to time."""
         attend = Nothing.apply if name == "empty autograd.Function" else self.attend
         if self.case.mode == "forward":
             return torch.no_grad()(lambda: attend(self.qkv))
@@ -98,7 +98,7 @@ class HostCall:
         return layers.triton_attention(qkv, self.packed, self.slopes, 0.25, 0.0)
 
     def launches(self, name: str) -> int:
-        """Kernels that one call of a contender starts."""
+        """The number of kernels that one call of a contender launches."""
         before = self.kernel.launches
         self.contender(name)()
         return self.kernel.launches - before

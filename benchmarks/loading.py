@@ -1,4 +1,4 @@
-"""Loads what lies outside this folder: modules of scripts/ and tests/, and the model code of a checkout."""
+"""Load modules of scripts/ and tests/, and the model code of a checkout."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_file(path: str):
-    """A Python file of this repository as a module under its own name, which other files can then import.
+    """Import a Python file of this repository under its own name, so that other files can import it too.
 
     Args:
         path: relative to the root, such as `scripts/packing.py`. Files of its folder that it imports come first.
@@ -30,7 +30,7 @@ def load_file(path: str):
 
 @functools.cache
 def load_checkout(path: Path):
-    """`bert_layers` of a checkout of this repository, in a package of its own, so that several can be loaded.
+    """Import `bert_layers` of a checkout of this repository into a package of its own, so that several can coexist.
 
     Args:
         path: root folder of the checkout.

@@ -13,23 +13,44 @@ does not exist is made. Log in with `hf auth login` or set HF_TOKEN.
 
 import fnmatch
 import itertools
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Optional
 from urllib.parse import unquote
 
 from lib.cli import Parser, one_line, run
-from lib.common import CODE_FILES, REFERRING_FILES, TOKENIZER_FILES, check_layers, file_inside, read_json, weight_files
+from lib.common import (
+    CODE_FILES,
+    LARGEST_CARD,
+    REFERRING_FILES,
+    TOKENIZER_FILES,
+    check_layers,
+    file_inside,
+    load_tokenizer,
+    read_bounded,
+    read_json,
+    repository_class,
+    vocabulary_size,
+    weight_files,
+)
 from lib.references import foreign_references
 
 OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")
 NEEDED_FILES = (*CODE_FILES, "config.json", "README.md", "tokenizer_config.json")
+# Of the tokenizer's files one must be there.
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 # Files at the top of a repository that loaders may use instead of, or along with, the pushed ones.
 REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
 REPLACED_PATTERNS += ("generation_config.json", "*processor_config.json")
-IMAGE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>]+)>|([^)\s]+))|<img\b[^>]*?\bsrc=[\"']?([^\"'\s>]+)", re.IGNORECASE)
+# No part of it looks beyond the next bracket, which would take quadratic time.
+IMAGE = re.compile(
+    r"!\[(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))|<img\b[^<>]*?\bsrc=[\"']?([^\"'\s<>]+)",
+    re.IGNORECASE,
+)
 # Scores, such as metrics.json; other links of a card may lead to files of a checkout.
 RESULT = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^>]+\.json)>|([^)\s]+\.json))[)\s]")
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
@@ -57,15 +78,53 @@ def files_to_push(folder: Path) -> list[str]:
     missing = [name for name in AUTO_CLASSES if not isinstance(auto_map, dict) or name not in auto_map]
     if missing:
         raise ValueError(f"folder: auto_map in config.json lacks {', '.join(missing)}")
+    odd = [
+        name
+        for name in (*TOKENIZER_FILES, "LICENSE")
+        if os.path.lexists(folder / name) and not (folder / name).is_file()
+    ]
+    if odd:
+        raise ValueError(f"folder: expected a file, {odd[0]} is none")
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ValueError(f"folder: expected {' or '.join(VOCABULARIES)}")
     for name in REFERRING_FILES:
-        foreign = list(foreign_references(read_json(folder / name), OWN_MODULES)) if (folder / name).is_file() else []
+        modules = OWN_MODULES if name == "config.json" else ()
+        foreign = list(foreign_references(read_json(folder / name), modules)) if (folder / name).is_file() else []
         if foreign:
             raise ValueError(f"folder: {name} leads to code or files outside of the repository: {', '.join(foreign)}")
+    classes = sys.modules[repository_class("BertConfig").__module__].AUTO_MAP
+    unknown = [f"{name} {value!r}" for name, value in auto_map.items() if classes.get(name) != value]
+    if unknown:
+        raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which is no class of this code")
     optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if (folder / name).is_file()]
     files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_files(folder)}
     for name in files:
         file_inside(folder, name)
+    check_model(folder)
     return sorted(files)
+
+
+def check_model(folder: Path) -> None:
+    """Build the model without memory, compare it with the weights, and load the tokenizer, as a loader would.
+
+    Raises:
+        ValueError: a weight is missing, unknown, of another shape or not finite, or the tokenizer does not fit.
+    """
+    from lib.checkpoint_conversion import build_model, read_checkpoint
+
+    checkpoint = read_checkpoint(str(folder), None)
+    if not checkpoint.config.get("id2label"):
+        checkpoint.config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}  # what loaders assume
+    try:
+        model, _ = build_model(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"folder: {str(error).removeprefix('source: ')}") from error
+    entries = vocabulary_size(load_tokenizer(folder, "folder"))
+    if entries > model.config.vocab_size:
+        raise ValueError(
+            f"folder: its tokenizer has {entries} entries, more than the {model.config.vocab_size} rows of the model's "
+            "vocabulary"
+        )
 
 
 def checked_weights(folder: Path) -> list[str]:
@@ -105,7 +164,7 @@ def card_files(folder: Path) -> set[str]:
     """
     files = set()
     try:
-        card = (folder / "README.md").read_text(encoding="utf-8")
+        card = read_bounded(folder / "README.md", LARGEST_CARD).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"folder: README.md: expected UTF-8, {one_line(error)}") from error
     for match in itertools.chain(IMAGE.finditer(card), RESULT.finditer(card)):

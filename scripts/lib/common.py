@@ -48,6 +48,29 @@ LICENSE_NAME = re.compile(r"\w[\w.+-]*")
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
 
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names_numbers(value) -> bool:
+    numbers = isinstance(value, dict) and all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number in value)
+    return numbers and all(isinstance(name, str) for name in value.values())
+
+
+def _numbers_names(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and _is_whole(v) for k, v in value.items())
+
+
+# Fields of transformers' own configs that are kept: what each must be, and whether it is.
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+LABELS = {
+    "id2label": ("names by number", _names_numbers),
+    "label2id": ("numbers by name", _numbers_names),
+    "problem_type": (f"one of {', '.join(PROBLEMS)}", lambda value: value in PROBLEMS),
+    **{f"{kind}_token_id": ("an integer", _is_whole) for kind in ("bos", "eos", "sep")},
+}
+
+
 def repository_class(name: str):
     """A class of this repository's model code, loaded the way the Hub's clients load it.
 
@@ -69,6 +92,9 @@ def foreign_config(fields: dict):
     Raises:
         ValueError: a value is none that its field can have.
     """
+    for name, (wanted, accept) in LABELS.items():
+        if fields.get(name) is not None and not accept(fields[name]):
+            raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
     try:
         return repository_class("BertConfig")(**fields)
     except Exception as error:  # the value may have any type

@@ -1,4 +1,4 @@
-"""The benchmark command: it measures, it refuses wrong numbers, and the documentation shows what its results say."""
+"""The benchmark command: it measures, refuses wrong numbers, and writes the tables of the documentation."""
 
 import contextlib
 import csv

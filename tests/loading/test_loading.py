@@ -1,4 +1,4 @@
-"""Further ways in which people load the repository, on every supported release of transformers."""
+"""Further ways to load the repository, on every supported release of transformers."""
 
 import copy
 import json

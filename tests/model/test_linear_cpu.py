@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: each way to compute one is as good as torch's, and the fastest is taken where it may be."""
+"""Linear layers on the CPU: every implementation gives the result of F.linear, and the fastest suitable one runs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""No buffer grows with the square of the length: every allocation of the CPU allocator is traced and looked at."""
+"""No buffer grows with the square of the length: all allocations of the CPU allocator are traced."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""PackedBatch: where tokens sit, and that packing and unpacking are inverse."""
+"""PackedBatch: the positions of tokens, and that unpacking inverts packing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows of a padded vocabulary without a token: improbable, in no way special, and ready for tokens that are added."""
+"""Rows of a padded vocabulary without a token: improbable, otherwise ordinary, and ready for added tokens."""
 
 import numerics
 import pytest

@@ -1,4 +1,4 @@
-"""Sources that are damaged or mean harm: one line that names what is wrong, nothing left behind, no question asked."""
+"""Damaged or malicious sources: one line that names the fault, nothing left behind, no prompt."""
 
 import json
 import os
@@ -267,6 +267,30 @@ def test_a_size_that_is_no_size_is_named(source, field, value):
 def test_a_number_that_is_no_number_is_named(source, field, value):
     source.fields("config.json", **{field: value})
     source.fails(f"config.json: {field} must be a ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id2label", ["a", "b"]),
+        ("id2label", "ab"),
+        ("id2label", {"x": "a"}),
+        ("id2label", {"0": 1}),
+        ("label2id", {"a": "0"}),
+        ("label2id", [1]),
+        ("problem_type", "regress"),
+        ("problem_type", ["regression"]),
+        ("sep_token_id", "3"),
+        ("eos_token_id", True),
+    ],
+)
+def test_a_label_field_of_another_type_is_named(sources, tmp_path, field, value):
+    """The push once refused what the conversion had passed."""
+    folder = shutil.copytree(sources / "mosaic", tmp_path / "src")
+    config = {**json.loads((folder / "config.json").read_text()), field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^config.json: {field} must be "):
+        checkpoint_conversion.convert(str(folder), tmp_path / "new")
 
 
 def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):

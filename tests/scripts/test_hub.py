@@ -18,6 +18,7 @@ from hub_server import Commit, File, HubServer, Repository
 from huggingface_hub import HfApi
 from lib import common
 from models import ragged_batch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mosaicbert.bert_layers import BertForMaskedLM
@@ -387,13 +388,14 @@ def test_a_push_loses_to_one_that_came_between(tmp_path, monkeypatch):
 def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
     folder = tmp_path / "model"
     write_complete_repository(folder)
+    (folder / "special_tokens_map.json").write_text("{}", encoding="utf-8")
     program = push_program(folder, "tester/new", "--dry_run")
     with HubServer() as hub:
         output = client(hub, tmp_path / "nobody", program, token=None)
         assert hub.repositories == {}
         client(hub, tmp_path / "home", push_program(folder, "tester/new"))
-        (folder / "vocab.txt").unlink()
-        assert re.search(r"^delete +vocab.txt$", client(hub, tmp_path / "home", program), re.M)
+        (folder / "special_tokens_map.json").unlink()
+        assert re.search(r"^delete +special_tokens_map.json$", client(hub, tmp_path / "home", program), re.M)
         assert len(hub.repositories["tester/new"].commits) == 2
     size = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"^add +{size:,} bytes  model.safetensors$", output, re.M)
@@ -517,6 +519,107 @@ def test_a_tokenizer_config_that_leads_elsewhere_is_not_pushed(folder):
     assert_refused(folder, "vocab_file: '/etc/passwd'")
     path.write_text("[]")
     assert_refused(folder, "expected a JSON object, got '[]'")
+
+
+def test_a_tokenizer_config_that_names_own_code_is_not_pushed(folder):
+    """There is no tokenizer in it."""
+    set_fields(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["bert_layers.Slow", None]})
+    assert_refused(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'bert_layers.Slow'")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"AutoModel": "bert_layers.__builtins__"},
+        {"AutoModel": "bert_layers.BertForMaskedLM"},
+        {"AutoModelForImageClassification": "bert_layers.BertModel"},
+        {"AutoConfig": "bert_layers.BertModel"},
+    ],
+)
+def test_a_class_that_this_code_has_not_is_not_pushed(folder, changes):
+    set_fields(folder / "config.json", auto_map={**AUTO_MAP, **changes})
+    ((name, value),) = changes.items()
+    assert_refused(folder, f"auto_map in config.json names {name} '{value}', which is no class of this code")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "LICENSE"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("gone")], ids=["pipe", "dir", "link"]
+)
+def test_what_is_no_file_is_not_pushed_over(folder, name, make):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert_refused(folder, f"expected a file, {name} is none")
+
+
+NORM = "bert.embeddings.LayerNorm.weight"
+EMBEDDINGS = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: {**weights, NORM: weights[NORM] * float("nan")}, f"{NORM} holds values that are not finite"),
+        (
+            lambda weights: {name: tensor for name, tensor in weights.items() if name not in EMBEDDINGS},
+            "the weights do not fit BertForMaskedLM; missing: bert.embeddings.word_embeddings.weight",
+        ),
+        (lambda weights: {**weights, NORM: weights[NORM][:5]}, f"of another shape: {NORM} [5] for ["),
+        (lambda weights: {**weights, "bert.more": weights[NORM].clone()}, "unknown: bert.more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_pushed(folder, change, message):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 1}, "unknown: bert.encoder.layer.1."),
+        ({"intermediate_size": 7}, "of another shape: bert.encoder.layer.0.mlp.gated_layers.weight"),
+        ({"vocab_size": 9}, "of another shape: bert.embeddings.word_embeddings.weight"),
+        ({"hidden_size": 12 * 10**9}, "of another shape|describes no"),
+        ({"type_vocab_size": "two"}, "type_vocab_size must be int"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_not_pushed(folder, fields, message):
+    set_fields(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=message):
+        push_to_hub.files_to_push(folder)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_not_pushed(folder):
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.writelines(f"word{number}\n" for number in range(500))
+    assert_refused(folder, "rows of the model's vocabulary")
+    (folder / "vocab.txt").unlink()
+    assert_refused(folder, "expected tokenizer.json or vocab.txt or")
+
+
+@pytest.mark.parametrize("part", ["![", "![[", "![a](<", "<img ", "![](", "![a [b", "\\![", "![x] "])
+def test_a_card_is_searched_in_linear_time(part):
+    """A card of 120 kB once took 35 s; at a quadratic cost this one would take hours."""
+    assert len(push_to_hub.IMAGE.findall(part * (2**20 // len(part)))) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [
+        ("![a](x.png) ![](<y z.png>)", ["x.png", "y z.png"]),
+        ("[![a [b] c](x.png)](https://a.b)", ["x.png"]),
+        (r'![a \[ b](x.png) <img alt="a" src="y.png">', ["x.png", "y.png"]),
+        ("![a\nb]( x.png 'title') <IMG SRC=y.png>", ["x.png", "y.png"]),
+        ("![a] (x.png) [b](y.png) `![`", []),
+    ],
+)
+def test_images_of_a_card_are_found(text, links):
+    assert [next(filter(None, match.groups())) for match in push_to_hub.IMAGE.finditer(text)] == links
+
+
+def test_a_card_without_end_is_not_pushed(folder):
+    (folder / "README.md").write_text("a" * (2**20 + 1))
+    assert_refused(folder, "README.md: expected at most 1,048,576 bytes")
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "model.safetensors"])

@@ -1,4 +1,4 @@
-"""A folder is replaced whole or not at all, whenever the process stops."""
+"""A folder is replaced whole or not at all, even if the process is killed."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Every model class with arguments to call it by, for tests that ask the same of all of them."""
+"""Every model class with arguments for a call, for tests that ask the same of all classes."""
 
 import numerics
 import torch
