@@ -1,14 +1,14 @@
 # Every command builds what it needs; on a fresh machine start with `make demo` or `make test`.
 PYTHON ?= python3
 PIP = pip install --disable-pip-version-check --constraint constraints.txt
-RELEASES = 4.54.1 4.57.6 5.0.0 5.3.0 5.17.0 5.23.0 5.24.0
+RELEASES = 4.57.6 5.0.0 5.3.0 5.17.0 5.23.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
 MATRIX_TESTS = tests/card/test_loads.py tests/card/test_parity.py tests/card/test_conversion.py tests/model tests/loading \
 	tests/scripts/test_checkpoint_conversion.py tests/scripts/test_hub.py
 TEXT ?= I [MASK] to the store yesterday.
 OUT ?= runs/gpu-report
 
-.PHONY: demo card test engines matrix releases gpu gpu-report lint clean
+.PHONY: demo card test engines matrix floors releases gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/ready
 
@@ -35,10 +35,20 @@ lint: .venv/lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-matrix: $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported release; run two at a time with -j2
+matrix: floors $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported release; run two at a time with -j2
+
+floors: .venv-floors/ready  ## the same and the Triton kernels, with the lowest version that setup.cfg allows of each package
+	OMP_WAIT_POLICY=passive .venv-floors/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS) tests/triton
 
 matrix-%: .venv-%/ready
 	OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest -k "not compiled and not interpreter" $(MATRIX_TESTS)
+
+# About 5 GB on Linux, where torch 2.6 comes with the libraries of CUDA. The package installer of uv can choose the lowest.
+.venv-floors/ready: setup.cfg | .venv/test
+	.venv/bin/uv venv --quiet --clear --seed --python $(PYTHON) .venv-floors
+	.venv/bin/uv pip install --quiet --python .venv-floors/bin/python --resolution lowest-direct --requirements setup.cfg --extra test
+	.venv/bin/uv pip install --quiet --python .venv-floors/bin/python setuptools
+	touch $@
 
 releases: .venv/test  ## loading, tying and saving on every minor release of transformers; its table is docs/releases.md
 	OMP_NUM_THREADS=1 .venv/bin/python tests/loading/releases.py

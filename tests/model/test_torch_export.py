@@ -5,8 +5,15 @@ import pytest
 import torch
 from heads import BACKENDS, HEADS, SAME, call_of, gradless, head, name_of
 from models import holed_batch, ragged_batch
+from packaging.version import Version
 
 from mosaicbert.bert_layers import BertForMaskedLM, BertForMultipleChoice, BertModel
+
+
+def skip_where_the_length_is_fixed(strict):
+    """Strict export takes no free length on torch 2.6."""
+    if strict and Version(torch.__version__) < Version("2.7"):
+        pytest.skip("strict export fixes the length on torch 2.6")
 
 
 @pytest.mark.parametrize(
@@ -16,6 +23,7 @@ from mosaicbert.bert_layers import BertForMaskedLM, BertForMultipleChoice, BertM
     ids=name_of,
 )
 def test_exported_programs_take_other_batch_sizes_and_lengths(model_class, dims, strict):
+    skip_where_the_length_is_fixed(strict)
     model = gradless(head(model_class, num_hidden_layers=1))
     call = call_of(model_class, labels=False)
     rank = call["input_ids"].dim()
@@ -36,6 +44,7 @@ def test_exported_programs_take_other_batch_sizes_and_lengths(model_class, dims,
 
 @pytest.mark.parametrize("backend, strict", [*((backend, False) for backend in BACKENDS), ("auto", True)])
 def test_exported_programs_answer_holes_and_empty_rows(backend, strict):
+    skip_where_the_length_is_fixed(strict)
     model = gradless(head(BertModel, num_hidden_layers=1, attn_implementation=backend))
     ids, mask = ragged_batch([7, 4])
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
