@@ -16,7 +16,7 @@ import argparse
 import re
 from pathlib import Path
 
-from lib.cli import Parser, old_file, positive_integer, run
+from lib.cli import Parser, command, old_file, positive_integer, run, say_end
 from lib.staging import staged_folder
 
 
@@ -61,6 +61,10 @@ def main() -> None:
             args.data,
         )
     print("\n".join(lines))
+    say_end(
+        f"saved in {args.target}: the model with its code, tokenizer and card",
+        command("push_to_hub.py", args.target, f"YOUR-NAME/{args.target.resolve().name}", "--dry_run"),
+    )
 
 
 if __name__ == "__main__":

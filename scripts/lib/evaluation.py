@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from tqdm import tqdm
 
-from .cli import one_line
+from .cli import one_line, say_end
 from .common import load_model, load_words
 from .records import pieces, read_texts
 from .staging import check_apart
@@ -260,4 +260,7 @@ def evaluate(options) -> list[dict]:
         write_table(rows, options.csv)
     if options.png:
         draw(rows, options.png)
+    written = [path for path in (options.csv, options.png) if path]
+    if written:
+        say_end(f"saved in {' and '.join(written)}: {len(rows)} rows")
     return rows

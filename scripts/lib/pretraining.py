@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from .cards import write_card
+from .cli import command, say_end
 from .common import (
     REPOSITORY,
     TOKENIZER_FILES,
@@ -38,6 +40,7 @@ from .packing import (
     stream_sequences,
     tokenize,
 )
+from .pictures import draw_losses
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
 from .references import without_references
 from .runs import STAGE, Run, check_is_folder, is_finite, open_run
@@ -399,13 +402,33 @@ def save(trainer: PretrainingTrainer, run: Run, options: argparse.Namespace) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         say_float32(stage)
+        if importlib.util.find_spec("matplotlib"):  # which a cluster's environment may lack
+            draw_losses({"": trainer.state.log_history}, stage / "loss.png")
         write_model_card(stage, run.folder.name, options.model, trainer.state)
         run.publish(stage, options.keep_checkpoints)
+        has_picture = (run.folder / "loss.png").is_file()
+        say_end(
+            f"saved in {run.folder}: the model, README.md (its card), log_history.json"
+            + (", loss.png" if has_picture else "; without loss.png, as matplotlib is missing"),
+            command("fill_mask.py", "One word is a [MASK].", "--model", run.folder),
+            command("evaluate_mlm.py", "--model", options.model or ".", run.folder, "--data", "FILE"),
+            command("push_to_hub.py", run.folder, f"YOUR-NAME/{run.folder.name}", "--dry_run"),
+        )
 
 
 def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:
-    """Write the README.md of a pretrained model, with the tokens and the last loss of the run."""
+    """Write the README.md of a pretrained model, with the tokens, the losses and the loss curve of the run."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    evaluated = {name: value for entry in state.log_history for name, value in entry.items()}
+    notes = [
+        f"| {name.split('_')[1]} | {value:.3f} |"
+        for name, value in evaluated.items()
+        if name.startswith("eval_") and name.endswith("_loss")
+    ]
+    if notes:
+        notes = ["Loss on the validation data, in nats a predicted token:\n\n| length | loss |\n| --- | --- |", *notes]
+    if (folder / "loss.png").is_file():
+        notes.append("\n![loss by step](loss.png)")
     write_card(
         folder,
         f"Trained by `scripts/pretrain_mlm.py`: {state.global_step:,} steps, {state.num_input_tokens_seen:,} tokens"
@@ -413,4 +436,5 @@ def write_model_card(folder: Path, title: str, source: Optional[str], state) -> 
         source=source,
         folder=Path(source) if source and Path(source).is_dir() else None,
         title=title,
+        notes="## Training\n\n" + "\n".join(notes) if notes else "",
     )
