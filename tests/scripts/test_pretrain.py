@@ -135,7 +135,9 @@ def test_a_step_of_the_trainer_reads_no_number_from_the_device(corpus, tokenizer
 def test_a_run_ends_in_a_repository_that_loads_by_itself(corpus, tokenizer, tmp_path):
     run(command_line(corpus, tokenizer, tmp_path, validation_data=corpus, save_dtype="bfloat16"))
     assert "8 steps, " in (tmp_path / "README.md").read_text()
-    assert "model.safetensors" in push_to_hub.files_to_push(tmp_path)
+    assert {"model.safetensors", "loss.png"} <= set(push_to_hub.files_to_push(tmp_path))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: fill-mask" in card and re.search(r"^\| 32 \| \d\.\d{3} \|$", card, re.MULTILINE)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     history = json.loads((tmp_path / "log_history.json").read_text())
