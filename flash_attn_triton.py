@@ -253,17 +253,17 @@ def _keys_valid(key_mask, seq_start, rows, length):
 
 
 @triton.jit
-def _add_alibi(s, extra, rows, columns, near, slope, is_left, IS_FAR: tl.constexpr):
-    """Add the bias to the scores of a tile.
+def _add_alibi(s, factor, extra, rows, columns, near, slope, is_left, IS_FAR: tl.constexpr):
+    """Scale the scores of a tile and add the bias, in base 2.
 
     Off the diagonal it splits into a part of the row and a part of the column. Distances are counted from `near`, so
     that both parts have one sign and nothing cancels.
 
     Args:
-        s: float32 [ROWS, STEP], in base 2.
+        s: float32 [ROWS, STEP], q.k.
+        factor: scale of the scores, in base 2.
         extra: float32 [STEP], added to each row.
-        rows: int32 [ROWS], positions of the rows.
-        columns: int32 [STEP], positions of the columns.
+        rows, columns: int32 [ROWS] and [STEP], their positions.
         near: int32, position of the column next to the diagonal.
         slope: of the head, in base 2.
         is_left: whether the columns come before the rows.
@@ -276,9 +276,9 @@ def _add_alibi(s, extra, rows, columns, near, slope, is_left, IS_FAR: tl.constex
     column = (columns - near).to(tl.float32)  # [STEP]
     if IS_FAR:
         side = tl.where(is_left, slope, -slope)
-        return s + (extra + column * side)[None, :], row * -side
+        return s * factor + (extra + column * side)[None, :], row * -side
     else:
-        return s + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
+        return s * factor + extra[None, :] - slope * tl.abs(row[:, None] - column[None, :]), row * 0.0
 
 
 @triton.jit
@@ -393,10 +393,10 @@ def _forward_kernel(
             offs_n = start_n + tl.arange(0, BLOCK_N)
             k = _read(key, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
             extra = tl.where(_keys_valid(key_mask, seq_start, offs_n, length), 0.0, float("-inf"))
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             near = _positions(positions, seq_start, near, length)
             pos_n = _positions(positions, seq_start, offs_n, length)
-            s, row_bias = _add_alibi(s, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
+            s, row_bias = _add_alibi(s, factor, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
             m_new = tl.maximum(m_i, tl.max(s, axis=1) + row_bias)
             p = tl.exp2(s + (row_bias - m_new)[:, None])
             alpha = tl.exp2(m_i - m_new)
@@ -485,10 +485,10 @@ def _query_gradient_kernel(
             k = _read(key, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
             v = _read(value, stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
             extra = tl.where(_keys_valid(key_mask, seq_start, offs_n, length), 0.0, float("-inf"))
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             near = _positions(positions, seq_start, near, length)
             pos_n = _positions(positions, seq_start, offs_n, length)
-            s, row_bias = _add_alibi(s, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
+            s, row_bias = _add_alibi(s, factor, extra, pos_m, pos_n, near, slope, start_n < start_m, is_far)
             p = tl.exp2(s + (row_bias - lse_i)[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if seed is not None:
@@ -564,10 +564,10 @@ def _key_value_gradient_kernel(
             do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
             # Queries beyond the sequence need no mask: they weigh exp2(bias), at most 1, and multiply zeros.
             extra = -tl.load(lse + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor  # [BLOCK_N, BLOCK_M]
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             near = _positions(positions, seq_start, near, length)
             pos_m = _positions(positions, seq_start, offs_m, length)
-            s, row_bias = _add_alibi(s, extra, pos_n, pos_m, near, slope, start_m < start_n, is_far)
+            s, row_bias = _add_alibi(s, factor, extra, pos_n, pos_m, near, slope, start_m < start_n, is_far)
             p = tl.exp2(s + row_bias[:, None])
             if key_mask is not None:
                 p = tl.where(_keys_valid(key_mask, seq_start, offs_n, length)[:, None], p, 0.0)
