@@ -9,7 +9,7 @@ from models import ragged_batch, tiny_model
 from mosaicbert.bert_layers import ATTENTION_BACKENDS, AUTOMATIC
 
 SAME = numerics.SAME[torch.float32]
-# Triton's row and the fused layers: tests/triton/test_triton_torch.py.
+# Triton's row and the fused layers: tests/kernels/test_triton_torch.py.
 NAMES = [AUTOMATIC, *(name for name in ATTENTION_BACKENDS if name != "triton")]
 
 

@@ -3,6 +3,9 @@
 import math
 
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import reference
 import torch
 import triton

@@ -8,6 +8,9 @@ import re
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import torch
 import triton
 from conftest import ROOT
