@@ -38,7 +38,7 @@ lint: .venv/lint
 matrix: floors $(RELEASES:%=matrix-%)  ## what meets transformers, on each supported release; run two at a time with -j2
 
 floors: .venv-floors/ready  ## the same and the Triton kernels, with the lowest version that setup.cfg allows of each package
-	OMP_WAIT_POLICY=passive .venv-floors/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS) tests/triton
+	OMP_WAIT_POLICY=passive .venv-floors/bin/python -m pytest -k "not compiled" $(MATRIX_TESTS) tests/kernels
 
 matrix-%: .venv-%/ready
 	OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest -k "not compiled and not interpreter" $(MATRIX_TESTS)
