@@ -1,6 +1,9 @@
 """Auto classes: each gives our class with its weights, or refuses; none gives stock BERT."""
 
 import json
+import pickle
+import subprocess
+import sys
 
 import numerics
 import pytest
@@ -90,3 +93,17 @@ def test_a_folder_from_a_saved_config_holds_the_code_that_from_config_needs(tmp_
     model = getattr(transformers, loader).from_config(config, **REMOTE)
     assert type(model).__module__.startswith("transformers_modules")
     assert torch.isfinite(outputs(model, **call_of(BertModel))[0]).all()
+
+
+def test_a_pickled_model_arrives_in_a_process_that_knows_where_code_lies(repository, tmp_path):
+    """As docs/tasks.md says of Ray; a process that does not know ends in an error."""
+    model = transformers.AutoModelForMaskedLM.from_pretrained(repository, **REMOTE)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    read = f"import pickle; print(pickle.load(open({str(tmp_path / 'model')!r}, 'rb')).num_parameters())"
+    know = "from transformers.dynamic_module_utils import init_hf_modules; init_hf_modules()\n"
+    lost, found = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        for code in (read, know + read)
+    )
+    assert "No module named 'transformers_modules'" in lost.stderr
+    assert found.stdout.split() == [str(model.num_parameters())], found.stderr

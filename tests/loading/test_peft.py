@@ -86,6 +86,26 @@ def test_lora_for_classification_answers_alike_on_a_freshly_loaded_base(tmp_path
     numerics.assert_same(reloaded(input_ids=ids, attention_mask=mask).logits, expected, 0.0)
 
 
+def test_adapters_mixed_in_one_batch_need_kept_padding_and_are_refused_without_it():
+    ids, _ = ragged_batch([6, 6, 6])
+    for unpad in (False, True):
+        model = tiny_model(BertForSequenceClassification, unpad_inputs=unpad)
+        base = model(ids).logits
+        config = peft.LoraConfig(target_modules=["Wqkv"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        model.add_adapter("other", config)
+        expected = [base[0]]
+        for row, name in ((1, "default"), (2, "other")):
+            model.set_adapter(name)
+            expected.append(model.eval()(input_ids=ids).logits[row])
+        if unpad:
+            with pytest.raises(ValueError, match="adapter_names"):
+                model(input_ids=ids, adapter_names=["__base__", "default", "other"])
+        else:
+            mixed = model(input_ids=ids, adapter_names=["__base__", "default", "other"]).logits
+            numerics.assert_same(mixed, torch.stack(expected), SAME)
+
+
 def test_lora_under_gradient_checkpointing_gives_the_same_gradients():
     ids, mask = ragged_batch([9, 4])
     gradients = []
