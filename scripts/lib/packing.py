@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
     except OSError as error:
         raise ValueError(f"cache_dir: {folder.parent} cannot be written, {one_line(error)}") from error
     unique = {id(part): part for part in parts}
-    sizes, owners = [], []
+    sizes, owners, total, said = [], [], 0, time.monotonic()
     try:
         progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
         with open(stage / "tokens.bin", "wb") as file, progress as bar:
@@ -118,6 +119,10 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
                 sizes.append(len(ids))
                 owners.append(number)
                 bar.update(len(ids))
+                total += len(ids)
+                if bar.disable and time.monotonic() - said > 10:
+                    said = time.monotonic()
+                    print(f"tokenized {total:,} tokens of {len(sizes):,} documents", flush=True)
         if max(sizes, default=0) < SHORTEST:
             raise ValueError(TOO_SHORT)
         ends = np.cumsum(sizes)

@@ -204,6 +204,14 @@ def test_tokenized_documents_that_do_not_fit_are_named(corpus, tokenizer, tmp_pa
         sequences_of(tmp_path / "tokens", tokenizer)
 
 
+def test_a_long_tokenization_says_how_far_it_is_where_there_is_no_bar(corpus, tokenizer, tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(packing.time, "monotonic", lambda: next(clock))
+    packing.tokenize([[" ".join(WORDS)] * 6], tokenizer, tmp_path / "tokens")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"tokenized {40 * n:,} tokens of {n} documents" for n in (2, 4, 6)]
+
+
 BOUNDS = {
     "empty": b"",
     "text": b"[[0, 10]]",
