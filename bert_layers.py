@@ -445,11 +445,6 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
     packed: Optional[PackedBatch] = None
 
-    @property
-    def extras(self) -> dict:
-        """What every head passes on."""
-        return {"hidden_states": self.hidden_states, "attentions": self.attentions}
-
 
 class BertModel(BertPreTrainedModel):
     """The encoder, with a pooler on the first token.
@@ -641,7 +636,11 @@ class BertForMaskedLM(BertHead):
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden, packed = encoded.last_hidden_state, encoded.packed
         if labels is None:
-            return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
+            return MaskedLMOutput(
+                logits=packed.unpack(self.cls(hidden)),
+                hidden_states=encoded.hidden_states,
+                attentions=encoded.attentions,
+            )
         labels = packed_labels(packed, labels)
         if packed.keeps_padding:  # the number of labels is data
             logits = self.cls(hidden)
@@ -654,7 +653,9 @@ class BertForMaskedLM(BertHead):
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
                 logits = packed.unpack(everywhere.index_copy(0, labelled, logits))
-        return MaskedLMOutput(loss=loss, logits=logits, **encoded.extras)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
 
 
 class BertForSequenceClassification(BertHead):
@@ -711,7 +712,9 @@ class BertForSequenceClassification(BertHead):
             problem_type = self.config.problem_type or guess_problem_type(logits.shape[-1], labels)
             loss = sequence_loss(logits, labels, problem_type, num_items_in_batch)
             self.config.problem_type = problem_type  # saved with the model: pipelines read it
-        return SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
 
 
 def classifier_dropout(config) -> float:
@@ -760,7 +763,12 @@ class BertForTokenClassification(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, packed_labels(encoded.packed, labels), num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, logits=encoded.packed.unpack(logits), **encoded.extras)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=encoded.packed.unpack(logits),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
 
 
 # Score of padding as start or end of an answer: no answer, but a number that can be averaged, scaled and squared in any
@@ -819,7 +827,11 @@ class BertForQuestionAnswering(BertHead):
             positions = (start_positions, end_positions)
             loss = answer_loss(start_logits, end_logits, *positions, attention_mask, num_items_in_batch)
         return QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits, **encoded.extras
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -877,7 +889,9 @@ class BertForMultipleChoice(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
 
 
 class UnavailableHead(BertPreTrainedModel):

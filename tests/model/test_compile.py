@@ -5,7 +5,6 @@ import pytest
 import torch
 from heads import HEADS, SAME, assert_equal_outputs, call_of, head, name_of, outputs
 from models import holed_batch, packed_call, ragged_batch, random_labels, tiny_model
-from packaging.version import Version
 
 from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
@@ -78,9 +77,6 @@ def test_a_problem_type_guessed_under_compile_is_kept():
     assert model.config.problem_type == "regression"
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 breaks the graph at the head's output"
-)
 @pytest.mark.parametrize("boundaries", [False, True], ids=["position_ids", "cu_seq_lens_q"])
 @pytest.mark.parametrize("backend, dynamic", COMPILED)
 def test_packed_rows_under_compile_stay_apart(backend, boundaries, dynamic):
