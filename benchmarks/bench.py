@@ -44,7 +44,7 @@ from contenders import (
     layers,
     reason_against,
 )
-from engines import ENGINES, Serving
+from engines import ENGINES, Serving, SortedTexts
 from host import HostCall, stubbed_launches
 from torch.profiler import ProfilerActivity, profile
 
@@ -57,6 +57,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LABELS = {
     "published": "published formula",
     "BERT": "BERT-base, SDPA",
+    "BERT, cut at 512": "BERT of the same size, SDPA, cut at 512",
     "ModernBERT": "ModernBERT-base, SDPA",
     "one SDPA call": "one SDPA call over all keys, no bias",
     "eager": "our eager path",
@@ -64,7 +65,14 @@ LABELS = {
     "ours": "MosaicBERT, this code",
 }
 
-WORKLOADS = {"attention": Attention, "model": Encoder, "train": Training, "pretrain": Pretraining, "serve": Serving}
+WORKLOADS = {
+    "attention": Attention,
+    "model": Encoder,
+    "train": Training,
+    "pretrain": Pretraining,
+    "serve": Serving,
+    "sorted": SortedTexts,
+}
 
 # A sample repeats its call for about this many seconds, so that the resolution of the clock does not matter.
 SAMPLE_SECONDS = 0.01

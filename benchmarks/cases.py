@@ -19,8 +19,8 @@ class Case:
         command: `attention` (q, k, v of 12 heads of 64 channels, scores up to 5), `model` (encoder, forward), `train`
             (MLM step, forward and backward, of a padded batch), `pretrain` (the step of scripts/pretrain_mlm.py:
             sequences without padding, float32 weights under bfloat16 autocast, hidden dropout, AdamW), `startup`
-            (from `python` to an answer), `serve` (as `model`, in other engines too) or `host` (the Python of one
-            attention call).
+            (from `python` to an answer), `serve` (as `model`, in other engines too), `sorted`
+            (sentence-transformers) or `host` (the Python of one attention call).
         what: the workload, as the tables describe it.
         lengths: tokens of each sequence.
         against: contender to the smallest ratio that reaches the goal (its time divided by ours), or None without a
@@ -160,6 +160,20 @@ CPU_CASES = (
         for count, length in ((8, 128), (1, 4096))
     ),
     Case("compile", "model", "encoder, 8 texts of 128 tokens, eager against compiled", EIGHT, {"ours, compiled": None}),
+)
+
+# A library that sorts texts by length leaves little padding to save. The time is that of all texts, whole or cut.
+SORTED_CASES = tuple(
+    Case(
+        f"sorted-{name}",
+        "sorted",
+        f"sentence-transformers, 64 texts of the lengths of validation documents, {cut}",
+        validation_law(8192, 64),
+        {"BERT, cut at 512": None},
+        ours=f"ours, {cut}",
+        sizes="shipped",
+    )
+    for name, cut in (("whole", "whole"), ("512", "cut at 512"))
 )
 
 # What people serve, in the order of the table in docs/serving.md.
@@ -358,4 +372,4 @@ GPU_CASES = (
     ),
 )
 
-CASES = CPU_CASES + SERVING_CASES + LENGTH_CASES + GPU_CASES
+CASES = CPU_CASES + SORTED_CASES + SERVING_CASES + LENGTH_CASES + GPU_CASES

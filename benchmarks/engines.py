@@ -1,14 +1,17 @@
-"""Contenders that serve an exported encoder: ONNX Runtime and OpenVINO, ours and BERT's."""
+"""Contenders that serve an encoder: ONNX Runtime and OpenVINO with exports, and sentence-transformers."""
 
 import functools
 import os
+import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import torch
-from contenders import Encoder, Sizes, build, check, numerics
-from loading import load_file
+from contenders import BASE, Encoder, Sizes, build, check, numerics
+from loading import ROOT, load_file
+from transformers import AutoTokenizer
 
 onnx_export = load_file("scripts/lib/onnx_export.py")
 FOLDER = tempfile.TemporaryDirectory(prefix="mosaicbert-engines-")
@@ -78,3 +81,37 @@ class Serving(Encoder):
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         compiled, inputs = openvino.Core().compile_model(path, "CPU", settings), self.inputs
         return lambda: compiled(inputs)[0]
+
+
+class SortedTexts(Encoder):
+    """Contenders for `SentenceTransformer.encode`, which sorts texts by length; arguments as for `Encoder`.
+
+    A contender is a model, a comma, and where its texts are cut: `whole`, or `cut at` a number of tokens.
+    """
+
+    def __init__(self, case, sizes: Sizes):
+        super().__init__(case, replace(sizes, vocab_size=BASE.vocab_size))
+        self.tokenizer = AutoTokenizer.from_pretrained(ROOT)
+        words = sorted(word for word in self.tokenizer.get_vocab() if word.isascii() and word.isalpha())
+        draw = random.Random(0)
+        self.texts = [" ".join(draw.choices(words, k=max(1, length - 2))) for length in case.lengths]  # [CLS], [SEP]
+
+    def contender(self, name: str):
+        from sentence_transformers import SentenceTransformer
+
+        kind, cut = name.split(", ")
+        encoder = build(kind, self.sizes, self.dtype, "cpu").eval().base_model
+        with tempfile.TemporaryDirectory() as folder:
+            encoder.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            settings = {"add_pooling_layer": False}
+            model = SentenceTransformer(folder, device="cpu", trust_remote_code=True, model_kwargs=settings)
+        model.max_seq_length = max(self.case.lengths) if cut == "whole" else int(cut.split()[-1])
+        rows = self.tokenizer(self.texts, truncation=True, max_length=model.max_seq_length)["input_ids"]
+        with torch.no_grad():
+            expected = torch.stack([encoder(torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in rows])
+        check(model.encode(self.texts, convert_to_tensor=True), expected, None, None, name)
+        return lambda: model.encode(self.texts), self.tokens
+
+    def gate(self):
+        """Nothing more: each contender compares its embeddings with plain means over its encoder's hidden states."""
