@@ -580,7 +580,7 @@ def test_weights_that_do_not_fit_are_not_pushed(folder, change, message):
         ({"intermediate_size": 7}, "of another shape: bert.encoder.layer.0.mlp.gated_layers.weight"),
         ({"vocab_size": 9}, "of another shape: bert.embeddings.word_embeddings.weight"),
         ({"hidden_size": 12 * 10**9}, "of another shape|describes no"),
-        ({"type_vocab_size": "two"}, "type_vocab_size must be int"),
+        ({"type_vocab_size": "two"}, "type_vocab_size must be a positive integer"),
     ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_not_pushed(folder, fields, message):
