@@ -13,7 +13,7 @@ if __package__:
     )
     from .configuration_bert import BertConfig
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = [
     "BertConfig",
     "BertForMaskedLM",

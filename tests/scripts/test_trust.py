@@ -1,6 +1,7 @@
 """No script runs Python code that a model brings, unless --trust_remote_code is given."""
 
 import json
+import re
 
 import evaluate_mlm
 import fill_mask
@@ -94,9 +95,13 @@ def test_a_mosaicbert_needs_no_code_of_its_own(tmp_path, run, command, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command):
+def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command, capsys):
     stock_bert(tmp_path / "model")
     run(command, tmp_path / "model")
+    assert re.search(r"\d\.\d", capsys.readouterr().out)  # probabilities, or scores
+    if command == "finetune_classification":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["architectures"] == ["BertForSequenceClassification"] and "auto_map" not in config
 
 
 def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script):
