@@ -116,9 +116,10 @@ def empty_model(name: str, config):
     """
     import torch
 
+    model_class = repository_class(name)  # before, as transformers 4 cannot be imported on the meta device
     try:
         with torch.device("meta"):
-            return repository_class(name)(config).eval()
+            return model_class(config).eval()
     except Exception as error:  # the config's values may have any type
         raise ValueError(f"config.json describes no {name}, {one_line(error)}") from error
 
