@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -59,19 +60,25 @@ def run_script(monkeypatch):
 
 @pytest.fixture(scope="session")
 def export_demo(tmp_path_factory):
-    """Exports the shipped checkpoint: a function from `onnx` or `gguf` to the folder, made once a process."""
-    import export as script
-    from lib import exporting
+    """Exports the shipped checkpoint: a function from `onnx` or `gguf` to the folder, made once.
 
+    The export has a process of its own, as on the command line: in one that had run much of the suite it crashed.
+    """
     folders = {}
 
     def export_demo(kind):
         if kind not in folders:
             folder = tmp_path_factory.mktemp("export") / "demo"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporting, "CHECKED_BATCHES", ((1,), (9, 1, 40)))
-                patch.setattr("sys.argv", ["export.py", str(ROOT), str(folder), "--format", kind])
-                cli.run(script.main)
+            program = (
+                "import sys, export\n"
+                "from lib import cli, exporting\n"
+                "exporting.CHECKED_BATCHES = ((1,), (9, 1, 40))\n"
+                f"sys.argv = {['export.py', str(ROOT), str(folder), '--format', kind]!r}\n"
+                "cli.run(export.main)\n"
+            )
+            environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+            run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
             folders[kind] = folder
         return folders[kind]
 

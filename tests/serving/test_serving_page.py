@@ -1,5 +1,6 @@
 """docs/serving.md: its code prints what it shows, and all of it is Python."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ SHOWN = re.findall(r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", P
 
 @pytest.mark.parametrize("number", range(len(SHOWN)))
 def test_a_block_prints_what_it_shows(export_demo, tmp_path, number):
-    pytest.importorskip("openvino")
+    if not importlib.util.find_spec("openvino"):
+        pytest.skip("needs openvino")
     block, shown = SHOWN[number]
     (tmp_path / "my-onnx").symlink_to(export_demo("onnx"))
     run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
