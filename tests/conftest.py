@@ -60,10 +60,7 @@ def run_script(monkeypatch):
 
 @pytest.fixture(scope="session")
 def export_demo(tmp_path_factory):
-    """Exports the shipped checkpoint: a function from `onnx` or `gguf` to the folder, made once.
-
-    The export has a process of its own, as on the command line: in one that had run much of the suite it crashed.
-    """
+    """Exports the shipped checkpoint: a function from `onnx` or `gguf` to the folder, made once a process."""
     folders = {}
 
     def export_demo(kind):
