@@ -123,14 +123,7 @@ CPU_CASES = (
     Case("C6", "attention", "attention, 16,384 tokens", (16_384,), {"one SDPA call": None}),
     Case("C7-short", "model", "encoder, 64 texts of 5 to 32 tokens", SHORT, {"BERT": 2.5, "published": None}),
     Case("C7-full", "model", "encoder, 8 texts of 128 tokens", EIGHT, {"BERT": 1.4, "published": None}),
-    Case(
-        "C8",
-        "train",
-        "MLM step, 8 texts of 48 to 512 tokens",
-        RAGGED,
-        {"published": 2.0, "BERT": None},
-        mode="step",
-    ),
+    Case("C8", "train", "MLM step, 8 texts of 48 to 512 tokens", RAGGED, {"published": 2.0, "BERT": None}, mode="step"),
     Case("C9", "startup", "`python` to the answer of fill-mask, shipped checkpoint", (9,), {"BERT": 1 / 1.1}),
     Case(
         "law-512",
@@ -260,13 +253,7 @@ GPU_CASES = (
         **GPU,
     ),
     Case(
-        "G6-8192",
-        "attention",
-        "attention step, 8,192 tokens",
-        (8192,),
-        {"ours, skipping off": 3.0},
-        mode="step",
-        **GPU,
+        "G6-8192", "attention", "attention step, 8,192 tokens", (8192,), {"ours, skipping off": 3.0}, mode="step", **GPU
     ),
     Case("G7", "model", "encoder, 64 texts, lengths N(256, 64)", normal_law(512, 64), {"ours, full rows": 0.97}, **GPU),
     Case("G8", "model", "encoder, 64 × 512 tokens", (512,) * 64, {"its matrix products": 1 / 1.5}, **GPU),

@@ -34,13 +34,7 @@ GATED_SEQUENCES = 64
 # Measured where the package flash-attn-4 is installed.
 FLASH_ATTENTION_4 = "FlashAttention 4, no bias"
 
-GPU_ONLY = {
-    "ours, skipping off",
-    "ours, CUDA graph",
-    "ours, reduce-overhead",
-    "SDPA cuDNN, no bias",
-    FLASH_ATTENTION_4,
-}
+GPU_ONLY = {"ours, skipping off", "ours, CUDA graph", "ours, reduce-overhead", "SDPA cuDNN, no bias", FLASH_ATTENTION_4}
 
 # A contender of this name and a path is our model by the code of another checkout.
 CHECKOUT = "checkout "

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +40,22 @@ def text(tmp_path):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of the words of `corpus`, which is also in the folder of its name."""
+    from corpora import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A file of 60 documents."""
+    from corpora import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
 @pytest.fixture(params=["eager", "sdpa", "auto"])
 def backend(request):
     """The attention implementations that every device serves."""
@@ -73,9 +88,9 @@ def export_demo(tmp_path_factory):
                 f"sys.argv = {['export.py', str(ROOT), str(folder), '--format', kind]!r}\n"
                 "cli.run(export.main)\n"
             )
-            environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-            run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
+            from processes import run_python
+
+            run_python(program)
             folders[kind] = folder
         return folders[kind]
 

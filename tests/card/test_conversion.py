@@ -11,14 +11,7 @@ from folders import write_tokenizer
 from lib.checkpoint_conversion import convert
 from lib.common import CODE_FILES
 from models import ragged_batch, tiny_model
-from repositories import (
-    AUTO_MAP,
-    REMOTE,
-    assert_loads,
-    composer_file,
-    small_config,
-    write_repository,
-)
+from repositories import AUTO_MAP, REMOTE, assert_loads, composer_file, small_config, write_repository
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -2,15 +2,13 @@
 the attention table; and what it saves loads again."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import numerics
 import pytest
 from conftest import ROOT
 from lib.common import CODE_FILES
 from models import tiny_model
+from processes import run_python
 from repositories import (
     AUTO_MAP,
     IDS,
@@ -146,6 +144,4 @@ def test_torch_and_transformers_are_enough(repository):
         except ValueError as error:
             print(error)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert "'triton' cannot serve this call: it supports devices cuda, got cpu" in run.stdout
+    assert "'triton' cannot serve this call: it supports devices cuda, got cpu" in run_python(script)

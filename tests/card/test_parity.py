@@ -97,11 +97,7 @@ def test_sequence_classifier(row, dtype, record_property):
     model, expected = load(BertForSequenceClassification, case, row, dtype)
     mask = expected["attention_mask"]
     tolerance, of_loss = numerics.PUBLISHED[dtype], numerics.PUBLISHED[torch.float32]
-    kinds = {
-        "multi": "multi_label_classification",
-        "regression": "regression",
-        "single": "single_label_classification",
-    }
+    kinds = {"multi": "multi_label_classification", "regression": "regression", "single": "single_label_classification"}
     for kind, problem in kinds.items():
         model.config.problem_type = problem
         output = model(expected["input_ids"], mask, labels=expected[f"labels.{kind}"], output_hidden_states=True)

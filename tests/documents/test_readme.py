@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 from huggingface_hub import metadata_load
+from processes import run_python
 
 from mosaicbert.bert_layers import ATTENTION_BACKENDS
 
@@ -38,13 +38,11 @@ def test_every_python_block_shows_its_output():
 @pytest.mark.parametrize("number", range(len(BLOCKS)), ids=lambda number: f"{BLOCKS[number][0]}-{number}")
 def test_a_block_prints_what_it_shows_in_a_fresh_process(number, tmp_path):
     _, block, shown = BLOCKS[number]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", block.replace('"runs/', f'"{tmp_path}/')]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-    assert run.returncode == 0, run.stderr
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    printed = run_python(block.replace('"runs/', f'"{tmp_path}/'), cwd=ROOT, environment=environment)
     if "Trainer(" in block:  # which prints its speed first
-        run.stdout = "".join(run.stdout.splitlines(keepends=True)[-shown.count("\n") :])
-    assert run.stdout == shown
+        printed = "".join(printed.splitlines(keepends=True)[-shown.count("\n") :])
+    assert printed == shown
 
 
 def test_the_templates_of_the_readme_are_filled_as_measured():

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import numerics
 import pytest
@@ -14,6 +12,7 @@ from folders import write_complete_repository
 from heads import call_of, outputs
 from lib.common import CODE_FILES
 from models import VOCAB, tiny_config, tiny_model
+from processes import run_python
 
 from mosaicbert.bert_layers import BertModel
 
@@ -101,9 +100,5 @@ def test_a_pickled_model_arrives_in_a_process_that_knows_where_code_lies(reposit
     (tmp_path / "model").write_bytes(pickle.dumps(model))
     read = f"import pickle; print(pickle.load(open({str(tmp_path / 'model')!r}, 'rb')).num_parameters())"
     know = "from transformers.dynamic_module_utils import init_hf_modules; init_hf_modules()\n"
-    lost, found = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-        for code in (read, know + read)
-    )
-    assert "No module named 'transformers_modules'" in lost.stderr
-    assert found.stdout.split() == [str(model.num_parameters())], found.stderr
+    assert "No module named 'transformers_modules'" in run_python(read, fails=True)
+    assert run_python(know + read).split() == [str(model.num_parameters())]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from processes import run_python
 from repositories import write_repository
 
 import mosaicbert
@@ -31,10 +32,7 @@ def test_pip_installs_classes_that_run_no_code_of_a_repository(tmp_path):
     repository = write_repository(tmp_path / "model")
     for path in repository.glob("*.py"):
         path.write_text("raise RuntimeError('code of the repository ran')")
-    command = [sys.executable, "-c", SCRIPT, target, repository]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert run.returncode == 0, run.stderr
-    file, version, names, module = json.loads(run.stdout)
+    file, version, names, module = json.loads(run_python(SCRIPT, target, repository, cwd=tmp_path))
     assert file == str(target / "mosaicbert" / "__init__.py")
     assert (version, names, module) == (mosaicbert.__version__, mosaicbert.__all__, "mosaicbert.bert_layers")
     assert (target / f"mosaicbert-{version}.dist-info").is_dir()

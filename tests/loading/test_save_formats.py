@@ -44,15 +44,6 @@ def test_shards_over_max_shard_size_load(tmp_path, expected):
     numerics.assert_same(logits_of(tmp_path), expected, 0.0)
 
 
-@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
-def test_both_formats_of_published_weights_load_and_save_again(tmp_path, expected, weights):
-    write_repository(tmp_path / "old", weights=weights)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "old", trust_remote_code=True)
-    model.save_pretrained(tmp_path / "new")
-    assert set(common.CODE_FILES) <= {path.name for path in (tmp_path / "new").iterdir()}
-    numerics.assert_same(logits_of(tmp_path / "new"), expected, 0.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_saved_dtype_comes_back(tmp_path, dtype):
     tiny_model().to(dtype).save_pretrained(tmp_path)

@@ -9,20 +9,15 @@ import push_to_hub
 import pytest
 import repositories
 import torch
-from folders import stock_bert, write_complete_repository, write_tokenizer
+from folders import stock_bert, write_complete_repository
 from lib import checkpoint_conversion, common
 from lib.references import foreign_references
 from models import ragged_batch, tiny_config, tiny_model
 from repositories import composer_file, published_config, published_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from mosaicbert.bert_layers import (
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 SAME = numerics.SAME[torch.float32]
 CODE = set(common.CODE_FILES)
@@ -100,17 +95,6 @@ def test_weights_keep_their_dtype_and_load_in_float32(tmp_path, dtype):
     assert model.dtype == torch.float32
     original = torch.load(source / "pytorch_model.bin")
     assert all(torch.equal(tensor, original[name]) for name, tensor in stored.items())
-
-
-def test_loaders_of_a_converted_repository_read_more_than_the_published_512_tokens(tmp_path):
-    source, target = tmp_path / "old", tmp_path / "new"
-    published_folder(source, published_config(max_position_embeddings=512))
-    write_tokenizer(source, [f"w{n}" for n in range(96)])
-    checkpoint_conversion.convert(str(source), target)
-    assert AutoConfig.from_pretrained(target, trust_remote_code=True).max_position_embeddings >= 8192
-    assert AutoTokenizer.from_pretrained(target).model_max_length > 8192
-    # A published config stays as it is.
-    assert BertModel.config_class.from_pretrained(source).max_position_embeddings == 512
 
 
 def test_a_sharded_source_and_a_sharded_target(tmp_path):

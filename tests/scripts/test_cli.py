@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub.errors import HfHubHTTPError
 from lib import cli
+from processes import run_python
 from safetensors import SafetensorError
 
 
@@ -168,11 +169,8 @@ try:
 finally:
     print("heavy:", sorted({{"torch", "transformers", "datasets", "numpy"}} & set(sys.modules)))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
-    )
-    assert "--traceback" in result.stdout
-    assert result.stdout.endswith("heavy: []\n")
+    shown = run_python(program, cwd=ROOT / "scripts")
+    assert "--traceback" in shown and shown.endswith("heavy: []\n")
 
 
 @pytest.mark.parametrize("kind", [cli.positive_integer, cli.whole_number, cli.seed])

@@ -10,22 +10,20 @@ import numpy as np
 import push_to_hub
 import pytest
 import yaml
-from corpora import WORDS
-from folders import SPECIAL
+from corpora import WORDS, make_tokenizer
+from folders import set_fields
 from lib import examples, finetuning, runs, scores, training
 from models import tiny_model
 from repositories import write_repository
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A tiny repository with a tokenizer, to start from."""
     folder = write_repository(tmp_path_factory.mktemp("start") / "model", tiny_model(vocab_size=64))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
-    (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    set_fields(folder / "config.json", vocab_size=64)
+    make_tokenizer(folder)
     return folder
 
 
@@ -45,6 +43,12 @@ def write_examples(path, label_of, count):
     else:
         path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Sixteen examples of two classes."""
+    return write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
 
 
 def run(start, folder, **flags):
@@ -142,8 +146,7 @@ def test_seeds_differ_and_are_averaged_and_the_best_is_saved(start, tmp_path):
     assert results["classes"] == ["0", "1"]
 
 
-def test_training_stops_when_nothing_gets_better(start, tmp_path):
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+def test_training_stops_when_nothing_gets_better(start, train, tmp_path):
     flags = {"num_train_epochs": 30, "learning_rate": 1e-30, "patience": 2, "keep_checkpoints": True}
     run(start, tmp_path, train_data=train, validation_data=train, **flags)
     (state,) = (tmp_path / "out/seed-0").glob("checkpoint-*/trainer_state.json")
@@ -161,18 +164,8 @@ def test_training_stops_when_nothing_gets_better(start, tmp_path):
         ("a.jsonl", ['{"text": null, "label": "y"}'], {}, "line 1: expected a string in 'text', got null"),
         ("a.jsonl", ['{"text": "ba", "label": {"a": 1}}'], {}, "a list of these in 'label', got {'a': 1}"),
         ("a.jsonl", ['{"text": "ba", "label": [["a"]]}'], {}, r"a list of these in 'label', got \[\['a'\]\]"),
-        (
-            "a.jsonl",
-            ['{"text": "ba", "label": 1e999}'],
-            {},
-            "line 1: expected a finite number in 'label', got inf",
-        ),
-        (
-            "a.csv",
-            ["text,label", "ba,1.5", "be,nan"],
-            {},
-            "line 3: expected a finite number in 'label', got nan",
-        ),
+        ("a.jsonl", ['{"text": "ba", "label": 1e999}'], {}, "line 1: expected a finite number in 'label', got inf"),
+        ("a.csv", ["text,label", "ba,1.5", "be,nan"], {}, "line 3: expected a finite number in 'label', got nan"),
         ("a.csv", ["text,label", "ba,x", "be,"], {}, "a.csv, line 3: 'label' is empty"),
         ("a.jsonl", ['{"text": "ba", "label": 1}'], {"label_separator": "+"}, "label_separator needs a string in"),
         ("a.jsonl", ['{"text": "ba", "label": "x"}'] * 20, {}, "every training example has the label 'x'"),
@@ -275,9 +268,8 @@ def test_one_tenth_is_held_out_where_no_validation_data_is_given():
     assert all(text == (str(label),) for text, label in zip(train.texts, train.labels))
 
 
-def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, tmp_path, capsys):
+def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, train, tmp_path, capsys):
     assert finetuning.default_rates(21_000_000) == (3e-4, 4.0) and finetuning.default_rates(137_000_000) == (5e-5, 3.0)
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     flags = ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
     finetuning.finetune(*finetune_classification.parse(flags))
     shown = capsys.readouterr().out
@@ -285,24 +277,17 @@ def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, tmp_pat
     assert "weights, learning rate 0.0003, at most 4 epochs" in shown
 
 
-def test_results_of_another_run_are_kept_unless_overwrite_is_given(start, tmp_path):
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+def test_results_of_another_run_are_kept_until_new_ones_replace_them(start, train, tmp_path, monkeypatch):
     run(start, tmp_path, train_data=train, num_train_epochs=1)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"README.md", "metrics.json", "confusion.png", "model.safetensors", "bert_layers.py"} <= names
-    assert not [name for name in names if name.startswith(("seed-", "."))]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "metrics.json", "confusion.png", "model.safetensors", "bert_layers.py"} <= before.keys()
+    assert not [name for name in before if name.startswith(("seed-", "."))]
     assert "model.safetensors" in push_to_hub.files_to_push(tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+    assert json.loads(before["config.json"])["dtype"] == "float32"
     with pytest.raises(ValueError, match="holds model.safetensors of an earlier run; replace it with --overwrite"):
         run(start, tmp_path, train_data=train)
     with pytest.raises(SystemExit):
         run(start, tmp_path, train_data=train, resume_from_checkpoint="last")
-
-
-def test_a_second_run_that_is_stopped_leaves_the_results_of_the_first(start, tmp_path, monkeypatch):
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
-    run(start, tmp_path, train_data=train, num_train_epochs=1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -311,7 +296,6 @@ def test_a_second_run_that_is_stopped_leaves_the_results_of_the_first(start, tmp
         patch.setattr(finetuning, "draw_confusion", stop)
         run(start, tmp_path, train_data=train, num_train_epochs=1, overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.csv"}
     (tmp_path / "out" / "notes.txt").write_text("mine")
     run(start, tmp_path, train_data=train, num_train_epochs=1, overwrite=True, seeds=1)
     assert list(json.loads((tmp_path / "out/metrics.json").read_text())["seeds"]) == ["1"]
@@ -319,17 +303,7 @@ def test_a_second_run_that_is_stopped_leaves_the_results_of_the_first(start, tmp
     assert {path.name for path in tmp_path.iterdir()} == {"out", "train.csv"}
 
 
-def test_a_model_is_not_trained_into_its_own_folder(start, tmp_path):
-    """The weights were once deleted before they were loaded."""
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
-    before = sorted((path.name, path.read_bytes()) for path in start.iterdir())
-    with pytest.raises(ValueError, match="^output_dir: .* is .*, which model reads; name a folder apart"):
-        run(start, start.parent, train_data=train, output_dir=start, overwrite=True)
-    assert sorted((path.name, path.read_bytes()) for path in start.iterdir()) == before
-
-
-def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatch, capsys):
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
+def test_a_seed_that_diverges_does_not_stay_the_best(start, train, tmp_path, monkeypatch, capsys):
     step = training.CarefulTrainer.training_step
 
     def poison(self, model, *rest):
@@ -351,17 +325,15 @@ def test_a_seed_that_diverges_does_not_stay_the_best(start, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
-def test_a_missing_package_is_found_before_the_training(start, tmp_path, monkeypatch, package):
+def test_a_missing_package_is_found_before_the_training(start, train, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     with pytest.raises(ModuleNotFoundError, match=package):
         run(start, tmp_path, train_data=train)
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(start, tmp_path, monkeypatch):
+def test_several_processes_are_refused(start, train, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    train = write_examples(tmp_path / "train.csv", lambda half: ["left", "right"][half], 16)
     with pytest.raises(ValueError, match="fine-tuning runs in one process, got 2: start it without torchrun"):
         run(start, tmp_path, train_data=train)
 

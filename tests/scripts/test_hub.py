@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
-import textwrap
 
 import numerics
 import push_to_hub
@@ -13,11 +10,11 @@ import pytest
 import repositories
 import torch
 from conftest import ROOT
-from folders import write_complete_repository, write_tokenizer
+from folders import set_fields, write_complete_repository, write_tokenizer
 from hub_server import Commit, File, HubServer, Repository
-from huggingface_hub import HfApi
 from lib import common
 from models import ragged_batch
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -31,17 +28,7 @@ CODE = set(push_to_hub.CODE_FILES)
 def client(hub, home, program, token="hf_tester", fails=False):
     """Run a Python program as a client with a cache of its own, far from this repository; returns what it prints."""
     home.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **hub.environment(home, token), "PYTHONPATH": str(ROOT / "scripts")}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=home,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (result.returncode != 0) == fails, result.stderr[-3000:]
-    return result.stderr if fails else result.stdout
+    return run_python(program, cwd=home, fails=fails, environment=hub.environment(home, token))
 
 
 @pytest.fixture(scope="module")
@@ -193,72 +180,6 @@ def test_a_tokenizer_of_a_repository_without_owner_is_taken_and_nothing_else_is_
     assert (tmp_path / "new" / "vocab.txt").read_bytes() == files["vocab.txt"]
 
 
-def test_a_private_repository_needs_a_token(pushed, tmp_path):
-    hub, _, _ = pushed
-    client(
-        hub,
-        tmp_path / "owner",
-        """
-        from huggingface_hub import HfApi
-        HfApi().create_repo("tester/secret", private=True)
-        HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="tester/secret")
-        """,
-    )
-    program = 'from huggingface_hub import hf_hub_download; print(hf_hub_download("tester/secret", "config.json"))'
-    assert "RepositoryNotFoundError" in client(hub, tmp_path / "stranger", program, token=None, fails=True)
-    assert "config.json" in client(hub, tmp_path / "owner", program)
-
-
-def test_an_interrupted_download_resumes_where_it_stopped(pushed, tmp_path):
-    hub, _, _ = pushed
-    hub.cuts[:], hub.ranges[:] = [15_000_000], []
-    output = client(
-        hub,
-        tmp_path / "client",
-        """
-        import contextlib, pathlib
-        from huggingface_hub import HfApi, hf_hub_download
-
-        content = bytes(range(256)) * 80_000
-        HfApi().create_repo("tester/large")
-        HfApi().upload_file(path_or_fileobj=content, path_in_repo="x.bin", repo_id="tester/large")
-        with contextlib.suppress(Exception):  # before 1.0 a broken connection ends the call, and the next one resumes
-            hf_hub_download("tester/large", "x.bin")
-        print(pathlib.Path(hf_hub_download("tester/large", "x.bin")).read_bytes() == content)
-        """,
-    )
-    assert output.strip() == "True"
-    assert hub.cuts == []
-    starts = [int(wanted.removeprefix("bytes=").rstrip("-")) for wanted in hub.ranges if wanted]
-    assert len(starts) == 1 and 0 < starts[0] <= 15_000_000, "the client keeps what it had in full chunks"
-
-
-def test_a_corrupted_blob_is_noticed(pushed, tmp_path):
-    """A short one by the download itself; one with other bytes by the client's check of the checksums."""
-    hub, _, _ = pushed
-    repository = hub.repositories["tester/bert"]
-    file = repository.commits[repository.branches["main"]].files["model.safetensors"]
-    good = hub.large[file.sha256]
-    try:
-        hub.large[file.sha256] = good[:-100]
-        program = 'from huggingface_hub import hf_hub_download; hf_hub_download("tester/bert", "model.safetensors")'
-        assert "Consistency check failed" in client(hub, tmp_path / "short", program, fails=True)
-        hub.large[file.sha256] = good[:-100] + bytes(100)
-        output = client(
-            hub,
-            tmp_path / "other",
-            """
-            from huggingface_hub import HfApi, snapshot_download
-            snapshot_download("tester/bert")
-            if hasattr(HfApi, "verify_repo_checksums"):  # since 1.0
-                print([mismatch["path"] for mismatch in HfApi().verify_repo_checksums("tester/bert").mismatches])
-            """,
-        )
-        assert output.strip() == ("['model.safetensors']" if hasattr(HfApi, "verify_repo_checksums") else "")
-    finally:
-        hub.large[file.sha256] = good
-
-
 def push_program(folder, repo_id, *options):
     """A program that pushes a folder as the command line does."""
     return f"""
@@ -393,7 +314,8 @@ def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
     with HubServer() as hub:
         output = client(hub, tmp_path / "nobody", program, token=None)
         assert hub.repositories == {}
-        client(hub, tmp_path / "home", push_program(folder, "tester/new"))
+        client(hub, tmp_path / "home", push_program(folder, "tester/new", "--private"))
+        assert hub.repositories["tester/new"].private
         (folder / "special_tokens_map.json").unlink()
         assert re.search(r"^delete +special_tokens_map.json$", client(hub, tmp_path / "home", program), re.M)
         assert len(hub.repositories["tester/new"].commits) == 2
@@ -420,12 +342,7 @@ def test_only_what_belongs_to_the_model_is_pushed_and_images_of_the_card_show(tm
     """A training folder: checkpoints, tests, optimizer, logs, a key. The card shows images in subfolders."""
     folder = tmp_path / "model"
     write_complete_repository(folder)
-    for name in (
-        "checkpoint-10/model.safetensors",
-        "tests/data/expected.safetensors",
-        "training_args.bin",
-        "secret.key",
-    ):
+    for name in ("checkpoint-10/model.safetensors", "tests/data/x.safetensors", "training_args.bin", "secret.key"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     for name in ("plots/my loss.png", "a b.gif", "map.svg", "other.png"):
@@ -454,11 +371,6 @@ def folder(tmp_path):
     """A complete repository, for a test to damage."""
     write_complete_repository(tmp_path / "model")
     return tmp_path / "model"
-
-
-def set_fields(path, **fields):
-    """Change fields of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def assert_refused(folder, message):
@@ -515,16 +427,12 @@ def test_a_tokenizer_config_that_leads_elsewhere_is_not_pushed(folder):
     path = folder / "tokenizer_config.json"
     set_fields(path, auto_map={"AutoTokenizer": ["a/b--tokens.Slow", None]})
     assert_refused(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'a/b--tokens.Slow'")
+    set_fields(path, auto_map={"AutoTokenizer": ["bert_layers.Slow", None]})  # there is no tokenizer in our own code
+    assert_refused(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'bert_layers.Slow'")
     set_fields(path, auto_map={}, vocab_file="/etc/passwd")
     assert_refused(folder, "vocab_file: '/etc/passwd'")
     path.write_text("[]")
     assert_refused(folder, "expected a JSON object, got '[]'")
-
-
-def test_a_tokenizer_config_that_names_own_code_is_not_pushed(folder):
-    """There is no tokenizer in it."""
-    set_fields(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["bert_layers.Slow", None]})
-    assert_refused(folder, f"tokenizer_config.json {ELSEWHERE}auto_map.AutoTokenizer: 'bert_layers.Slow'")
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from corpora import WORDS, make_tokenizer, write_corpus
+from corpora import WORDS
 from lib import packing
 from models import tiny_model
 from numerics import SAME, assert_same
 from transformers import BertTokenizerFast, DataCollatorWithFlattening
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 def sequences_of(source, tokenizer, lengths=(32,), shares=(1.0,), **settings):

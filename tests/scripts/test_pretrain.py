@@ -19,7 +19,7 @@ import push_to_hub
 import pytest
 import torch
 from conftest import ROOT
-from corpora import WORDS, make_tokenizer, write_corpus
+from corpora import WORDS, write_corpus
 from folders import SPECIAL
 from lib import packing, pretraining, recipe, runs, training
 from models import tiny_model
@@ -29,16 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 SIZES = "hidden_size=24 num_hidden_layers=2 num_attention_heads=3 intermediate_size=20".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 def command_line(corpus, tokenizer, output_dir, **flags):
@@ -269,13 +259,7 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
         ({"max_length": 9}, "max_length must be at least 10, got 9"),
         ({"length_shares": [0.5, 0.5]}, "length_shares must be one positive number for each max_length"),
         ({"tokens_per_row": 20}, "tokens_per_row must be at least the longest sequence, 32, got 20"),
-        (
-            {
-                "config": "here",
-                "model": "there",
-            },
-            "config must not be given with model",
-        ),
+        ({"config": "here", "model": "there"}, "config must not be given with model"),
         ({"streaming": True, "num_train_epochs": 1}, "num_train_epochs needs data of a known size"),
         ({"model": "./there"}, "model: expected a folder or a Hub id .owner/name., got './there'"),
         ({"torch_compile": "fast"}, "torch_compile must be one of .*inductor.*, got 'fast'"),

@@ -8,7 +8,6 @@ import types
 import pretrain_mlm
 import pytest
 import torch
-from corpora import make_tokenizer, write_corpus
 from lib import pretraining, recipe, training
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
@@ -18,18 +17,15 @@ SIZES = "hidden_size=24 num_hidden_layers=1 num_attention_heads=3 intermediate_s
 
 
 def run(data, out, *more):
-    flags = f"--train_data {data / 'corpus.jsonl'} --tokenizer {data} --output_dir {out} --max_length 32 --use_cpu "
+    flags = "--train_data {} --tokenizer {} ".format(*data) + f"--output_dir {out} --max_length 32 --use_cpu "
     flags += "--tokens_per_row 128 --max_steps 3 --logging_steps 1 --save_steps 2 --peak_tflops 1e-3 "
     flags += "--gradient_accumulation_steps 1"
     return pretraining.train(*pretrain_mlm.parse([*flags.split(), *map(str, more), "--config_fields", *SIZES]))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_corpus(folder / "corpus.jsonl")
-    make_tokenizer(folder)
-    return folder
+def data(corpus, tokenizer):
+    return corpus, tokenizer.name_or_path
 
 
 @pytest.fixture(scope="module")

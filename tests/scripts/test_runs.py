@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from lib import runs, staging
+from processes import run_python
 
 # Replaces results again and again, each time in a process of its own that is killed one file operation later.
 REPLACE = """
@@ -55,15 +54,7 @@ def test_results_are_old_or_new_wherever_a_run_that_overwrites_is_killed(tmp_pat
     """And the user's own files are there with both, each with its text, and nothing else is."""
     if exchange and sys.platform != "linux":
         pytest.skip("two folders change places in one step on Linux alone")
-    result = subprocess.run(
-        [sys.executable, "-c", REPLACE, str(tmp_path), str(exchange), str(links)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tests' / 'support'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    states = json.loads(result.stdout.splitlines()[-1])
+    states = json.loads(run_python(REPLACE, tmp_path, exchange, links).splitlines()[-1])
     assert len(states) > 40
     old, new, later = (f"weightsmine config{n} log_history{n} model{n} notesmine" for n in (1, 2, 3))
     at_once = [state for state, _, _ in states]

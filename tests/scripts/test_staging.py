@@ -6,15 +6,14 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import threading
 
 import convert_checkpoint
 import pytest
-from conftest import ROOT
 from folders import write_complete_repository
 from lib import staging
+from processes import run_python
 
 # Replaces a target again and again, each time in a process of its own that is stopped one file operation later.
 REPLACE = """
@@ -59,15 +58,7 @@ def test_a_target_is_old_or_new_wherever_a_run_stops(tmp_path, stop, exchange):
     back; and it clears what the killed one left."""
     if exchange and sys.platform != "linux":
         pytest.skip("two folders change places in one step on Linux alone")
-    result = subprocess.run(
-        [sys.executable, "-c", REPLACE, str(tmp_path), stop, str(exchange)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tests' / 'support'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    states = json.loads(result.stdout)
+    states = json.loads(run_python(REPLACE, tmp_path, stop, exchange))
     assert len(states) > 15
     old, new = "a1 b1", "a2 b2"
     gaps = 0
@@ -333,6 +324,12 @@ COMMANDS = {
     "convert_checkpoint": ("convert_checkpoint", "OUT OUT --overwrite"),
     "convert_bert": ("convert_bert", "OUT OUT --data MODEL/text.jsonl --overwrite"),
     "convert_bert --data": ("convert_bert", "MODEL OUT --data OUT/*.jsonl --overwrite"),
+    "pretrain_mlm": ("pretrain_mlm", "--model OUT --train_data MODEL/text.jsonl --output_dir OUT --overwrite"),
+    "finetune_classification": (
+        "finetune_classification",
+        "--model OUT --train_data MODEL/text.jsonl --output_dir OUT --overwrite",
+    ),
+    "predict": ("predict", "MODEL OUT/text.jsonl OUT/table.csv"),
     "pretrain_mlm --tokenize_only": (
         "pretrain_mlm",
         "--tokenize_only --train_data OUT/text.jsonl --output_dir OUT --overwrite",
@@ -354,7 +351,7 @@ def test_no_script_writes_over_what_it_reads(tmp_path, run_script, script, words
             (tmp_path / name / table).symlink_to("text.jsonl")
     before = {path: path.read_text() for path in tmp_path.rglob("*.*")}
     words = words.replace("MODEL", str(tmp_path / "model")).replace("OUT", str(tmp_path / "out")).split()
-    with pytest.raises(SystemExit, match=r"^\w+.py: (target|output_dir|csv|png): .*(is|holds) .*, which \w+ reads"):
+    with pytest.raises(SystemExit, match=r"^\w+.py: (target|output(_dir)?|csv|png): .*(is|holds) .*, which \w+ reads"):
         run_script(importlib.import_module(script), *words)
     assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == before
 

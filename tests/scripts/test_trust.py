@@ -8,7 +8,7 @@ import fill_mask
 import finetune_classification
 import pretrain_mlm
 import pytest
-from folders import stock_bert, write_complete_repository
+from folders import set_fields, stock_bert, write_complete_repository
 from lib import common
 from transformers import BertForMaskedLM
 
@@ -64,11 +64,8 @@ def refer(folder, auto_map, code="modeling_other.py", **fields):
     """Let a model's config and tokenizer name code, which leaves a mark where it runs; returns the mark's path."""
     mark = folder.parent / "ran"
     (folder / code).write_text(CODE.format(mark=str(mark)))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map, **fields}))
-    words = json.loads((folder / "tokenizer_config.json").read_text())
-    words["auto_map"] = {"AutoTokenizer": ["modeling_other.Slow", None]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    set_fields(folder / "config.json", auto_map=auto_map, **fields)
+    set_fields(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_other.Slow", None]})
     return mark
 
 

@@ -83,9 +83,7 @@ def assert_answers(answer, model, tolerance):
 
 
 @pytest.mark.parametrize(
-    "model_class",
-    [BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering],
-    ids=name_of,
+    "model_class", [BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering], ids=name_of
 )
 def test_onnx_runtime_and_openvino_answer_as_the_source_for_every_task(tmp_path, run_script, model_class):
     labels = {} if model_class is BertForQuestionAnswering else {"num_labels": 3}
@@ -328,10 +326,7 @@ def test_chunked_is_for_onnx(tmp_path, run_script, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"model": {"type": "BPE"}},
-            "its tokenizer is BPE, and a GGUF of this architecture holds an uncased",
-        ),
+        ({"model": {"type": "BPE"}}, "its tokenizer is BPE, and a GGUF of this architecture holds an uncased"),
         ({}, "its tokenizer is unknown"),
     ],
 )

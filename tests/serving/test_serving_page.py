@@ -1,13 +1,11 @@
 """docs/serving.md: its code prints what it shows, and all of it is Python."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from processes import run_python
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", PAGE, flags=re.S | re.M)
@@ -19,9 +17,7 @@ def test_a_block_prints_what_it_shows(export_demo, tmp_path, number):
         pytest.skip("needs openvino")
     block, shown = SHOWN[number]
     (tmp_path / "my-onnx").symlink_to(export_demo("onnx"))
-    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == shown
+    assert run_python(block, cwd=tmp_path) == shown
 
 
 def test_every_other_block_is_python():

@@ -11,6 +11,11 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "the a cat dog bird sat ran flew on under over mat tree house and then it was big small red".split()
 
 
+def set_fields(path, **fields):
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def write_tokenizer(folder, words=WORDS):
     """A BERT tokenizer of `SPECIAL` and `words`; returns how many entries it has."""
     vocabulary = [*SPECIAL, *words]

@@ -124,9 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "NotImplemented", f"{method} {path} is not part of this small Hub")
         except Refused as refusal:
             self.reply_json(
-                {"error": str(refusal)},
-                refusal.status,
-                {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)},
+                {"error": str(refusal)}, refusal.status, {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)}
             )
 
     def read_chunks(self) -> bytes:
@@ -138,18 +136,14 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def reply(
-        self, content: bytes, status: int = 200, headers: Optional[dict] = None, cut: Optional[int] = None
-    ) -> None:
-        """Send an answer; `cut` sends that many bytes of it and closes the connection, as a broken network does."""
+    def reply(self, content: bytes, status: int = 200, headers: Optional[dict] = None) -> None:
+        """Send an answer."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content if cut is None else content[:cut])
-        if cut is not None:
-            self.close_connection = True
+            self.wfile.write(content)
 
     def reply_json(self, content, status: int = 200, headers: Optional[dict] = None) -> None:
         """Send JSON."""
@@ -326,15 +320,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply_range(self, content: bytes, headers: dict) -> None:
         """Send content, or the part of it that a Range header asks for."""
-        hub, wanted = self.server.hub, self.headers.get("Range")
-        hub.ranges.append(wanted)
-        cut = hub.cuts.pop(0) if hub.cuts and len(content) > hub.cuts[0] and self.command == "GET" else None
+        wanted = self.headers.get("Range")
         if wanted is None:
-            return self.reply(content, headers={**headers, "Accept-Ranges": "bytes"}, cut=cut)
+            return self.reply(content, headers={**headers, "Accept-Ranges": "bytes"})
         first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
         start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self.reply(content[start:stop], 206, headers, cut)
+        self.reply(content[start:stop], 206, headers)
 
 
 # Old repositories have no owner.
@@ -367,15 +359,11 @@ class HubServer:
     Attributes:
         repositories: `owner/name` to `Repository`.
         large: sha256 to content of uploaded large files.
-        ranges: the Range header (or None) of every download, in order.
-        cuts: for coming downloads of more bytes than this: how many to send before the connection breaks.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
-        self.ranges: list[Optional[str]] = []
-        self.cuts: list[int] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.server.daemon_threads = True
