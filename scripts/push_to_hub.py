@@ -27,12 +27,12 @@ from lib.common import (
     REFERRING_FILES,
     TOKENIZER_FILES,
     check_layers,
+    count_tokens,
     file_inside,
     load_tokenizer,
     read_bounded,
     read_json,
     repository_class,
-    vocabulary_size,
     weight_files,
 )
 from lib.references import foreign_references
@@ -119,12 +119,7 @@ def check_model(folder: Path) -> None:
         model, _ = build_model(checkpoint)
     except ValueError as error:
         raise ValueError(f"folder: {str(error).removeprefix('source: ')}") from error
-    entries = vocabulary_size(load_tokenizer(folder, "folder"))
-    if entries > model.config.vocab_size:
-        raise ValueError(
-            f"folder: its tokenizer has {entries} entries, more than the {model.config.vocab_size} rows of the model's "
-            "vocabulary"
-        )
+    count_tokens(load_tokenizer(folder, "folder"), model.config.vocab_size, "folder")
 
 
 def checked_weights(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .common import (
     check_layers,
     copy_tokenizer,
+    count_tokens,
     empty_model,
     file_inside,
     foreign_config,
@@ -26,7 +27,6 @@ from .common import (
     rename_weights,
     repository_class,
     say_float32,
-    vocabulary_size,
     write_json,
 )
 from .records import find_files, read_texts
@@ -313,7 +313,7 @@ def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
     }
 
 
-def count_tokens(paths: list[str], tokenizer, length: int, num_tokens: int, vocab_size: int) -> torch.Tensor:
+def token_counts(paths: list[str], tokenizer, length: int, num_tokens: int, vocab_size: int) -> torch.Tensor:
     """Count how often each token occurs in text; arguments as for `read_windows`, and V.
 
     Returns:
@@ -436,12 +436,7 @@ def convert(
     copy_tokenizer(source, target)
     write_json(target / "config.json", {"model_type": "bert"})  # for tokenizers that do not name their class
     tokenizer = load_tokenizer(target)
-    entries = vocabulary_size(tokenizer)
-    if entries > config["vocab_size"]:
-        raise ValueError(
-            f"source: its tokenizer has {entries} entries, more than the {config['vocab_size']} rows of the model's "
-            "vocabulary"
-        )
+    entries = count_tokens(tokenizer, config["vocab_size"], "source")
     vocab_size = -(-config["vocab_size"] // multiple) * multiple
     num_types = len(weights["embeddings.token_type_embeddings.weight"])
     new_config = foreign_config(convert_config(config, len(layers), vocab_size, num_types))
@@ -451,7 +446,7 @@ def convert(
     if "cls.predictions.transform.dense.weight" in weights:
         head = convert_head(weights)
     else:  # token frequencies need more text than the fit
-        counts = count_tokens(texts, tokenizer, length, 40 * tokens, config["vocab_size"])
+        counts = token_counts(texts, tokenizer, length, 40 * tokens, config["vocab_size"])
         head = new_head(weights["embeddings.word_embeddings.weight"], counts)
     converted = {**convert_embeddings(weights), **head}
     for new, old in enumerate(layers):

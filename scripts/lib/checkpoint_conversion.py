@@ -13,10 +13,12 @@ import transformers
 
 from .cards import write_card
 from .common import (
+    LABELS,
     TOKENIZER_FILES,
     check_layers,
     check_weights,
     copy_tokenizer,
+    count_tokens,
     empty_model,
     file_inside,
     find_checkpoint,
@@ -29,7 +31,6 @@ from .common import (
     repository_class,
     say_float32,
     unpickling_problem,
-    vocabulary_size,
     write_json,
     write_tokenizer_file,
 )
@@ -48,8 +49,6 @@ MODEL_CLASSES = {
 HEAD_PREFIXES = ("cls.", "classifier.", "qa_outputs.")
 DECODER = "cls.predictions.decoder.weight"
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
-# Fields kept from a foreign config besides those of `BertConfig`.
-LABEL_FIELDS = ("bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type", "sep_token_id")
 
 
 @dataclass
@@ -198,7 +197,7 @@ def model_config(config: dict, weights: Weights):
     Raises:
         ValueError: a field has an invalid value, or there are fewer layers than the config says.
     """
-    known = {*inspect.signature(repository_class("BertConfig").__init__).parameters, *LABEL_FIELDS}
+    known = {*inspect.signature(repository_class("BertConfig").__init__).parameters, *LABELS}
     known -= {"self", "kwargs", "max_position_embeddings"}
     fields = {name: value for name, value in config.items() if name in known}
     if "classifier.weight" in weights and not fields.get("id2label"):
@@ -285,25 +284,6 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
         return None
     write_json(target / "config.json", {"model_type": "bert"})  # for tokenizers that do not name their class
     return load_tokenizer(target, argument)
-
-
-def count_tokens(tokenizer, rows: int, argument: str) -> int:
-    """How many of a model's rows its tokenizer uses.
-
-    Args:
-        tokenizer: of the model.
-        rows: of its vocabulary.
-        argument: what the user calls the tokenizer.
-
-    Raises:
-        ValueError: it uses more than there are.
-    """
-    num_tokens = vocabulary_size(tokenizer)
-    if num_tokens > rows:
-        raise ValueError(
-            f"{argument}: its tokenizer has {num_tokens} entries, more than the {rows} rows of the model's vocabulary"
-        )
-    return num_tokens
 
 
 @torch.no_grad()

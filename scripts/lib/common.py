@@ -599,6 +599,25 @@ def vocabulary_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def count_tokens(tokenizer, rows: int, argument: str) -> int:
+    """How many of a model's embedding rows its tokenizer uses.
+
+    Args:
+        tokenizer: of the model.
+        rows: of its vocabulary.
+        argument: what the user calls the tokenizer.
+
+    Raises:
+        ValueError: it uses more than there are.
+    """
+    num_tokens = vocabulary_size(tokenizer)
+    if num_tokens > rows:
+        raise ValueError(
+            f"{argument}: its tokenizer has {num_tokens} entries, more than the {rows} rows of the model's vocabulary"
+        )
+    return num_tokens
+
+
 def lower_unused_biases(model, num_tokens: int) -> int:
     """Make the rows of the vocabulary that no token has improbable, by an ordinary bias in the decoder.
 

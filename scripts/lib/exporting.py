@@ -12,8 +12,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from .cards import write_card
-from .checkpoint_conversion import build_model, count_tokens, read_checkpoint, write_tokenizer
-from .common import LIMITS, lower_unused_biases, read_json, write_json
+from .checkpoint_conversion import build_model, read_checkpoint, write_tokenizer
+from .common import LIMITS, count_tokens, lower_unused_biases, read_json, write_json
 
 # Lengths of the texts in the batches that source and target are compared on: one token, one text, ragged, long.
 CHECKED_BATCHES = ((1,), (130,), (9, 1, 40), (3, 64, 1, 200, 17), (2048,))

@@ -210,29 +210,6 @@ def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Op
     return checkpoint
 
 
-def find_results(folder: Path, allowed: bool, resumable: bool = False) -> list[str]:
-    """Names of what an earlier run left in an output folder; nothing is made or changed.
-
-    Args:
-        folder: of the run.
-        allowed: whether there may be any.
-        resumable: whether the script can go on from a checkpoint.
-
-    Raises:
-        ValueError: the folder is none, or it holds results that may not be there.
-    """
-    check_is_folder(folder)
-    found = [path for pattern in RESULTS for path in sorted(folder.glob(pattern))]
-    # A run that failed before its first checkpoint leaves an empty folder.
-    results = [path.name for path in found if not path.is_dir() or any(path.iterdir())]
-    if results and not allowed:
-        choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
-        raise ValueError(
-            f"output_dir: {folder} holds {results[0]} of an earlier run; {choice}replace it with --overwrite"
-        )
-    return results
-
-
 def check_is_folder(folder: Path) -> None:
     """Raise ValueError if an output folder is a file."""
     if folder.exists() and not folder.is_dir():
