@@ -91,17 +91,17 @@ def chunked_formula(query, key, value, lengths, slopes, scale, chunk=512):
     contexts = []
     for q, k, v in zip(*(x.split(lengths) for x in (query, key, value))):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H, n, D]
-        place = torch.arange(k.shape[1], device=k.device)
-        for rows, places in zip(q.split(chunk, dim=1), place.split(chunk)):
+        positions = torch.arange(k.shape[1], device=k.device)
+        for rows, chunk_positions in zip(q.split(chunk, dim=1), positions.split(chunk)):
             # Recomputed in backward: the weights of all layers would take hundreds of GiB at 8,192 tokens.
-            arguments = (rows, k, v, places, place, slopes, scale)
+            arguments = (rows, k, v, chunk_positions, positions, slopes, scale)
             contexts.append(checkpoint(attend_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(contexts)
 
 
-def attend_chunk(q, k, v, query_places, key_places, slopes, scale):
+def attend_chunk(q, k, v, query_positions, key_positions, slopes, scale):
     """A chunk of `chunked_formula`: [H, chunk, D] queries and [H, n, D] keys and values to [chunk, H, D]."""
-    distance = (query_places[:, None] - key_places[None, :]).abs()
+    distance = (query_positions[:, None] - key_positions[None, :]).abs()
     scores = q @ k.transpose(1, 2) * scale - slopes[:, None, None] * distance
     return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(0, 1)
 
@@ -109,7 +109,7 @@ def attend_chunk(q, k, v, query_places, key_places, slopes, scale):
 class ChunkedSelfAttention(SelfAttention):
     """The published attention by `chunked_formula`; `bias` is the slopes."""
 
-    def forward(self, hidden, attention_mask, places, bias):
+    def forward(self, hidden, attention_mask, indices, bias):
         qkv = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1))
         lengths = attention_mask.sum(1).tolist()
         return chunked_formula(*qkv.unbind(1), lengths, bias, qkv.shape[-1] ** -0.5).flatten(1)
@@ -206,8 +206,8 @@ class Attention:
         }
         bias = None
         if name == "SDPA, dense bias":
-            place = torch.arange(self.lengths[0], device=self.case.device)
-            bias = -self.slopes[:, None, None] * (place[:, None] - place).abs()
+            positions = torch.arange(self.lengths[0], device=self.case.device)
+            bias = -self.slopes[:, None, None] * (positions[:, None] - positions).abs()
             bias = bias.to(self.qkv.dtype)[None]
 
         def attend(qkv):
@@ -431,7 +431,7 @@ class Encoder:
         query = hidden.view(count, length, heads, -1).transpose(1, 2).contiguous()  # [B, H, S, D]
         weights = query.new_ones(count, heads, length, length)
 
-        def products():
+        def multiply():
             for layer in self.model.bert.encoder.layer:
                 F.linear(hidden, layer.attention.self.Wqkv.weight)
                 query @ query.transpose(-1, -2)
@@ -440,7 +440,7 @@ class Encoder:
                 F.linear(hidden, layer.mlp.gated_layers.weight)
                 F.linear(wide, layer.mlp.wo.weight)
 
-        return products
+        return multiply
 
     @torch.no_grad()
     def gate(self):

@@ -22,12 +22,12 @@ class SelfAttention(nn.Module):
         self.Wqkv = nn.Linear(size, 3 * size)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, hidden, attention_mask, places, bias):
+    def forward(self, hidden, attention_mask, indices, bias):
         """Packed [T, E] to packed [T, E]."""
         batch, length = attention_mask.shape
         size = hidden.shape[-1] // self.heads
         qkv = self.Wqkv(hidden)
-        padded = qkv.new_zeros(batch * length, qkv.shape[-1]).index_copy(0, places, qkv)
+        padded = qkv.new_zeros(batch * length, qkv.shape[-1]).index_copy(0, indices, qkv)
         query, key, value = padded.view(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4)  # [B, H, S, D] each
         scores = query @ key.transpose(-1, -2) / size**0.5 + bias
         context = self.dropout(scores.softmax(dim=-1).to(value.dtype)) @ value
@@ -127,8 +127,8 @@ class PublishedModel(nn.Module):
 
     def bias(self, attention_mask):
         """float32 [B, H, S, S] of a mask [B, S]."""
-        place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        alibi = -self.slopes[:, None, None] * (place[:, None] - place[None, :]).abs()
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        alibi = -self.slopes[:, None, None] * (positions[:, None] - positions[None, :]).abs()
         return alibi[None] + (1.0 - attention_mask.float())[:, None, None, :] * -10_000.0
 
     def encode(self, input_ids, attention_mask, token_type_ids=None):
@@ -140,34 +140,34 @@ class PublishedModel(nn.Module):
             token_type_ids: int64 [B, S]; None: 0 everywhere.
 
         Returns:
-            Packed [T, E] and the int64 [T] places of its rows in the flattened layout.
+            Packed [T, E] and the int64 [T] indices of its rows in the flattened layout.
         """
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         embeddings = self.embeddings
         hidden = embeddings.word_embeddings(input_ids) + embeddings.token_type_embeddings(types)
         hidden = embeddings.dropout(embeddings.LayerNorm(hidden))  # [B, S, E]
         bias = self.bias(attention_mask)
-        places = attention_mask.flatten().nonzero().flatten()
-        hidden = hidden.flatten(0, 1)[places]
+        indices = attention_mask.flatten().nonzero().flatten()
+        hidden = hidden.flatten(0, 1)[indices]
         for layer in self.encoder.layer[: self.num_layers]:
-            hidden = layer(hidden, attention_mask, places, bias)
-        return hidden, places
+            hidden = layer(hidden, attention_mask, indices, bias)
+        return hidden, indices
 
     def last_hidden_state(self, input_ids, attention_mask):
         """[B, S, E], zero at padding; arguments as in `encode`."""
-        hidden, places = self.encode(input_ids, attention_mask)
-        return self.scatter(hidden, places, input_ids.shape)
+        hidden, indices = self.encode(input_ids, attention_mask)
+        return self.scatter(hidden, indices, input_ids.shape)
 
     def masked_lm(self, input_ids, attention_mask, labels=None, token_type_ids=None):
         """The loss of int64 labels [B, S] (-100 does not count; None: no loss) and the dense logits [B, S, V]."""
-        hidden, places = self.encode(input_ids, attention_mask, token_type_ids)
+        hidden, indices = self.encode(input_ids, attention_mask, token_type_ids)
         if labels is None:
-            return None, self.head(self.scatter(hidden, places, input_ids.shape))
-        labels = labels.flatten()[places]
+            return None, self.head(self.scatter(hidden, indices, input_ids.shape))
+        labels = labels.flatten()[indices]
         labelled = (labels != -100).nonzero().flatten()
         logits = self.head(hidden[labelled])  # [M, V]
         loss = F.cross_entropy(logits, labels[labelled])
-        return loss, self.scatter(logits, places[labelled], input_ids.shape)
+        return loss, self.scatter(logits, indices[labelled], input_ids.shape)
 
     def head(self, hidden):
         """Hidden states [..., E] to vocabulary scores [..., V]."""
@@ -175,7 +175,7 @@ class PublishedModel(nn.Module):
         return predictions.decoder(predictions.transform.LayerNorm(F.gelu(predictions.transform.dense(hidden))))
 
     @staticmethod
-    def scatter(rows, places, shape):
+    def scatter(rows, indices, shape):
         """Rows [n, ...] into the zeros of a layout [B, S, ...]."""
-        flat = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:]).index_copy(0, places, rows)
+        flat = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:]).index_copy(0, indices, rows)
         return flat.unflatten(0, tuple(shape))

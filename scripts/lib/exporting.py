@@ -27,9 +27,9 @@ TASKS = {
     "BertForTokenClassification": "token-classification",
     "BertForQuestionAnswering": "question-answering",
 }
-# The model classes that the engines of a format have a place for. Choices are several texts at once, which no pipeline
-# of theirs takes.
-PLACES = {"onnx": tuple(TASKS), "gguf": ("BertModel",)}
+# The model classes that the engines of each format support. None of their pipelines takes the several texts of a
+# multiple choice.
+SUPPORTED = {"onnx": tuple(TASKS), "gguf": ("BertModel",)}
 
 
 class File(NamedTuple):
@@ -143,9 +143,9 @@ def export(
     architecture = type(model).__name__
     if features or (format == "gguf" and architecture == "BertForMaskedLM"):
         model = model.base_model
-    if type(model).__name__ not in PLACES[format]:
+    if type(model).__name__ not in SUPPORTED[format]:
         raise ValueError(
-            f"source: {format.upper()} has no place for the head of a {architecture}; --features exports its encoder"
+            f"source: {format.upper()} does not support the head of a {architecture}; --features exports its encoder"
         )
     num_tokens = count_tokens(words, model.config.vocab_size, "tokenizer" if tokenizer else "source")
     if type(model).__name__ == "BertForMaskedLM":
@@ -236,7 +236,7 @@ def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], comp
         The files.
 
     Raises:
-        ValueError: the format has no place for the tokenizer or the sizes, or a file holds other weights.
+        ValueError: the format does not support the tokenizer or the sizes, or a file holds other weights.
     """
     from .gguf_export import LABELS, read_gguf, to_gguf
 

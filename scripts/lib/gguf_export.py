@@ -99,14 +99,14 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
     """Write an encoder and its vocabulary.
 
     Args:
-        encoder: a `BertModel`; its pooler, which the format has no place for, is left out.
+        encoder: a `BertModel`; the format has no pooler, so its pooler is left out.
         tokenizer: of the model.
         path: of the new file.
         kind: a key of `TYPES`.
         name: of the model, for the metadata.
 
     Raises:
-        ValueError: the format or llama.cpp has no place for the model.
+        ValueError: the format or llama.cpp does not support the model.
     """
     check_tokenizer(tokenizer)
     config, (matrix_type, file_type) = encoder.config, TYPES[kind]

@@ -69,14 +69,14 @@ def attend_in_chunks(query, key, value, mask, slopes, budget):
     length = op.Gather(shape, op.Constant(value_int=2))
     row = op.Max(op.Gather(shape, zero) * op.Gather(shape, one) * length, one)
     chunk = op.Max(op.Min(budget / row, length), one)
-    places = op.Range(zero, length, one)
-    keys = op.Unsqueeze(places, op.Constant(value_ints=[0]))
+    positions = op.Range(zero, length, one)
+    keys = op.Unsqueeze(positions, op.Constant(value_ints=[0]))
     first, second, third = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[2])
     context = op.Slice(value, first, first, third)  # nothing yet: [B, H, 0, D]
     for step in range((length + chunk - one) / chunk):
         start = op.Reshape(step * chunk, second)
         end = op.Reshape(step * chunk + chunk, second)
-        queries = op.Unsqueeze(op.Slice(places, start, end, first), second)
+        queries = op.Unsqueeze(op.Slice(positions, start, end, first), second)
         bias = slopes * op.Cast(op.Abs(queries - keys), to=onnx.TensorProto.FLOAT) + mask
         weights = op.Softmax(op.MatMul(op.Slice(query, start, end, third), key) + bias, axis=-1)
         context = op.Concat(context, op.MatMul(weights, value), axis=2)

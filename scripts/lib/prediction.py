@@ -75,8 +75,8 @@ def fitting_length(lengths: Sequence[int], batch_size: int, tokens_per_batch: in
         Tokens; at least `SHORTEST`.
     """
     longest = sorted(lengths)[-batch_size:]
-    for place, length in enumerate(longest):
-        share = tokens_per_batch // (len(longest) - place)
+    for done, length in enumerate(longest):
+        share = tokens_per_batch // (len(longest) - done)
         if length > share:
             return max(SHORTEST, share)
         tokens_per_batch -= length

@@ -42,10 +42,10 @@ def speech():
 @torch.inference_mode()
 def hidden_states(model, ids, row="auto", **call):
     """The last hidden states [B, S, E] of rows of tokens, by one row of the attention table."""
-    place = ROWS.get(row, DEVICE)
+    device = ROWS.get(row, DEVICE)
     model.set_attn_implementation(row)
-    call = {name: value.to(place) for name, value in call.items()}
-    return model.to(place).bert(torch.tensor(ids, device=place), **call).last_hidden_state.cpu()
+    call = {name: value.to(device) for name, value in call.items()}
+    return model.to(device).bert(torch.tensor(ids, device=device), **call).last_hidden_state.cpu()
 
 
 # Quality

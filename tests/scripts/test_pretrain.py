@@ -468,8 +468,8 @@ def test_the_learning_rate_follows_the_clock_to_its_end():
         schedule.optimizer.step()
         schedule.step()
         rates.append(schedule.get_last_lr()[0])
-    # 80 seconds are left after the first step: ten steps of 100 of the 1,000 places, warmup over at 60.
-    expected = [recipe.linear_schedule(place, 60, 1000, 0.02) for place in (1, *range(100, 1001, 100))]
+    # 80 seconds are left after the first step: ten steps, each worth 100 of the schedule's 1,000; warmup ends at 60.
+    expected = [recipe.linear_schedule(step, 60, 1000, 0.02) for step in (1, *range(100, 1001, 100))]
     assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(0.02)
     steps_first = schedule_with(Clock(0.0, *[1.0] * 10), total=5)
     steps_first.start_clock()

@@ -83,8 +83,8 @@ def test_openvino_answers_from_all_files_as_the_checkpoint_does(export_demo, tok
             export_demo("onnx") / "onnx" / f"{name}.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )
         logits = torch.from_numpy(compiled(batch)[0])
-        for row, place, answers in zip(logits, masks, expected):
-            best = row[int(place)].softmax(-1).topk(1)
+        for row, position, answers in zip(logits, masks, expected):
+            best = row[int(position)].softmax(-1).topk(1)
             assert tokenizer.decode(best.indices.tolist()) == answers[0][0], name
             assert best.values.item() == pytest.approx(answers[0][1], abs=near), name
 

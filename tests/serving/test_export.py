@@ -251,11 +251,11 @@ def test_weights_that_a_gguf_lacks_are_noticed(tmp_path, run_script, monkeypatch
 @pytest.mark.parametrize(
     ("model_class", "format", "message"),
     [
-        (BertForMultipleChoice, "onnx", "ONNX has no place for the head of a BertForMultipleChoice"),
-        (BertForSequenceClassification, "gguf", "GGUF has no place for the head of a BertForSequenceClassification"),
+        (BertForMultipleChoice, "onnx", "ONNX does not support the head of a BertForMultipleChoice"),
+        (BertForSequenceClassification, "gguf", "GGUF does not support the head of a BertForSequenceClassification"),
     ],
 )
-def test_a_head_without_a_place_is_refused_with_a_way_out(tmp_path, run_script, model_class, format, message):
+def test_an_unsupported_head_is_refused_with_a_way_out(tmp_path, run_script, model_class, format, message):
     write_source(tmp_path / "source", model_class)
     arguments = (tmp_path / "source", tmp_path / "out", "--types", "float32", "--format")
     with pytest.raises(SystemExit, match=message):
