@@ -5,6 +5,7 @@ The docstring of `convert_bert.py` explains the method.
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -203,37 +204,28 @@ def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) 
     return torch.cat((weight + torch.outer(bias, constant), constant.expand_as(weight)))
 
 
-class GatedLayerFit:
-    """A forward pre-hook that fits a feed-forward block to its first input.
+def fit_block(mlp, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor], held_out, ridge: float):
+    """Fit a gated block to its inputs.
 
     Args:
-        layer: number of the layer in the source.
-        weight: float32 [F, E], W1.
-        bias: float32 [F], b1.
+        mlp: the block, whose `gated_layers` are set.
+        hidden: float32 [T, E], its inputs.
+        dense: W1, float32 [F, E], and b1, float32 [F].
         held_out: bool [T], the tokens to report on; the fit uses the others.
         ridge: see `fit_constant`.
+
+    Returns:
+        The fields of a `LayerReport` after the first.
     """
-
-    def __init__(self, layer: int, weight: torch.Tensor, bias: torch.Tensor, held_out: torch.Tensor, ridge: float):
-        self.layer, self.weight, self.bias, self.held_out, self.ridge = layer, weight, bias, held_out, ridge
-        self.report: Optional[LayerReport] = None
-
-    def __call__(self, mlp, args) -> None:
-        (hidden,) = args  # [T, E]
-        constant = fit_constant(hidden[~self.held_out], self.ridge)
-        mlp.gated_layers.weight.copy_(fold_bias(self.weight, self.bias, constant))
-        hidden = hidden[self.held_out]
-        gate, value = mlp.gated_layers(hidden).chunk(2, dim=-1)
-        new = mlp.wo(F.gelu(gate) * value)
-        old = mlp.wo(F.gelu(F.linear(hidden, self.weight, self.bias)))
-        products = hidden @ constant
-        self.report = LayerReport(
-            self.layer,
-            products.mean().item(),
-            products.std().item(),
-            relative_error(new, old),
-            relative_error(mlp.layernorm(new + hidden), mlp.layernorm(old + hidden)),
-        )
+    constant = fit_constant(hidden[~held_out], ridge)
+    mlp.gated_layers.weight.copy_(fold_bias(*dense, constant))
+    hidden = hidden[held_out]
+    gate, value = mlp.gated_layers(hidden).chunk(2, dim=-1)
+    new = mlp.wo(F.gelu(gate) * value)
+    old = mlp.wo(F.gelu(F.linear(hidden, *dense)))
+    ones = hidden @ constant
+    errors = relative_error(new, old), relative_error(mlp.layernorm(new + hidden), mlp.layernorm(old + hidden))
+    return ones.mean().item(), ones.std().item(), *errors
 
 
 @torch.no_grad()
@@ -255,13 +247,16 @@ def fit_encoder(
     ids = pad_sequence(windows, batch_first=True)
     mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True).bool()
     held_out = (torch.arange(len(windows)) % 5 == 0)[:, None].expand(mask.shape)[mask]
-    fits = []
+    reports = []
+
+    def fit(old, mlp, args):
+        dense = tuple(source[f"encoder.layer.{old}.intermediate.dense.{kind}"] for kind in ("weight", "bias"))
+        reports.append(LayerReport(old, *fit_block(mlp, *args, dense, held_out, ridge)))
+
     for old, layer in zip(layers, model.bert.encoder.layer):
-        dense = f"encoder.layer.{old}.intermediate.dense."
-        fits.append(GatedLayerFit(old, source[f"{dense}weight"], source[f"{dense}bias"], held_out, ridge))
-        layer.mlp.register_forward_pre_hook(fits[-1])
+        layer.mlp.register_forward_pre_hook(partial(fit, old))
     model.bert(ids, attention_mask=mask)
-    return [fit.report for fit in fits]
+    return reports
 
 
 def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:

@@ -29,12 +29,6 @@ def mean_pooled(repository, sentences):
     return hidden.sum(dim=1) / batch["attention_mask"].sum(dim=1, keepdim=True)
 
 
-def test_masked_mean_of_a_batch_equals_single_sentences(repository):
-    together = mean_pooled(repository, SENTENCES)
-    for row, sentence in zip(together, SENTENCES):
-        numerics.assert_same(row, mean_pooled(repository, [sentence])[0], SAME)
-
-
 def test_sentence_transformers_loads_the_repository_and_pools_the_same(repository, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     model = sentence_transformers.SentenceTransformer(repository, trust_remote_code=True, device="cpu")

@@ -294,16 +294,6 @@ def test_mistakes_are_told_in_one_line(tmp_path, run_script):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, run_script):
-    write_source(tmp_path / "source")
-    (tmp_path / "words").mkdir()
-    size = write_tokenizer(tmp_path / "words", words=[*WORDS, "more"])
-    with pytest.raises(SystemExit, match=f"tokenizer: its tokenizer has {size} entries, more than the {size - 1} rows"):
-        run_script(
-            *(script, tmp_path / "source", tmp_path / "out", "--format", "onnx", "--tokenizer", tmp_path / "words")
-        )
-
-
 def test_rows_without_a_token_are_improbable_in_a_file(tmp_path, run_script, monkeypatch):
     model = write_source(tmp_path / "source", vocab_size=40)
 
