@@ -1,23 +1,19 @@
 """docs/serving.md: its code prints what it shows, and all of it is Python."""
 
-import importlib.util
 import re
 
 import pytest
 from conftest import ROOT
-from processes import run_python
+from processes import run_blocks
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"^```python\n((?:(?!^```).)*?)^```\n\n```text\n(.*?)^```", PAGE, flags=re.S | re.M)
 
 
-@pytest.mark.parametrize("number", range(len(SHOWN)))
-def test_a_block_prints_what_it_shows(export_demo, tmp_path, number):
-    if not importlib.util.find_spec("openvino"):
-        pytest.skip("needs openvino")
-    block, shown = SHOWN[number]
+def test_a_block_prints_what_it_shows(export_demo, tmp_path):
+    pytest.importorskip("openvino")
     (tmp_path / "my-onnx").symlink_to(export_demo("onnx"))
-    assert run_python(block, cwd=tmp_path) == shown
+    assert run_blocks([block for block, _ in SHOWN], cwd=tmp_path) == [shown for _, shown in SHOWN]
 
 
 def test_every_other_block_is_python():
