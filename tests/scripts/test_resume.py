@@ -1,6 +1,5 @@
 """Resuming from an odd checkpoint ends in one line that names it, and a run removes its own checkpoints alone."""
 
-import json
 import os
 import shutil
 import types
@@ -8,6 +7,7 @@ import types
 import pretrain_mlm
 import pytest
 import torch
+from folders import set_fields
 from lib import pretraining, recipe, training
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
@@ -115,8 +115,7 @@ def test_odd_weights_of_a_checkpoint_are_named(data, checkpoint, change, message
     ],
 )
 def test_an_odd_state_of_a_checkpoint_is_named(data, checkpoint, fields):
-    path = checkpoint / "trainer_state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    set_fields(checkpoint / "trainer_state.json", **fields)
     fails(data, checkpoint, "trainer_state.json is not a trainer's state")
 
 

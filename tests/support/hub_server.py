@@ -8,7 +8,7 @@ downloads are redirected to them. Everything lives in memory.
         subprocess.run(command, env={**os.environ, **hub.environment(tmp_path)})
 
 Served: whoami, card validation (which accepts all), create repository, create branch, preupload, LFS batch, upload and
-verify, commit, repository info by revision, refs, tree, resolve (HEAD, GET, ranges). A client finds it through
+verify, commit, repository info by revision, tree, resolve (HEAD, GET). A client finds it through
 HF_ENDPOINT, read when it is imported.
 """
 
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json({})
 
     def lfs_download(self, body, query, sha256):
-        self.reply_range(self.server.hub.large[sha256], {"ETag": f'"{sha256}"'})
+        self.reply(self.server.hub.large[sha256], headers={"ETag": f'"{sha256}"'})
 
     def create_commit(self, body, query, repo, revision):
         self.need_token()
@@ -286,13 +286,6 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def refs(self, body, query, repo):
-        branches = [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
-            for name, oid in self.repository(repo).branches.items()
-        ]
-        self.reply_json({"branches": branches, "converts": [], "tags": [], "pullRequests": []})
-
     def tree(self, body, query, repo, revision, folder=None):
         oid, commit = self.commit(repo, revision)
         prefix = f"{folder.rstrip('/')}/" if folder else ""
@@ -314,19 +307,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", f"{path} does not exist on {revision}")
         headers = {"X-Repo-Commit": oid, "ETag": f'"{file.oid}"'}
         if file.sha256 is None:
-            return self.reply_range(file.content, headers)
+            return self.reply(file.content, headers=headers)
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
         self.reply(b"", 302, {**headers, "Location": f"{self.server.hub.storage_url}/lfs/{file.sha256}"})
-
-    def reply_range(self, content: bytes, headers: dict) -> None:
-        """Send content, or the part of it that a Range header asks for."""
-        wanted = self.headers.get("Range")
-        if wanted is None:
-            return self.reply(content, headers={**headers, "Accept-Ranges": "bytes"})
-        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
-        start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self.reply(content[start:stop], 206, headers)
 
 
 # Old repositories have no owner.
@@ -345,7 +328,6 @@ ROUTES = [
         ("GET HEAD", r"/lfs/(?P<sha256>\w+)", Handler.lfs_download),
         ("POST", rf"/api/models/{REPO}/commit/{REVISION}", Handler.create_commit),
         ("GET", rf"/api/models/{REPO}/revision/{REVISION}", Handler.repository_info),
-        ("GET", rf"/api/models/{REPO}/refs", Handler.refs),
         ("GET", rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<folder>.+))?", Handler.tree),
         ("GET", rf"/api/models/{REPO}", Handler.repository_info),
         ("GET HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
