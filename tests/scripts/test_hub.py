@@ -180,14 +180,19 @@ def test_a_tokenizer_of_a_repository_without_owner_is_taken_and_nothing_else_is_
     assert (tmp_path / "new" / "vocab.txt").read_bytes() == files["vocab.txt"]
 
 
-def push_program(folder, repo_id, *options):
-    """A program that pushes a folder as the command line does."""
+def push_program(folder, repo_id, *options, token=None, then=""):
+    """A program that pushes a folder as the command line does; what ends it is printed, then more is done."""
     return f"""
-        import sys
+        import os, pathlib, sys
         import push_to_hub
         from lib import cli
         sys.argv = ["push_to_hub.py", "{folder}", "{repo_id}", *{list(options)!r}]
-        cli.run(push_to_hub.main)
+        os.environ["HF_TOKEN"] = {token!r} or os.environ["HF_TOKEN"]
+        try:
+            cli.run(push_to_hub.main)
+        except SystemExit as end:
+            print("ended:", end.code)
+        {then}
     """
 
 
@@ -195,19 +200,31 @@ def test_a_refused_push_ends_with_the_hubs_words(pushed, tmp_path):
     hub, _, _ = pushed
     write_complete_repository(tmp_path / "model")
     program = push_program(tmp_path / "model", "tester/other")
-    last = client(hub, tmp_path / "stranger", program, token="hf_wrong", fails=True)
-    assert "push_to_hub.py: " in last and "Invalid username or password" in last and "Traceback" not in last
+    *_, last = client(hub, tmp_path / "stranger", program, token="hf_wrong").splitlines()
+    assert last.startswith("ended: push_to_hub.py: ") and "Invalid username or password" in last
     assert "tester/other" not in hub.repositories
 
 
 def test_a_push_without_login_or_network_ends_in_one_line(tmp_path):
     write_complete_repository(tmp_path / "model")
-    program = push_program(tmp_path / "model", "tester/other")
     with HubServer() as hub:
-        last = client(hub, tmp_path / "nobody", program, token=None, fails=True)
-        assert last == "push_to_hub.py: not logged in to the Hub; run `hf auth login` or set HF_TOKEN\n"
-    last = client(hub, tmp_path / "nobody", program, fails=True)
-    assert last.startswith(f"push_to_hub.py: the Hub at {hub.url} cannot be reached: ") and last.count("\n") == 1
+        pass
+    push = (tmp_path / "model", "tester/other")
+    programs = (push_program(*push), push_program(*push, token="hf_tester"), push_program(*push, "--dry_run"))
+    without_login, without_network, last = client(
+        hub, tmp_path / "nobody", "    print(chr(0))".join(programs), token=None
+    ).split("\0\n")
+    assert without_login.endswith(
+        "ended: push_to_hub.py: not logged in to the Hub; run `hf auth login` or set HF_TOKEN\n"
+    )
+    assert without_network.splitlines()[-1].startswith(
+        f"ended: push_to_hub.py: the Hub at {hub.url} cannot be reached: "
+    )
+    files = push_to_hub.files_to_push(tmp_path / "model")
+    total = sum((tmp_path / "model" / name).stat().st_size for name in files)
+    assert re.search(rf"^total +{total:,} bytes  {len(files)} files$", last, re.M)
+    assert f"{hub.url} cannot be reached, so it is unknown what a push would delete there: " in last
+    assert last.endswith("nothing was pushed\n")
 
 
 OLD = {"pytorch_model.bin", "adapter_config.json", "preprocessor_config.json"}
@@ -306,28 +323,25 @@ def test_a_push_loses_to_one_that_came_between(tmp_path, monkeypatch):
         assert set(repository.commits[repository.branches["main"]].files) == {"other.txt"}
 
 
-def test_a_dry_run_lists_files_and_changes_nothing(replaced, tmp_path):
+def test_a_dry_run_lists_files_and_changes_nothing(tmp_path):
     folder = tmp_path / "model"
     write_complete_repository(folder)
     (folder / "special_tokens_map.json").write_text("{}", encoding="utf-8")
-    program = push_program(folder, "tester/new", "--dry_run")
+    remove = f"pathlib.Path('{folder}/special_tokens_map.json').unlink()"
+    programs = (
+        push_program(folder, "tester/new", "--dry_run"),
+        push_program(folder, "tester/new", "--private", token="hf_tester", then=remove),
+        push_program(folder, "tester/new", "--dry_run"),
+    )
     with HubServer() as hub:
-        output = client(hub, tmp_path / "nobody", program, token=None)
-        assert hub.repositories == {}
-        push = push_program(folder, "tester/new", "--private")
-        remove = f"    (pathlib.Path('{folder}') / 'special_tokens_map.json').unlink()"
-        again = client(hub, tmp_path / "home", f"{push}    import pathlib\n    {remove}\n{program}")
-        assert re.search(r"^delete +special_tokens_map.json$", again, re.M)
-        assert hub.repositories["tester/new"].private and len(hub.repositories["tester/new"].commits) == 2
+        first, pushed, last = client(hub, tmp_path / "nobody", "    print(chr(0))".join(programs), token=None).split(
+            "\0\n"
+        )
+    assert hub.repositories["tester/new"].private and len(hub.repositories["tester/new"].commits) == 2
     size = (folder / "model.safetensors").stat().st_size
-    assert re.search(rf"^add +{size:,} bytes  model.safetensors$", output, re.M)
-    assert output.endswith("nothing was pushed\n")
-    files = push_to_hub.files_to_push(folder)
-    total = sum((folder / name).stat().st_size for name in files)
-    last = client(hub, tmp_path / "nobody", program, token=None)  # the Hub is gone
-    assert re.search(rf"^total +{total:,} bytes  {len(files)} files$", last, re.M)
-    assert f"{hub.url} cannot be reached, so it is unknown what a push would delete there: " in last
-    assert last.endswith("nothing was pushed\n")
+    assert re.search(rf"^add +{size:,} bytes  model.safetensors$", first, re.M)
+    assert first.endswith("nothing was pushed\n") and "pin it with" in pushed and last.endswith("nothing was pushed\n")
+    assert re.search(r"^delete +special_tokens_map.json$", last, re.M)
 
 
 def test_the_head_of_the_card_is_shown_before_a_push(tmp_path):
