@@ -2,10 +2,10 @@
 
 Both follow the contract of the backend table: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`.
 
-**Radius.** Keys far from a query weigh nothing, so the backends for GPUs and for long sequences on the CPU leave them
-out. Let C = |scale| * |q_i| * max|k|, which bounds the absolute value of query i's scores before their bias
-(Cauchy-Schwarz), and `own` = scale * q_i.k_i, its score with its own key, at distance 0. As a share of the row, all
-keys beyond distance r weigh at most each of
+**Radius.** Keys far from a query have a negligible weight, so the backends for GPUs and for long sequences on the CPU
+leave them out. Let C = |scale| * |q_i| * max|k|, which bounds the absolute value of query i's scores before their bias
+(Cauchy-Schwarz), and `own` = scale * q_i.k_i, its score with its own key, at distance 0. As a share of the row's sum,
+all keys beyond distance r weigh at most each of these two:
 
 - 2 * exp(C - own - slope * r) / (1 - exp(-slope)). A key at distance d scores at most C - slope * d, each distance
   occurs at most twice, and the row weighs at least exp(own).
@@ -36,16 +36,10 @@ CHUNK_SCORES = 2**26
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Slope of each head's distance penalty.
+    """Slope of each head's distance penalty: H positive floats for H heads, at least one.
 
     For a power of two, the geometric series from 2^(-8/H) to 2^-8; otherwise the slopes of the largest power of two P
     below H, followed by every second slope of 2P.
-
-    Args:
-        num_heads: H, at least 1.
-
-    Returns:
-        H positive floats.
 
     Source: https://arxiv.org/abs/2108.12409, section 3; beyond powers of two the authors' released code.
     """
@@ -55,7 +49,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return series + between
 
 
-# Slopes on accelerators, by number of heads, dtype and device: a copy there waits for all queued work.
+# Slopes on accelerators, by number of heads, dtype and device; copying them there would wait for all queued work.
 _KEPT_SLOPES = {}
 
 
@@ -81,7 +75,7 @@ def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=
 
     Args:
         qkv: floating [T, 3, H, D]: query, key and value of each token.
-        packed: the `PackedBatch` that says which tokens form a sequence and where they stand.
+        packed: the `PackedBatch` that says which tokens form a sequence, and their positions.
         alibi_slopes: float32 or float64 [H], positive.
         scale: factor of the scores, 1 / sqrt(D) in every published checkpoint.
         dropout_p: probability of dropping a weight, in [0, 1).
@@ -89,7 +83,7 @@ def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=
 
     Returns:
         [T, H, D] in the dtype of `qkv`; with `return_weights` also [N, H, R, R] in that dtype, zero where the query or
-        the key is no token.
+        the key is not a token.
 
     Source: https://arxiv.org/abs/2108.12409, section 3, made symmetric.
     """
@@ -105,7 +99,7 @@ def eager_attention(qkv, packed, alibi_slopes, scale, dropout_p, return_weights=
         weights = scores.masked_fill(~attended[:, None], float("-inf")).softmax(dim=-1)
         if (tokens := packed.token_mask()) is not None:
             attended = attended & tokens[:, :, None]
-        # A row without any token has the softmax of nothing, NaN; this clears it as well.
+        # The softmax of a row without any token is NaN; this clears it as well.
         weights = weights.masked_fill(~attended[:, None], 0.0)
     weights = F.dropout(weights, dropout_p, training=dropout_p > 0).to(qkv.dtype)
     context = packed.from_rows(torch.einsum("nhqk,nkhd->nqhd", weights, value))
@@ -130,7 +124,7 @@ def sdpa_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     def attend(query, key, value, start, end):
         bias = alibi_bias(slopes, positions[start:end], positions).to(query.dtype)[None]  # [1, H, end - start, R]
         if (attended := packed.attended(start, end)) is not None:
-            # A query with no key to attend to sees all of them: the softmax of nothing is NaN.
+            # A query without any key attends to all of them, since its softmax would be NaN.
             attended = attended | ~attended.any(dim=-1, keepdim=True)
             bias = bias.masked_fill(~attended[:, None], float("-inf"))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale)

@@ -3,8 +3,8 @@
 **Strided bias.** The bias depends on i - j only. With the queries of a sequence in reverse order, i' = last - i, it
 depends on i' + j, so the mask of torch's CPU kernel can be a view, both strides 1, of one vector of distances per head.
 
-**Bands.** Keys beyond a radius weigh nothing (bert_attention.py proves it). In long sequences, chunks of queries attend
-within the radius only, and heads with similar radii share a call.
+**Bands.** Keys beyond a radius have a negligible weight (bert_attention.py has the proof). In long sequences, chunks of
+queries attend within the radius only, and heads with similar radii share a call.
 
 Letters: T tokens, H heads, D head size, n tokens of one sequence.
 """
@@ -36,12 +36,12 @@ BAND_FROM = 1024
 # The band is used where it keeps at most this share of the scores.
 BAND_PAYS = 0.75
 
-# The bias of keys that weigh nothing. With slope * distance they would weigh denormal numbers, with which processors
-# compute slowly: the backward pass then takes 2 times as long at n = 256, 3.4 at 512 and 4.3 at 1,000. Finite, as a
-# block of keys may hold nothing else.
+# The bias of keys beyond the radius. With -slope * distance their weights would be denormal numbers, with which
+# processors compute slowly: the backward pass then takes 2 times as long at n = 256, 3.4 at 512 and 4.3 at 1,000. It is
+# finite, since a block may hold no other keys.
 NOTHING = -1e30
 
-# Without a backward pass the cut costs 1.1 times as much at n = 256, nothing at 384, and 0.83 at 1,000.
+# Without a backward pass a call with this bias takes 1.1 times as long at n = 256, as long at 384, 0.83 times at 1,000.
 CUT_FROM = 384
 
 # Scores in one matrix product of `attend_by_products`, 2 MiB in float32: they stay in the processor's cache, and memory
@@ -55,32 +55,24 @@ LONGEST_PRODUCT = 2048
 
 
 def cpu_declines(qkv, packed) -> Optional[str]:
-    """Why `cpu_attention` cannot serve a call on the CPU, or None when it can."""
+    """The reason why `cpu_attention` cannot serve a call on the CPU, or None if it can."""
     if flash_forward is None or flash_backward is None:
         return f"torch {torch.__version__} lacks the kernel that it calls"
     if packed.has_holes:
         return "the attention mask has holes, and their distances have no strided form"
     if packed.keeps_padding or is_traced():  # a layer that is compiled alone gets a batch without padding
-        return "it plans by data, not for torch.compile, export, torch.func or unpad_inputs=False"
+        return "its plan depends on data, so it cannot serve torch.compile, export, torch.func or unpad_inputs=False"
     return None
 
 
 def cpu_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     """ALiBi attention by torch's CPU kernel with a strided bias; memory is linear in n.
 
-    From 1,024 tokens up heads attend within their radius only: with scores up to 5, 1.8 times as fast as
-    one call over all keys at 4,096 tokens and 2.7 times at 8,192. In shorter sequences their bias cuts the same keys
-    off (see `NOTHING`).
+    From 1,024 tokens up heads attend within their radius only: with scores up to 5, 1.8 times as fast as one call over
+    all keys at 4,096 tokens and 2.7 times at 8,192. In shorter sequences the bias of the same keys is `NOTHING`.
 
-    Args:
-        qkv: floating [T, 3, H, D] on the CPU.
-        packed: the `PackedBatch` of the tokens, without holes.
-        alibi_slopes: float32 or float64 [H], positive.
-        scale: factor of the scores.
-        dropout_p: 0; torch has no fused attention with dropout on the CPU.
-
-    Returns:
-        [T, H, D] in the dtype of `qkv`.
+    Args and returns: see `eager_attention`; `packed` has no holes, and `dropout_p` is 0, since torch has no fused
+    attention with dropout on the CPU.
     """
     if not len(qkv):
         return qkv[:, 0]
@@ -148,8 +140,8 @@ class HeadGroup(NamedTuple):
 
     @property
     def selection(self):
-        """Index of the heads: a slice, which selects a view (1.08 to 1.20 times as fast), where they are neighbours at
-        equal steps; else the list."""
+        """Index of the heads: a slice, which selects a view (1.08 to 1.20 times as fast), where their numbers are
+        evenly spaced, else the list."""
         first, step = self.heads[0], self.heads[1] - self.heads[0] if len(self.heads) > 1 else 1
         evenly = self.heads == list(range(first, first + step * len(self.heads), step))
         return slice(first, self.heads[-1] + 1, step) if evenly else self.heads
@@ -167,12 +159,27 @@ class HeadGroup(NamedTuple):
             end = min(start + chunk, self.length)
             yield start, end, max(0, start - self.radius), min(self.length, end + self.radius)
 
+    def calls(self, bias):
+        """Yield for each window what to take from `rows`, and its bias; queries are counted from the last one.
 
-def plan_calls(lengths, radii):
-    """Which heads of which sequences share a call: a list of `HeadGroup`.
+        Args:
+            bias: `distance_bias` of all heads.
 
-    Neighbours of equal length share a call. Gathering equal lengths from afar gains nothing (at most 1.05), and padding
-    short texts to one call loses (0.4 to 0.95).
+        Yields:
+            The index of the queries, the index of the keys, and the bias [1, heads, queries, keys].
+        """
+        penalty = bias[self.selection]
+        for start, end, low, high in self.windows():
+            queries = slice(None), slice(self.length - end, self.length - start), self.selection
+            keys = slice(None), slice(low, high), self.selection
+            yield queries, keys, mask_view(penalty, start, end, low, high)
+
+
+def plan_calls(lengths, radii) -> list[HeadGroup]:
+    """Which heads of which sequences share a call.
+
+    Neighbours of equal length share a call. Gathering equal lengths from elsewhere is at most 1.05 times as
+    fast, and padding short texts to one call 0.4 to 0.95 times as fast.
 
     Args:
         lengths: tokens of each sequence.
@@ -187,16 +194,8 @@ def plan_calls(lengths, radii):
     return plan
 
 
-def split_by_radius(group, radii):
-    """The group cut into groups of heads with similar radii, where that saves work.
-
-    Args:
-        group: sequences of equal length and all their heads.
-        radii: tokens that each head attends to on either side, H integers.
-
-    Returns:
-        A list of `HeadGroup`.
-    """
+def split_by_radius(group, radii) -> list[HeadGroup]:
+    """A group of all heads, split where that saves work into groups with similar `radii` (as for `plan_calls`)."""
     kept = sum(min(group.length, 2 * radius + BAND_CHUNK) for radius in radii) / (group.length * len(radii))
     if kept > BAND_PAYS:
         return [group]
@@ -221,20 +220,8 @@ def mask_view(bias, start, end, low, high):
     return bias.as_strided((1, heads, end - start, high - low), strides, bias.storage_offset() + first)
 
 
-class Kernels(NamedTuple):
-    """Forward and backward of one call; the arguments are those of torch's CPU flash attention.
-
-    Attributes:
-        forward: to the context and the logarithms of the rows' sums (empty where `backward` needs none).
-        backward: to the gradients of query, key and value.
-    """
-
-    forward: Callable
-    backward: Callable
-
-
-def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Kernels:
-    """What computes a group's calls on this processor.
+def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> tuple[Callable, Callable]:
+    """The fastest kernels for a group's calls on this processor.
 
     - bfloat16 on AMD with avx512_bf16: matrix products by oneDNN, 2.0 to 2.2 times as fast as torch's kernel from 64 to
       512 tokens, 1.8 at 2,048; backward 2.9 times at 8 × 128, 1.8 at 4 × 512, but 0.86 at 1,024, so with a backward
@@ -247,6 +234,10 @@ def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Kerne
         group: whose calls.
         trained: whether there will be a backward pass.
 
+    Returns:
+        Forward, which returns the context and the logarithms of the rows' sums (empty where backward needs none), and
+        backward, which returns the gradients of query, key and value. They take the arguments of torch's kernels.
+
     Measurements: benchmarks/README.md.
     """
     scores = group.length**2
@@ -254,8 +245,8 @@ def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> Kerne
     if trained:
         fits = scores <= PRODUCT_SCORES
     if dtype == torch.bfloat16 and fits and is_amd_with_bfloat16():
-        return Kernels(attend_by_products, products_backward)
-    return Kernels(flash_forward, flash_backward)
+        return attend_by_products, products_backward
+    return flash_forward, flash_backward
 
 
 def weights_by_products(query, key, mask, scale):
@@ -289,11 +280,7 @@ def product_parts(query, key):
 
 
 def attend_by_products(query, key, value, attn_mask, scale):
-    """`Kernels.forward` by matrix products and softmax, in parts of bounded size; see `weights_by_products`.
-
-    Args:
-        value: like `key`.
-        attn_mask: `mask` there.
+    """Forward by matrix products and softmax, in parts of bounded size; arguments as for `weights_by_products`.
 
     Returns:
         [B, H, n, D] in the dtype of `query`, and an empty tensor.
@@ -307,7 +294,7 @@ def attend_by_products(query, key, value, attn_mask, scale):
 
 
 def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is_causal, attn_mask, scale):
-    """`Kernels.backward` to `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
+    """Backward of `attend_by_products`, for at most `PRODUCT_SCORES` scores a head.
 
     Args:
         grad: of the context, [B, H, n, D]. The others are those of torch's kernel; its switches must be off.
@@ -346,19 +333,12 @@ def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
     query = query.index_select(0, reversal)
     context, sums = torch.empty_like(query), []
     for group in plan:
-        heads = group.selection
         q, k, v, out = (group.rows(x) for x in (query, key, value, context))
-        attend, penalty = choose_kernels(qkv.dtype, group, trained).forward, bias[heads]
-        for start, end, low, high in group.windows():
-            queries, keys = slice(group.length - end, group.length - start), slice(low, high)
-            part, lse = attend(
-                q[:, queries, heads].transpose(1, 2),
-                k[:, keys, heads].transpose(1, 2),
-                v[:, keys, heads].transpose(1, 2),
-                attn_mask=mask_view(penalty, start, end, low, high),
-                scale=scale,
-            )
-            out[:, queries, heads] = part.transpose(1, 2)
+        attend, _ = choose_kernels(qkv.dtype, group, trained)
+        for queries, keys, mask in group.calls(bias):
+            operands = (x[part].transpose(1, 2) for x, part in ((q, queries), (k, keys), (v, keys)))
+            result, lse = attend(*operands, attn_mask=mask, scale=scale)
+            out[queries] = result.transpose(1, 2)
             sums.append(lse)
     return context.index_select(0, reversal), sums
 
@@ -384,33 +364,25 @@ class CPUAttention(torch.autograd.Function):
         grad_qkv, grad_query = torch.empty_like(qkv), torch.empty_like(query)
         sums = iter(sums)
         for group in ctx.plan:
-            heads = group.selection
             grad_out, q, k, v, out = (group.rows(x) for x in (grad, query, key, value, context))
-            attend_back, penalty = choose_kernels(qkv.dtype, group, trained=True).backward, bias[heads]
+            _, attend_back = choose_kernels(qkv.dtype, group, trained=True)
             # Windows overlap, so their sum is kept in the dtype of the bias.
             shape = (group.count, group.length, len(group.heads), qkv.shape[-1])
             grad_k, grad_v = (None, None) if group.is_whole else (k.new_zeros(shape, dtype=bias.dtype) for _ in "kv")
-            for start, end, low, high in group.windows():
-                queries, keys = slice(group.length - end, group.length - start), slice(low, high)
-                part_q, part_k, part_v = attend_back(
-                    grad_out[:, queries, heads].transpose(1, 2),
-                    q[:, queries, heads].transpose(1, 2),
-                    k[:, keys, heads].transpose(1, 2),
-                    v[:, keys, heads].transpose(1, 2),
-                    out[:, queries, heads].transpose(1, 2),
-                    next(sums),
-                    dropout_p=0.0,
-                    is_causal=False,
-                    attn_mask=mask_view(penalty, start, end, low, high),
-                    scale=ctx.scale,
-                )
-                group.rows(grad_query)[:, queries, heads] = part_q.transpose(1, 2)
+            for queries, keys, mask in group.calls(bias):
+                operands = ((grad_out, queries), (q, queries), (k, keys), (v, keys), (out, queries))
+                operands = (x[part].transpose(1, 2) for x, part in operands)
+                switches = {"dropout_p": 0.0, "is_causal": False}
+                results = attend_back(*operands, next(sums), attn_mask=mask, scale=ctx.scale, **switches)
+                part_q, part_k, part_v = (x.transpose(1, 2) for x in results)
+                group.rows(grad_query)[queries] = part_q
                 if group.is_whole:
-                    grad_k, grad_v = part_k.transpose(1, 2), part_v.transpose(1, 2)
+                    grad_k, grad_v = part_k, part_v
                 else:
-                    grad_k[:, keys] += part_k.transpose(1, 2)
-                    grad_v[:, keys] += part_v.transpose(1, 2)
+                    grad_k[keys[:2]] += part_k
+                    grad_v[keys[:2]] += part_v
             for which, part in ((1, grad_k), (2, grad_v)):
-                group.rows(grad_qkv[:, which])[:, :, heads] = part.to(qkv.dtype)  # a list of heads casts nothing
+                # A list of heads casts nothing.
+                group.rows(grad_qkv[:, which])[:, :, group.selection] = part.to(qkv.dtype)
         grad_qkv[:, 0] = grad_query.index_select(0, reversal)
         return grad_qkv, None, None, None, None

@@ -1,4 +1,4 @@
-"""What several files ask: whether torch traces, whether a layer is plain, whether an argument is what it must be.
+"""Checks that several files share: whether torch is tracing, whether a layer is plain, whether an argument is valid.
 
 All private names of torch that the model files use are here too, each with a fallback for releases that lack it.
 """
@@ -17,12 +17,7 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
 
 
 def private(path: str, fallback=None):
-    """A private name of torch.
-
-    Args:
-        path: attributes from `torch` on, separated by dots.
-        fallback: what a release without the name uses.
-    """
+    """A private name of torch, attributes from `torch` on in a dotted path; `fallback` in a release without it."""
     found = torch
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -30,15 +25,13 @@ def private(path: str, fallback=None):
 
 
 def global_hooks_by_kind() -> bool:
-    """Whether hooks are registered for all modules; torch before 2.8 has no function for it."""
+    """Whether hooks are registered for all modules; torch before 2.8 has no function that tells."""
     kinds = ("forward_pre", "forward", "backward_pre", "backward")
     return any(getattr(nn.modules.module, f"_global_{kind}_hooks", None) for kind in kinds)
 
 
-def softmax_gradient_by_formula(
-    grad: torch.Tensor, weights: torch.Tensor, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Gradient of softmax's argument, in `dtype`, from that of its result `weights`."""
+def plain_softmax_gradient(grad: torch.Tensor, weights: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Gradient of softmax's argument, in `dtype`, from `grad`, that of its result `weights`."""
     return (weights * (grad - (grad * weights).sum(dim, keepdim=True))).to(dtype)
 
 
@@ -51,7 +44,7 @@ def assert_now(condition: torch.Tensor, message: str) -> None:
 any_global_hook = private("nn.modules.module._has_any_global_hook", global_hooks_by_kind)
 functorch_is_active = private("_C._are_functorch_transforms_active", lambda: False)
 dispatch_mode_is_active = private("utils._python_dispatch.is_in_torch_dispatch_mode", lambda: False)
-softmax_gradient = private("_softmax_backward_data", softmax_gradient_by_formula)
+softmax_gradient = private("_softmax_backward_data", plain_softmax_gradient)
 assert_on_device = private("_assert_async", assert_now)
 # Where these are None, another attention or torch's public linear layer serves the call.
 onednn_pointwise = private("ops.mkldnn._linear_pointwise")
@@ -60,7 +53,7 @@ flash_backward = private("ops.aten._scaled_dot_product_flash_attention_for_cpu_b
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, export, a trace or torch.func is at work, so that nothing may depend on data."""
+    """Whether torch.compile, export, a trace or torch.func is active, so that no Python may depend on data."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_is_active()
 
 
@@ -91,8 +84,8 @@ def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as int64, which holds -100 and any class number.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: its dtype is no integer's; the message names it.
+        TypeError: it is not a tensor.
+        ValueError: its dtype is not an integer type; the message names it.
     """
     check_tensor(name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -101,15 +94,9 @@ def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
-    """Raise ValueError when a value lies outside [0, size) and is not `ignored`.
+    """Raise ValueError when one of some integers lies outside [0, size) and is not `ignored`; the message names it.
 
     Only on the CPU, where it costs little beside the model; on an accelerator this would force a synchronization.
-
-    Args:
-        name: the argument to name.
-        ids: integers of any shape.
-        size: exclusive upper bound.
-        ignored: another value that is allowed.
     """
     if ids.device.type != "cpu" or ids.numel() == 0 or is_traced():
         return

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 
 def asked_attention(config):
-    """The attention implementation that was asked for, None for no wish; transformers keeps it under a private name."""
+    """The attention implementation that was requested, or None; transformers keeps it under a private name."""
     return getattr(config, "_attn_implementation_internal", None)
 
 
@@ -28,16 +28,12 @@ def reserve_attention_names(*names: str) -> None:
 
 
 class CompatiblePreTrainedModel(PreTrainedModel):
-    """A `PreTrainedModel` that loads, ties and saves alike on every supported release.
+    """A `PreTrainedModel` that loads, ties and saves alike on every supported release."""
 
-    Attributes:
-        auto_map: what a saved config says about its code, whatever the model was loaded from.
-    """
-
-    auto_map: dict
+    auto_map: dict  # what a saved config says about its code, whatever the model was loaded from
 
     def tie_weights(self, *args, **kwargs):
-        """Give decoder and word embedding one tensor, whichever of the two a file holds, or both if they are equal."""
+        """Let decoder and word embedding share the tensor that a file holds; it may hold both if they are equal."""
         decoder, embedding = self.get_output_embeddings(), self.get_input_embeddings()
         tied = decoder is not None and self.config.tie_word_embeddings
         # Before 5.0 an embedding whose weight is only in the file as the decoder's stays on the meta device.
@@ -95,7 +91,7 @@ def refuse_incomplete(missing, unexpected) -> None:
     layers = sorted({int(number) for key in missing for number in re.findall(r"encoder\.layer\.(\d+)\.", key)})
     where = f", layers {', '.join(map(str, layers))} among them" if layers else ""
     message = (
-        "the checkpoint is no MosaicBERT, is incomplete, or num_hidden_layers is too large: "
+        "the checkpoint is not a MosaicBERT, is incomplete, or num_hidden_layers is too large: "
         f"{len(missing)} tensors of the encoder are missing from the weights{where} ({shortened(missing)})"
     )
     unexpected = sorted(unexpected)

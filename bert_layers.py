@@ -2,7 +2,7 @@
 
     input_ids [B, S] -> pack -> embed [T, E] -> L x (attention, GeGLU) [T, E] -> head -> unpack what was asked for
 
-The hub: backend table, modules in execution order, models and heads. It imports every other file directly:
+The hub: tables of backends, modules in execution order, models and heads. It imports every other file directly:
 
     configuration_bert.py   fields and their checks
     bert_checks.py          checks that several files share
@@ -15,7 +15,7 @@ The hub: backend table, modules in execution order, models and heads. It imports
     flash_attn_triton.py    attention kernels in Triton
     geglu_triton.py         GeGLU as one kernel
     layer_norm_triton.py    residual, dropout and LayerNorm as one kernel
-    launch_triton.py        how Triton kernels start, and where they can
+    launch_triton.py        starts Triton kernels, and tells where they can run
 
 Letters: B batch, S padded length, T real tokens, N sequences, H heads, D head size, E = H * D hidden size,
 F intermediate size, V vocabulary, M labelled tokens, R row length, C choices. Where padding is kept (see
@@ -68,8 +68,8 @@ class Backend:
         dtypes: dtypes of the input.
         devices: device types; empty: all.
         max_channels: largest last dimension of the input, D for attention; None: no limit.
-        dropout: whether it drops attention weights.
-        declines: `(input, packed) -> reason or None`, asked last; None: never declines.
+        dropout: whether it supports attention dropout.
+        check: `(input, packed) -> reason or None` for what the other fields do not say, asked last.
         returns_weights: whether it serves `output_attentions`.
     """
 
@@ -78,11 +78,11 @@ class Backend:
     devices: tuple = ()
     max_channels: Optional[int] = None
     dropout: bool = True
-    declines: Optional[Callable] = None
+    check: Optional[Callable] = None
     returns_weights: bool = False
 
-    def reason_against(self, x: torch.Tensor, packed: Optional[PackedBatch] = None, dropout_p=0.0) -> Optional[str]:
-        """Why it cannot serve a call on x [..., channels], in words, or None when it can."""
+    def declines(self, x: torch.Tensor, packed: Optional[PackedBatch] = None, dropout_p=0.0) -> Optional[str]:
+        """The reason why it cannot serve a call on x [..., channels], or None if it can."""
         if x.dtype not in self.dtypes:
             return f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, got {x.dtype}"
         if self.devices and x.device.type not in self.devices:
@@ -93,39 +93,38 @@ class Backend:
             return f"it supports up to {self.max_channels} channels, got {x.shape[-1]}"
         if dropout_p > 0 and not self.dropout:
             return f"it has no attention dropout, got {dropout_p}"
-        return self.declines(x, packed) if self.declines else None
+        return self.check(x, packed) if self.check else None
 
 
 def attention_kernel_declines(qkv, packed):
-    """Why the Triton kernel cannot serve attention on a CUDA or ROCm device, or None when it can."""
+    """The reason why the Triton kernel cannot serve attention on a CUDA or ROCm device, or None if it can."""
     if packed.restarts is not None:
-        return "compiled code needs cu_seq_lens_q to tell texts in one row apart, got position_ids"
+        return "compiled code needs cu_seq_lens_q to separate texts in one row, got position_ids"
     return triton_declines(qkv.device)
 
 
 def fused_kernel_declines(x, packed):
-    """Why no Triton kernel computes a fused layer on a CUDA or ROCm device, or None when one can."""
+    """The reason why no Triton kernel can compute a fused layer on a CUDA or ROCm device, or None if one can."""
     return "something needs to see torch's operators" if is_observed(x) else triton_declines(x.device)
 
 
 # Attention, in order of preference: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`, [T, 3, H, D] to
 # [T, H, D].
 ATTENTION_BACKENDS = {
-    "triton": Backend(triton_attention, FLOATS[:3], ("cuda",), 128, declines=attention_kernel_declines),
-    "cpu": Backend(cpu_attention, FLOATS, ("cpu",), dropout=False, declines=cpu_declines),
+    "triton": Backend(triton_attention, FLOATS[:3], ("cuda",), 128, check=attention_kernel_declines),
+    "cpu": Backend(cpu_attention, FLOATS, ("cpu",), dropout=False, check=cpu_declines),
     "sdpa": Backend(sdpa_attention, FLOATS),
     "eager": Backend(eager_attention, FLOATS, returns_weights=True),
 }
 
-# Kernels that compute several of torch's operators at once, which compute every call that these cannot serve.
+# Kernels that fuse several of torch's operators; these operators serve every call that a kernel declines.
 FUSED_LAYERS = {
-    "geglu": Backend(triton_geglu, FLOATS[:3], ("cuda",), declines=fused_kernel_declines),
-    "add_norm": Backend(triton_add_layer_norm, FLOATS[:3], ("cuda",), 8192, declines=fused_kernel_declines),
+    "geglu": Backend(triton_geglu, FLOATS[:3], ("cuda",), check=fused_kernel_declines),
+    "add_norm": Backend(triton_add_layer_norm, FLOATS[:3], ("cuda",), 8192, check=fused_kernel_declines),
 }
 
-# What the config holds when nobody asked for a backend: the first row that can serve the call.
+# What the config holds when no backend was requested: each call takes the first row that can serve it.
 AUTOMATIC = "auto"
-
 
 reserve_attention_names(AUTOMATIC, "triton", "cpu")
 
@@ -138,23 +137,18 @@ def check_attention_name(name: str) -> None:
 
 
 def choose_attention(name: str, qkv: torch.Tensor, packed: PackedBatch, dropout_p: float) -> Callable:
-    """The attention function for one call.
+    """The attention function for one call on `qkv` [T, 3, H, D].
 
     Args:
         name: a key of `ATTENTION_BACKENDS`, or `AUTOMATIC` for the first row that can serve.
-        qkv: the tensor that the choice is made from, [T, 3, H, D].
-        packed: the batch.
-        dropout_p: probability of dropping an attention weight.
-
-    Returns:
-        The function of a row.
+        qkv, packed, dropout_p: what the function will be called with.
 
     Raises:
         ValueError: `name` cannot serve this call; the message gives the reason.
     """
     for candidate in ATTENTION_BACKENDS if name == AUTOMATIC else (name,):
         backend = ATTENTION_BACKENDS[candidate]
-        reason = backend.reason_against(qkv, packed, dropout_p)
+        reason = backend.declines(qkv, packed, dropout_p)
         if reason is None:
             return backend.function
     raise ValueError(f"attn_implementation {candidate!r} cannot serve this call: {reason}")
@@ -163,16 +157,16 @@ def choose_attention(name: str, qkv: torch.Tensor, packed: PackedBatch, dropout_
 def geglu(gated: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * value: [..., 2 F], gates first, to [..., F]."""
     fused = FUSED_LAYERS["geglu"]
-    if fused.reason_against(gated) is None:
+    if fused.declines(gated) is None:
         return fused.function(gated)
     gate, value = gated.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
 
 
 def add_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor, dropout: Optional[nn.Dropout] = None):
-    """norm(dropout(x) + residual), [..., E]; the kernel steps aside for anything but a plain `BertLayerNorm`."""
+    """norm(dropout(x) + residual), [..., E]; the kernel serves only a plain `BertLayerNorm`."""
     fused = FUSED_LAYERS["add_norm"]
-    if fused.reason_against(x) is None and is_plain(norm, BertLayerNorm):
+    if fused.declines(x) is None and is_plain(norm, BertLayerNorm):
         dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
         dtype = norm.result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
         return fused.function(x, residual, norm.weight, norm.bias, norm.eps, dropout_p, dtype)
@@ -195,7 +189,7 @@ class BertLayerNorm(nn.LayerNorm):
         self.low_precision = low_precision
 
     def result_dtype(self, dtype: torch.dtype, device_type: str) -> torch.dtype:
-        """The dtype of the result for an input of a dtype, by the rules of CUDA's autocast where it is on."""
+        """The dtype of the result for an input dtype, by the rules of CUDA's autocast if autocast is on."""
         if not torch.is_autocast_enabled(device_type):
             return dtype
         return torch.get_autocast_dtype(device_type) if self.low_precision else torch.float32
@@ -204,7 +198,7 @@ class BertLayerNorm(nn.LayerNorm):
         if not self.low_precision:
             return super().forward(x)
         device = x.device.type
-        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # which autocast leaves alone
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # autocast leaves float64 alone
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -244,8 +238,8 @@ class BertSelfAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, hidden, packed, slopes, output_attentions):
-        """[T, E] to a context [T, E] and, where they are asked for, weights [N, H, R, R]."""
-        # torch.export cannot split rows again that it merged, so the linear layer gets merged rows.
+        """[T, E] to a context [T, E] and, if requested, weights [N, H, R, R]."""
+        # torch.export cannot split rows that it has merged, so they are merged before the linear layer.
         hidden = hidden.flatten(0, -2) if is_traced() else hidden
         qkv = linear(self.Wqkv, hidden).reshape(-1, 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_rate if self.training else 0.0
@@ -253,7 +247,7 @@ class BertSelfAttention(nn.Module):
             context, weights = eager_attention(qkv, packed, slopes, self.scale, dropout_p, return_weights=True)
             return context.reshape(hidden.shape), weights
         attend = choose_attention(self.config._attn_implementation, qkv, packed, dropout_p)
-        # Tools that attribute copy every output of a module, so none of them is None.
+        # Attribution tools copy every output of a module, so no output may be None.
         return (attend(qkv, packed, slopes, self.scale, dropout_p).reshape(hidden.shape),)
 
 
@@ -330,17 +324,16 @@ class BertEncoder(nn.Module):
 
     def forward(self, hidden, packed, output_hidden_states, output_attentions):
         """[T, E] to [T, E], the hidden states before and after each layer ([T, E] each) and the weights of each layer;
-        None for what was not asked for."""
+        None for what was not requested."""
         slopes = slopes_on(hidden.device, self.num_heads, torch.promote_types(hidden.dtype, torch.float32))
         states = (hidden,) if output_hidden_states else None
         weights = ()
         for layer in self.layer:
+            arguments = (hidden, packed, slopes, output_attentions)
             if self.gradient_checkpointing and self.training:
-                hidden, *attention = self._gradient_checkpointing_func(
-                    layer.__call__, hidden, packed, slopes, output_attentions
-                )
+                hidden, *attention = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
-                hidden, *attention = layer(hidden, packed, slopes, output_attentions)
+                hidden, *attention = layer(*arguments)
             if output_hidden_states:
                 states += (hidden,)
             weights += (*attention,)
@@ -366,7 +359,7 @@ class BertPredictionHeadTransform(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
-        # 1e-12 whatever layer_norm_eps says: what the checkpoints were trained with.
+        # Checkpoints were trained with 1e-12 here, whatever layer_norm_eps says.
         self.LayerNorm = BertLayerNorm(config.hidden_size, 1e-12, config.low_precision_layernorm)
 
     def forward(self, hidden):
@@ -386,7 +379,7 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
-    """The MLM head under the name of the checkpoints."""
+    """The MLM head, under the name that its weights have in checkpoints."""
 
     def __init__(self, config):
         super().__init__()
@@ -413,7 +406,7 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
         complete_config(config)
         if asked_attention(config) is None:
             ask_attention(config, AUTOMATIC)
-        check_attention_name(asked_attention(config))  # transformers would not name those that there are
+        check_attention_name(asked_attention(config))  # the message of transformers lists none of ours
         super().__init__(config, *inputs, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
@@ -437,13 +430,14 @@ HARMLESS_ARGUMENTS = {"use_cache", "cache_position", "cu_seq_lens_k", "max_lengt
 
 @dataclass
 class EncoderOutput(BaseModelOutputWithPooling):
-    """Output of the encoder: transformers' fields, and what a head needs beside them.
+    """Output of the encoder: transformers' fields, and what a head needs beside them."""
 
-    Attributes:
-        packed: with `packed_output`, the batch; `last_hidden_state` is then [T, E].
-    """
+    packed: Optional[PackedBatch] = None  # the batch, with `packed_output`; `last_hidden_state` is then [T, E]
 
-    packed: Optional[PackedBatch] = None
+    @property
+    def extras(self) -> dict:
+        """Hidden states and attention weights by name, which every head returns beside its own fields."""
+        return {"hidden_states": self.hidden_states, "attentions": self.attentions}
 
 
 class BertModel(BertPreTrainedModel):
@@ -479,7 +473,7 @@ class BertModel(BertPreTrainedModel):
             token_type_ids = as_integers("token_type_ids", token_type_ids)
             check_ids("token_type_ids", token_type_ids, getattr(types, "num_embeddings", self.config.type_vocab_size))
         if input_ids is not None and not (packed.keeps_padding or is_plain(words, nn.Embedding)):
-            # Noise, attributions and adapters on the input embeddings count on [B, S, E].
+            # Noise, attributions and adapters on the input embeddings rely on [B, S, E].
             input_ids, inputs_embeds = None, words(input_ids)
         ids, types, embeds = (None if x is None else packed.pack(x) for x in (input_ids, token_type_ids, inputs_embeds))
         return self.embeddings(ids, types, inputs_embeds=embeds)
@@ -522,7 +516,7 @@ class BertModel(BertPreTrainedModel):
             output_hidden_states: also return L + 1 hidden states [B, S, E], zero at padding.
             cu_seq_lens_q: int32 or int64 [N + 1], where each sequence of one row [1, T] starts, then T.
             max_length_q: tokens of the longest of these; None: read from `cu_seq_lens_q`.
-            packed_output: leave `last_hidden_state` packed, [T, E], and return the batch beside it, as heads ask.
+            packed_output: leave `last_hidden_state` packed, [T, E], and return the batch beside it, as heads need it.
             **others: `return_dict` (False returns a tuple); only `HARMLESS_ARGUMENTS` of the others may have a value.
 
         Returns:
@@ -569,7 +563,7 @@ class BertHead(BertPreTrainedModel):
         Raises:
             ValueError: a row holds several texts, by its `cu_seq_lens_q` or its `position_ids`.
         """
-        message = f"%s cannot be served by {type(self).__name__}, which needs one row a text"
+        message = f"%s cannot be served by {type(self).__name__}, which needs one text per row"
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(message % "cu_seq_lens_q")
         encoded = self.encode(*arguments, **kwargs)
@@ -636,11 +630,7 @@ class BertForMaskedLM(BertHead):
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden, packed = encoded.last_hidden_state, encoded.packed
         if labels is None:
-            return MaskedLMOutput(
-                logits=packed.unpack(self.cls(hidden)),
-                hidden_states=encoded.hidden_states,
-                attentions=encoded.attentions,
-            )
+            return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
         labels = packed_labels(packed, labels)
         if packed.keeps_padding:  # the number of labels is data
             logits = self.cls(hidden)
@@ -653,9 +643,7 @@ class BertForMaskedLM(BertHead):
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
                 logits = packed.unpack(everywhere.index_copy(0, labelled, logits))
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
+        return MaskedLMOutput(loss=loss, logits=logits, **encoded.extras)
 
 
 class BertForSequenceClassification(BertHead):
@@ -691,8 +679,7 @@ class BertForSequenceClassification(BertHead):
                 count); floating [B, num_labels] of 0 and 1 for multi_label_classification; floating [B] or
                 [B, num_labels] for regression. Where the config names none, the first labels decide, and the config
                 keeps it: regression for one label, single label for integers, multi label otherwise.
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
-                `BertForMaskedLM.forward`.
+            The others are those of `BertForMaskedLM.forward`.
 
         Returns:
             `SequenceClassifierOutput`: loss (float32 mean); logits [B, num_labels] ([N, num_labels] for concatenated
@@ -712,9 +699,7 @@ class BertForSequenceClassification(BertHead):
             problem_type = self.config.problem_type or guess_problem_type(logits.shape[-1], labels)
             loss = sequence_loss(logits, labels, problem_type, num_items_in_batch)
             self.config.problem_type = problem_type  # saved with the model: pipelines read it
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
+        return SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras)
 
 
 def classifier_dropout(config) -> float:
@@ -749,8 +734,7 @@ class BertForTokenClassification(BertHead):
 
         Args:
             labels: integers [B, S] below `num_labels`; -100 and any label at padding do not count.
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
-                `BertForMaskedLM.forward`.
+            The others are those of `BertForMaskedLM.forward`.
 
         Returns:
             `TokenClassifierOutput`: loss (float32 mean); logits [B, S, num_labels], zero at padding.
@@ -763,16 +747,11 @@ class BertForTokenClassification(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, packed_labels(encoded.packed, labels), num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=encoded.packed.unpack(logits),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return TokenClassifierOutput(loss=loss, logits=encoded.packed.unpack(logits), **encoded.extras)
 
 
-# Score of padding as start or end of an answer: no answer, but a number that can be averaged, scaled and squared in any
-# dtype. exp(-50) = 2e-22.
+# Score of padding as the start or end of an answer: too low to be chosen (exp(-50) = 2e-22), and small enough to be
+# averaged, scaled and squared in any dtype.
 PADDING_SCORE = -50.0
 
 
@@ -804,8 +783,7 @@ class BertForQuestionAnswering(BertHead):
             start_positions: integers [B] or [B, 1], the answer's first token; a position outside the S given
                 (the answer was cut off) or at padding does not count.
             end_positions: its last token, likewise.
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
-                `BertForMaskedLM.forward`.
+            The others are those of `BertForMaskedLM.forward`.
 
         Returns:
             `QuestionAnsweringModelOutput`: loss, the mean of both cross entropies (float32); start_logits and
@@ -826,13 +804,8 @@ class BertForQuestionAnswering(BertHead):
         if start_positions is not None:
             positions = (start_positions, end_positions)
             loss = answer_loss(start_logits, end_logits, *positions, attention_mask, num_items_in_batch)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        logits = {"start_logits": start_logits, "end_logits": end_logits}
+        return QuestionAnsweringModelOutput(loss=loss, **logits, **encoded.extras)
 
 
 class BertForMultipleChoice(BertHead):
@@ -863,8 +836,7 @@ class BertForMultipleChoice(BertHead):
             input_ids: int64 [B, C, S], C choices per question; likewise [B, C, S] for attention_mask, token_type_ids
                 and position_ids, and [B, C, S, E] for inputs_embeds.
             labels: integers [B] or [B, 1], the right choice, below C; -100 does not count.
-            attention_mask, token_type_ids, position_ids, inputs_embeds, num_items_in_batch, **kwargs: see
-                `BertForMaskedLM.forward`; hidden states and attention weights are those of the B * C rows.
+            The others are those of `BertForMaskedLM.forward`; hidden states and attention weights have B * C rows.
 
         Returns:
             `MultipleChoiceModelOutput`: loss (float32 mean); logits [B, C].
@@ -889,22 +861,16 @@ class BertForMultipleChoice(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras)
 
 
 class UnavailableHead(BertPreTrainedModel):
-    """What auto classes without a model here are led to.
-
-    Raises:
-        ValueError: always, instead of stock BERT with a random encoder.
-    """
+    """Raises ValueError where an auto class has no model here, instead of loading stock BERT with a random encoder."""
 
     def __init__(self, config, *inputs, **kwargs):
         missing = [name for name, reference in AUTO_MAP.items() if reference.endswith(type(self).__name__)]
         served = [name for name in AUTO_MAP if name not in (*missing, "AutoConfig")]
-        raise ValueError(f"{' and '.join(missing)} have no MosaicBERT; there are {', '.join(served)}")
+        raise ValueError(f"MosaicBERT has no model for {' and '.join(missing)}, only for {', '.join(served)}")
 
 
 BertConfig.register_for_auto_class()

@@ -46,7 +46,7 @@ def float32_linear(x, weight, bias):
 
 
 def onednn_linear(x, weight, bias):
-    """x @ weight.T + bias by oneDNN, which torch itself asks for float32 under inductor only; it has no gradient."""
+    """x @ weight.T + bias by oneDNN, which torch itself calls in float32 under inductor only; without a gradient."""
     return onednn_pointwise(x, weight, bias, "none", [], "none")
 
 
@@ -79,20 +79,16 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def choose_linear(dtype: torch.dtype, rows: int) -> Callable:
-    """The fastest `(x, weight, bias) -> x @ weight.T + bias` for inference on this processor.
+def choose_linear(dtype: torch.dtype) -> Callable:
+    """The fastest `(x, weight, bias) -> x @ weight.T + bias` for inference on this processor, from 128 rows up.
 
-    From `FEWEST_ROWS` rows up:
-
-    - float32 on AMD: oneDNN is about 2 times as fast as `F.linear`, which asks MKL; on Intel 0.9 to 1.05 times. For
+    - float32 on AMD: oneDNN is about 2 times as fast as `F.linear`, which calls MKL; on Intel 0.9 to 1.05 times. For
       training see `OneDNNLinear`.
-    - bfloat16 on AMD with avx512_bf16: oneDNN without a detour is 1.01 to 1.07 times as fast.
+    - bfloat16 on AMD with avx512_bf16: calling oneDNN directly is 1.01 to 1.07 times as fast.
     - bfloat16 on Intel without AMX: float32 is 1.4 to 1.5 times as fast (for float16 0.8 to 0.9 times).
     - Anything else: `F.linear`.
     """
     vendor, flags = processor()
-    if rows < FEWEST_ROWS:
-        return F.linear
     if vendor == "AuthenticAMD" and torch.backends.mkldnn.is_available() and onednn_pointwise is not None:
         if dtype == torch.float32 or dtype == torch.bfloat16 and is_amd_with_bfloat16():
             return onednn_linear
@@ -105,7 +101,7 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`, in the fastest way where the layer is a plain `nn.Linear` on the CPU.
 
     Args:
-        layer: an `nn.Linear`, or what has replaced it: an adapter, a quantized layer.
+        layer: an `nn.Linear`, or its replacement, such as an adapter or a quantized layer.
         x: floating [..., in].
 
     Returns:
@@ -120,9 +116,9 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         or x.dtype != layer.weight.dtype
     ):
         return layer(x)
-    compute = choose_linear(x.dtype, x.shape[:-1].numel())
+    compute = choose_linear(x.dtype)
     if torch.is_grad_enabled():
-        # F.linear has gradients in every dtype, and asks oneDNN itself for bfloat16.
+        # F.linear has gradients in every dtype, and itself calls oneDNN for bfloat16.
         compute = OneDNNLinear.apply if compute is onednn_linear and x.dtype == torch.float32 else F.linear
     return compute(x, layer.weight, layer.bias)
 
@@ -134,9 +130,6 @@ def in_parts(function: Callable, x: torch.Tensor, width: int) -> torch.Tensor:
         function: maps the rows of x [T, ...] to rows, each by itself.
         x: floating [T, ...].
         width: numbers per row of the largest intermediate result.
-
-    Returns:
-        What `function` returns.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or is_traced():
         return function(x)

@@ -22,11 +22,11 @@ def mean_loss(total: torch.Tensor, count, num_items_in_batch) -> torch.Tensor:
         float32 scalar; 0, with a gradient, where there is no item.
 
     Raises:
-        ValueError: `num_items_in_batch` is no number.
+        ValueError: `num_items_in_batch` is not a number.
     """
     items = count if num_items_in_batch is None else num_items_in_batch
     if not (torch.is_tensor(items) or isinstance(items, (int, float))):
-        raise ValueError(f"num_items_in_batch must be a number or a tensor of one, got {items!r}")
+        raise ValueError(f"num_items_in_batch must be a number or a scalar tensor, got {items!r}")
     return total / (items.clamp(min=1) if torch.is_tensor(items) else max(items, 1))
 
 
@@ -47,7 +47,7 @@ def packed_labels(packed: PackedBatch, labels: torch.Tensor) -> torch.Tensor:
 
 
 def row_integers(name: str, values: torch.Tensor, rows: int) -> torch.Tensor:
-    """int64 [B] of integers [B] or [B, 1], one for each of `rows` = B rows; the messages of errors call them `name`."""
+    """int64 [B] of integers [B] or [B, 1], one for each of `rows` = B rows; error messages call them `name`."""
     values = as_integers(name, values)
     if values.dim() == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
@@ -56,7 +56,7 @@ def row_integers(name: str, values: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def guess_problem_type(num_labels: int, labels: torch.Tensor) -> str:
-    """The problem that labels stand for where a config names none; the guess is that of stock BERT."""
+    """The problem type that labels imply where the config names none, as stock BERT guesses it."""
     if num_labels == 1:
         return "regression"
     several = labels.is_floating_point() or labels.dtype == torch.bool
@@ -76,7 +76,7 @@ def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) ->
         labels = labels[:, None]
     if problem_type == "multi_label_classification" and labels.dim() == 1:
         raise ValueError(
-            f"labels must be integers for one of {logits.shape[-1]} classes a text, or have shape "
+            f"labels must be integers, one of {logits.shape[-1]} classes per text, or have shape "
             f"{list(logits.shape)} for several, got {labels.dtype} {list(labels.shape)}"
         )
     check_shape("labels", labels, logits.shape)
@@ -88,18 +88,13 @@ def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) ->
 def answer_loss(
     start_logits, end_logits, start_positions, end_positions, attention_mask=None, num_items_in_batch=None
 ) -> torch.Tensor:
-    """Mean of the cross entropies of an answer's first and last position.
+    """Mean, in float32, of the cross entropies of an answer's first and last position.
 
     Args:
-        start_logits: floating [B, S].
-        end_logits: likewise.
-        start_positions: integers [B] or [B, 1]; a position outside [0, S) or at padding does not count.
-        end_positions: likewise.
+        start_logits, end_logits: floating [B, S].
+        start_positions, end_positions: integers [B] or [B, 1]; one outside [0, S) or at padding does not count.
         attention_mask: any dtype [B, S], nonzero at real tokens; None: there is no padding.
         num_items_in_batch: see `mean_loss`.
-
-    Returns:
-        float32 scalar.
     """
     losses = []
     for name, scores, positions in (
@@ -109,7 +104,7 @@ def answer_loss(
         positions = row_integers(name, positions, scores.shape[0])
         skipped = (positions < 0) | (positions >= scores.shape[1])
         if attention_mask is not None:
-            # A column of no token: where the rows are empty, there is none to ask.
+            # With one more column, so that there is one to gather from where rows are empty.
             masked = F.pad(attention_mask == 0, (0, 1), value=True)
             skipped = skipped | masked.gather(1, positions.masked_fill(skipped, scores.shape[1])[:, None])[:, 0]
         losses.append(class_loss(scores, positions.masked_fill(skipped, -100), num_items_in_batch))

@@ -34,7 +34,7 @@ class PackedBatch:
         documents: int64 [B, S], the number of the sequence that a position belongs to, where padding is kept and a row
             holds several sequences. None: sequences are rows.
         restarts: bool scalar, whether `position_ids` restart within a row, where only the device knows; `cu_seqlens`
-            then knows rows only. None: `cu_seqlens` knows every sequence.
+            then describes rows only. None: it describes every sequence.
         known_lengths: tokens of each sequence, where the host knows them already; read `lengths`.
     """
 
@@ -76,13 +76,9 @@ class PackedBatch:
         return first_plus_last - torch.arange(total, device=first_plus_last.device)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """Take the tokens out of the caller's layout.
+        """Take the tokens out of the caller's layout: any dtype, [B, S, ...] to [T, ...].
 
-        Args:
-            padded: any dtype, [B, S, ...].
-
-        Returns:
-            [T, ...] in the same dtype; `padded` itself where padding is kept.
+        Where padding is kept, this is `padded` itself.
         """
         if self.keeps_padding:
             return padded
@@ -90,14 +86,7 @@ class PackedBatch:
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Put the tokens back into the caller's layout; positions without a token become zero.
-
-        Args:
-            packed: any dtype, [T, ...], or [B, S, ...] where padding is kept.
-
-        Returns:
-            [B, S, ...] in the same dtype.
-        """
+        """Put tokens, any dtype [T, ...], back into the caller's layout, [B, S, ...], which is zero elsewhere."""
         if self.keeps_padding:
             if self.key_mask is None:
                 return packed
@@ -143,18 +132,23 @@ class PackedBatch:
         if self.key_mask is not None:
             sums, counts = self.unpack(precise).sum(dim=1), self.key_mask.sum(dim=1)
         else:
-            precise = precise.flatten(0, -2)
+            sums = precise.new_zeros(self.num_sequences, precise.shape[-1])
+            sums = sums.index_add(0, self.sequence_numbers, precise.flatten(0, -2))
             counts = self.cu_seqlens.diff()
-            sequence = torch.arange(self.num_sequences, device=counts.device)
-            sequence = sequence.repeat_interleave(counts.long(), output_size=precise.shape[0])
-            sums = precise.new_zeros(self.num_sequences, precise.shape[-1]).index_add(0, sequence, precise)
         return (sums / counts.clamp(min=1)[:, None]).to(packed.dtype)
 
     def _check_sequences(self) -> None:
-        """Fail, on the device if need be, when `cu_seqlens` does not know every sequence."""
+        """Fail, on the device if necessary, when `cu_seqlens` does not describe every sequence."""
         if self.restarts is not None:
-            message = "compiled code needs cu_seq_lens_q to pool texts that position_ids tell apart"
+            message = "compiled code needs cu_seq_lens_q to pool texts that only position_ids separate"
             assert_on_device(~self.restarts, message)
+
+    @property
+    def sequence_numbers(self) -> torch.Tensor:
+        """int64 [T]: the number of the sequence that each token belongs to, from 0."""
+        lengths = self.cu_seqlens.diff().long()
+        numbers = torch.arange(self.num_sequences, device=lengths.device)
+        return numbers.repeat_interleave(lengths, output_size=self.positions.shape[0])
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -163,11 +157,8 @@ class PackedBatch:
 
     @property
     def row_indices(self) -> torch.Tensor:
-        """int64 [T]: sequence number * R + position, the flat index of each token in an [N, R] layout."""
-        lengths = self.cu_seqlens.diff().long()
-        sequence = torch.arange(self.num_sequences, device=lengths.device)
-        sequence = sequence.repeat_interleave(lengths, output_size=self.positions.shape[0])
-        return sequence * self.row_length + self.positions
+        """int64 [T]: the flat index of each token in an [N, R] layout."""
+        return self.sequence_numbers * self.row_length + self.positions
 
     @property
     def has_full_rows(self) -> bool:
@@ -175,14 +166,7 @@ class PackedBatch:
         return self.keeps_padding or self.num_sequences * self.row_length == self.positions.shape[0]
 
     def to_rows(self, packed: torch.Tensor) -> torch.Tensor:
-        """One zero-padded row per sequence, for a backend that needs rows.
-
-        Args:
-            packed: any dtype, [T, ...].
-
-        Returns:
-            [*rows, ...] in the same dtype.
-        """
+        """One zero-padded row per sequence, for a backend that needs rows: any dtype, [T, ...] to [*rows, ...]."""
         if self.has_full_rows:
             return packed.reshape(*self.rows, *packed.shape[1:])
         rows = packed.new_zeros(self.num_sequences * self.row_length, *packed.shape[1:])
@@ -226,14 +210,14 @@ def pack_batch(
     """Check the shapes of a call's arguments (see `BertModel.forward`) and describe the batch.
 
     Args:
-        keep_padding: keep tokens [B, S, ...]. Always so while torch traces.
+        keep_padding: keep tokens [B, S, ...], as is always done while torch traces.
 
     Returns:
         The batch. Without `attention_mask` and `position_ids`, and with `max_length_q` where there is
         `cu_seq_lens_q`, nothing is copied to the host.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank, shape or dtype; boundaries that
             do not fit the tokens.
     """
@@ -272,9 +256,7 @@ def pack_batch(
             return pack_rows(attention_mask, shape, device, restarts)
         if restarts.any():
             if attention_mask is not None and not real.all():
-                raise ValueError(
-                    "position_ids restart within a row of a batch with padding; give each text its own row"
-                )
+                raise ValueError("position_ids restart within a row of a batch with padding; give each text a row")
             starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(shape)
             starts = starts.flatten().nonzero().flatten()
             bounds = torch.cat((starts, starts.new_tensor([shape[0] * shape[1]])))
@@ -285,14 +267,13 @@ def pack_batch(
 def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], device) -> PackedBatch:
     """Describe a padded batch whose padding is dropped.
 
+    With a mask, three numbers per row are copied to the host, once.
+
     Args:
         attention_mask: bool or any integer or float dtype, [B, S], on `device`; nonzero marks a real token. None: all
             are real.
         shape: (B, S).
         device: device of the tokens.
-
-    Returns:
-        The batch. With a mask, three numbers per row are copied to the host, once.
     """
     batch, length = shape
     if attention_mask is not None and attention_mask.device.type == "cpu" and attention_mask.all():
@@ -330,9 +311,6 @@ def pack_flattened(
         max_seqlen: tokens of the longest sequence, or None to read it from `cu_seqlens` (one copy to the host).
         shape: (B, S) of the tokens, B * S = T.
         keep_padding: keep tokens [B, S, ...] and copy nothing to the host.
-
-    Returns:
-        The batch.
     """
     total = shape[0] * shape[1]
     cu_seqlens = cu_seqlens.to(torch.int32)
@@ -363,13 +341,7 @@ def pack_rows(
     """Describe a padded batch whose padding is kept; no shape depends on data.
 
     Args:
-        attention_mask: as for `pack_padded`.
-        shape: (B, S).
-        device: device of the tokens.
-        restarts: bool [B or 1, S - 1], where a row starts a new sequence.
-
-    Returns:
-        The batch.
+        restarts: bool [B or 1, S - 1], where a row starts a new sequence; the others are those of `pack_padded`.
     """
     batch, length = shape
     documents = None

@@ -18,17 +18,17 @@ if tuple(map(int, re.findall(r"\d+", release)[:3])) < OLDEST_TRANSFORMERS:
     oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
     raise ImportError(f"MosaicBERT needs transformers {oldest} or newer, got {release}")
 
-# What a MosaicBERT reads beyond transformers' BertConfig, with the values they have in a config without them.
-EXTRA_FIELDS = {
-    "alibi_starting_size": 512,
-    "sparse_prediction": False,
-    "low_precision_layernorm": False,
-    "classifier_pooling": "cls",
-    "unpad_inputs": True,
-}
+# The fields that a MosaicBERT reads beyond those of transformers' BertConfig.
+OWN_FIELDS = (
+    "alibi_starting_size",
+    "sparse_prediction",
+    "low_precision_layernorm",
+    "classifier_pooling",
+    "unpad_inputs",
+)
 
-# What a saved config says about its code: the class for each of transformers' auto classes that know a BERT. A missing
-# one would load stock BERT, with a random encoder.
+# Our class for each of transformers' auto classes that know BERT, as saved configs name it. An auto class without an
+# entry would load stock BERT with a random encoder.
 AUTO_MAP = {
     "AutoConfig": "configuration_bert.BertConfig",
     "AutoModelForCausalLM": "bert_layers.UnavailableHead",
@@ -64,10 +64,10 @@ def is_rate(value) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
-# Deeper than any BERT; a config that asks for a billion layers would otherwise take memory without end.
+# Deeper than any BERT; a config that asks for a billion layers would otherwise exhaust the memory.
 MOST_LAYERS = 1000
 
-# The test that each field has to pass, and what it may be, in words.
+# The check of each field, and what the field must be, in words.
 FIELD_CHECKS = {
     **dict.fromkeys(
         (
@@ -86,7 +86,7 @@ FIELD_CHECKS = {
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), (is_rate, "a number in [0, 1)")),
     "classifier_dropout": (lambda value: value is None or is_rate(value), "None or a number in [0, 1)"),
     "layer_norm_eps": (lambda value: is_number(value) and value > 0, "a positive number"),
-    "initializer_range": (lambda value: is_number(value) and value >= 0, "a number that is not negative"),
+    "initializer_range": (lambda value: is_number(value) and value >= 0, "a non-negative number"),
     "hidden_act": (lambda value: isinstance(value, str) and value in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}"),
     "classifier_pooling": (lambda value: value in ("cls", "mean"), "cls or mean"),
     **dict.fromkeys(
@@ -101,21 +101,14 @@ FIELD_CHECKS = {
 
 
 def check_field(name: str, value) -> None:
-    """Raise ValueError when no MosaicBERT can have this value of a field; what is no field is ignored."""
+    """Raise ValueError when no MosaicBERT can have this value of a field; other names are ignored."""
     passes, words = FIELD_CHECKS.get(name, (None, None))
     if passes and not passes(value):
         raise ValueError(f"{name} must be {words}, got {value!r}")
 
 
 def check_fields(fields: dict) -> None:
-    """Check the fields of a config.
-
-    Args:
-        fields: values by name; what is no field is ignored.
-
-    Raises:
-        ValueError: no MosaicBERT can have the value of a field; the message names it.
-    """
+    """Raise ValueError when no MosaicBERT can have these values of its fields; the message names the field."""
     for name, value in fields.items():
         check_field(name, value)
     size, heads, layers = (fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
@@ -131,7 +124,7 @@ def check_fields(fields: dict) -> None:
 
 
 def stored(name: str, value):
-    """What a config keeps of a value that a field is set to.
+    """The value that a config keeps when a field is set.
 
     Numbers become int or float, as NumPy's cannot be written to JSON. The names of transformers' models under
     `architectures` become names that no library has: pipelines and servers take the class of that name after any error
@@ -145,11 +138,7 @@ def stored(name: str, value):
 
 
 def cover_starting_size(config) -> None:
-    """Raise `max_position_embeddings`, where other libraries cut a text, to `alibi_starting_size` where it is below.
-
-    Args:
-        config: our `BertConfig` or transformers' `BertConfig`.
-    """
+    """Raise `max_position_embeddings`, where other libraries cut a text, to `alibi_starting_size` if it is below."""
     size = getattr(config, "alibi_starting_size", 0)
     if config.max_position_embeddings < size:
         config.max_position_embeddings = size
@@ -191,7 +180,7 @@ class BertConfig(StockBertConfig):
         **kwargs: any other field of a transformers config.
 
     Raises:
-        ValueError: a field has a value that no MosaicBERT can have, see `check_fields`.
+        ValueError: a field has a value that no MosaicBERT can have; the message names it.
 
     Source: https://arxiv.org/abs/2312.17482, section 3.
     """
@@ -221,33 +210,18 @@ class BertConfig(StockBertConfig):
         max_position_embeddings: int = 8192,
         **kwargs,
     ):
+        fields = locals() | kwargs
+        for name in ("self", "__class__", "kwargs"):
+            del fields[name]
         # First, as the messages of transformers' own checks differ by release.
-        check_fields(locals() | kwargs)
-        super().__init__(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            intermediate_size=intermediate_size,
-            hidden_act=hidden_act,
-            hidden_dropout_prob=hidden_dropout_prob,
-            attention_probs_dropout_prob=attention_probs_dropout_prob,
-            type_vocab_size=type_vocab_size,
-            initializer_range=initializer_range,
-            layer_norm_eps=layer_norm_eps,
-            pad_token_id=pad_token_id,
-            classifier_dropout=classifier_dropout,
-            max_position_embeddings=max_position_embeddings,
-            **kwargs,
-        )
-        self.alibi_starting_size = alibi_starting_size
-        self.sparse_prediction = sparse_prediction
-        self.low_precision_layernorm = low_precision_layernorm
-        self.classifier_pooling = classifier_pooling
-        self.unpad_inputs = unpad_inputs
+        check_fields(fields)
+        ours = {name: fields.pop(name) for name in OWN_FIELDS}
+        super().__init__(**fields)
+        for name, value in ours.items():
+            setattr(self, name, value)
 
     def __setattr__(self, name, value):
-        """Set a field; `EncoderDecoderModel` makes a decoder this way before it builds stock BERT from the fields."""
+        """Check and set a field; `EncoderDecoderModel` would otherwise turn our config into a decoder of stock BERT."""
         check_field(name, value)
         super().__setattr__(name, stored(name, value))
         if name in ("alibi_starting_size", "max_position_embeddings"):
@@ -260,14 +234,14 @@ class BertConfig(StockBertConfig):
 
     @output_attentions.setter
     def output_attentions(self, value: bool) -> None:
-        """Set it beside any attention implementation; transformers' own setter takes eager only."""
+        """Accept any attention implementation beside it; transformers' own setter accepts eager only."""
         self._output_attentions = value
 
     def validate_output_attentions(self) -> None:
         """Accept `output_attentions` beside any attention implementation; releases from 5 on ask before saving."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the config with the code that its `auto_map` names, so that `from_config` takes the folder.
+        """Save the config with the code that its `auto_map` names, so that `from_config` can load the folder.
 
         Arguments are those of transformers' method. A config that was loaded without its code, from the Hub, keeps its
         reference to the code there.
@@ -285,19 +259,16 @@ class BertConfig(StockBertConfig):
 
 
 def complete_config(config) -> None:
-    """Make a config that arrives at a model one of ours, with every field, and check it.
-
-    Args:
-        config: our `BertConfig`, in which fields may have been set since it was built, or transformers' `BertConfig`.
+    """Make a config that arrives at a model, ours or transformers' `BertConfig`, one of ours with every field.
 
     Raises:
-        ValueError: a field has a value that no MosaicBERT can have, see `check_fields`.
+        ValueError: a field has a value that no MosaicBERT can have; it may have been set since the config was built.
     """
     if type(config) is StockBertConfig:  # would name the models of transformers when it is saved
         config.__class__ = BertConfig
-    for name, default in EXTRA_FIELDS.items():
+    for name in OWN_FIELDS:
         if not hasattr(config, name):
-            setattr(config, name, default)
+            setattr(config, name, getattr(BertConfig(), name))
     names = (*FIELD_CHECKS, "pad_token_id")
     check_fields({name: getattr(config, name) for name in names if hasattr(config, name)})
     cover_starting_size(config)

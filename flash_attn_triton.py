@@ -11,7 +11,7 @@ neither atomics nor a float32 buffer for the query gradient.
 of the row and a part of the column; only tiles on the diagonal need the absolute value.
 
 **Skipping.** Tiles beyond the radius within which keys weigh anything are not visited; bert_attention.py proves the
-bound. Here it is taken for a whole sequence and head: C from the largest norms, and `own` from the query with the
+bound. Here it is computed for a whole sequence and head: C from the largest norms, and `own` from the query with the
 lowest score with itself, or 0 where none is negative. Both come from one pass over the queries and keys, which short
 sequences do without (see `LONGEST_UNSKIPPED`).
 
@@ -28,7 +28,7 @@ from typing import Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, fastest, is_observed, launch, shared_memory, with_channels
+from .launch_triton import Tile, dropout_seed, fastest, is_observed, launch, shared_memory, with_channels
 
 try:
     import triton
@@ -40,8 +40,8 @@ except ImportError:  # The Hub's loader skips imports inside `try`; the caller d
 # token and the forward pass 6.1 at length 512, of which skipping saves a sixth; at 1,024 it saves a third of 11.
 LONGEST_UNSKIPPED = 512
 # Tokens that one program of `_measure_kernel` reads.
-MEASURED_TOKENS = 256
-_MEASURING = Tile(MEASURED_TOKENS, 64, 4, 1)
+MEASURED_TOKENS = tl.constexpr(256)
+_MEASURING = Tile(MEASURED_TOKENS.value, 64, 4, 1)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # ln(2^24): shares under 2^-24 vanish in a float32 sum.
@@ -159,7 +159,6 @@ def _start(
     scale,
     num_sequences,
     POWER: tl.constexpr,
-    MEASURED: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -176,10 +175,11 @@ def _start(
     if peaks is None:
         radius = EVERYTHING
     else:
-        query_peak, key_peak, low = _peaks(peaks, sequence, seq_start, length, head, MEASURED)
+        query_peak, key_peak, low = _peaks(peaks, sequence, seq_start, length, head, MEASURED_TOKENS)
         radius = _radius(query_peak, key_peak, low, slope, scale, key_mask is not None)
     begin, diagonal, leave, stop = _window(first, length, radius, ROWS, STEP)
     stream = sequence * num_heads + head
+    # Ten scalars, since in Triton 3.2, the oldest supported release, one jit function cannot pass a tuple to another.
     return head.to(tl.int64), slope * LOG2E, stream, seq_start, length, first, begin, diagonal, leave, stop
 
 
@@ -342,9 +342,9 @@ def _or_infinity(values):
 
 @triton.jit(do_not_specialize=["num_sequences", "total"])
 def _forward_kernel(
-    qkv,
     out,
     lse,
+    qkv,
     cu_seqlens,
     slopes,
     peaks,
@@ -361,7 +361,6 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
-    MEASURED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -370,7 +369,7 @@ def _forward_kernel(
     Writes `out` [T, H, D] and `lse` float32 [H, T], the base-2 logarithm of each softmax's sum of exponentials.
     """
     head, slope, stream, seq_start, length, start_m, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_M, BLOCK_N
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, BLOCK_M, BLOCK_N
     )
     if start_m >= length:
         return
@@ -423,11 +422,13 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["num_sequences", "total"])
 def _query_gradient_kernel(
     out,
-    qkv,
     out_gradient,
     gradient,
     lse,
     delta,
+    out_gradient_stride,
+    out_gradient_head_stride,
+    qkv,
     cu_seqlens,
     slopes,
     peaks,
@@ -437,8 +438,6 @@ def _query_gradient_kernel(
     stride,
     part_stride,
     head_stride,
-    out_gradient_stride,
-    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
@@ -446,7 +445,6 @@ def _query_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
-    MEASURED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -456,7 +454,7 @@ def _query_gradient_kernel(
     `out_gradient`.
     """
     head, slope, stream, seq_start, length, start_m, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_M, BLOCK_N
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, BLOCK_M, BLOCK_N
     )
     if start_m >= length:
         return
@@ -503,11 +501,13 @@ def _query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences", "total"])
 def _key_value_gradient_kernel(
-    qkv,
     out_gradient,
     gradient,
     lse,
     delta,
+    out_gradient_stride,
+    out_gradient_head_stride,
+    qkv,
     cu_seqlens,
     slopes,
     peaks,
@@ -517,8 +517,6 @@ def _key_value_gradient_kernel(
     stride,
     part_stride,
     head_stride,
-    out_gradient_stride,
-    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
@@ -526,7 +524,6 @@ def _key_value_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     POWER: tl.constexpr,
-    MEASURED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -536,7 +533,7 @@ def _key_value_gradient_kernel(
     they enter the next matrix product from registers.
     """
     head, slope, stream, seq_start, length, start_n, begin, diagonal, leave, stop = _start(
-        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, MEASURED, BLOCK_N, BLOCK_M
+        cu_seqlens, slopes, peaks, key_mask, scale, num_sequences, POWER, BLOCK_N, BLOCK_M
     )
     if start_n >= length:
         return
@@ -616,11 +613,13 @@ _TILES = {
 }
 # A tile size is chosen for each of four ranges of lengths.
 _LENGTHS = (256, 1024, 4096)
+# Names of the strides of `qkv`: between tokens; between query, key and value; between heads.
+_STRIDES = ("stride", "part_stride", "head_stride")
 _chosen = {}
 
 
 def tiles_for(kernel, dtype: torch.dtype, head_dim: int, has_dropout: bool, memory: int) -> list[Tile]:
-    """The tile sizes among which the fastest is looked for.
+    """The tile sizes among which the fastest is looked for, at least one.
 
     Args:
         kernel: one of the three attention kernels.
@@ -628,9 +627,6 @@ def tiles_for(kernel, dtype: torch.dtype, head_dim: int, has_dropout: bool, memo
         head_dim: D.
         has_dropout: whether weights are dropped.
         memory: bytes of shared memory that a block may use.
-
-    Returns:
-        At least one.
     """
     if dtype == torch.float32:
         kind = "float32"  # multiplied in registers: larger tiles spill, and compile for minutes
@@ -658,21 +654,39 @@ def constants_of(kernel, num_heads: int, head_dim: int, tile: Tile) -> dict:
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": _block_dim(head_dim),
         "POWER": 1 << num_heads.bit_length() - 1,
-        "MEASURED": MEASURED_TOKENS,
         "BLOCK_M": tile.step if owns_keys else tile.rows,
         "BLOCK_N": tile.rows if owns_keys else tile.step,
     }
 
 
-def _run(kernel, max_seqlen, tensors, strides, numbers) -> None:
-    """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind."""
-    qkv, has_dropout = tensors["qkv"], tensors["seed"] is not None
-    _, _, heads, head_dim = qkv.shape
+def _run(
+    kernel, own, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen: int
+) -> None:
+    """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind.
+
+    Args:
+        own: the arguments that this kernel takes before those that all three share, by name.
+        peaks: see `_empty_results`; the other arguments are those of `_forward`.
+    """
+    total, _, heads, head_dim = qkv.shape
+    arguments = {
+        **own,
+        "qkv": qkv,
+        "cu_seqlens": cu_seqlens,
+        "slopes": slopes,
+        "peaks": peaks if len(peaks) else None,
+        "positions": positions,
+        "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
+        "seed": seed,
+        **dict(zip(_STRIDES, qkv.stride())),
+    }
+    numbers = {"scale": scale, "dropout_p": dropout_p, "num_sequences": cu_seqlens.shape[0] - 1, "total": total}
 
     def run(tile):
-        grid = (numbers["total"] // tile.rows + numbers["num_sequences"], heads, 1)
-        launch(kernel, grid, tile, tensors, strides, numbers, constants_of(kernel, heads, head_dim, tile))
+        grid = (total // tile.rows + numbers["num_sequences"], heads, 1)
+        launch(kernel, grid, tile, arguments, numbers, constants_of(kernel, heads, head_dim, tile))
 
+    has_dropout = seed is not None
     key = (kernel.fn, qkv.device, qkv.dtype, head_dim, has_dropout, bisect.bisect_left(_LENGTHS, max_seqlen))
     tile = _chosen.get(key)
     if tile is None:
@@ -688,8 +702,19 @@ def _run(kernel, max_seqlen, tensors, strides, numbers) -> None:
     run(tile)
 
 
-def _as_bytes(key_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return None if key_mask is None else key_mask.view(torch.uint8)
+def _empty_results(qkv, cu_seqlens, max_seqlen: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for the context [T, H, D] in the dtype of `qkv`, and for what backward needs beside it.
+
+    That is `lse`, float32 [H, T], base-2 logarithms of the softmax's sums, and `peaks`, float32 [tiles, H, 3], what
+    `_measure_kernel` writes; there are no tiles where nothing is skipped.
+    """
+    total, _, heads, head_dim = qkv.shape
+    tiles = total // _MEASURING.rows + cu_seqlens.shape[0] - 1 if max_seqlen > LONGEST_UNSKIPPED else 0
+    return (
+        qkv.new_empty(total, heads, head_dim),
+        qkv.new_empty(heads, total, dtype=torch.float32),
+        qkv.new_empty(tiles, heads, 3, dtype=torch.float32),
+    )
 
 
 def _forward(
@@ -702,7 +727,6 @@ def _forward(
     scale: float,
     dropout_p: float,
     max_seqlen: int,
-    skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward kernels: one, or two where something may be skipped.
 
@@ -715,65 +739,29 @@ def _forward(
         seed: int64 [1], key of the dropout; None without dropout.
         scale: factor of the scores.
         dropout_p: probability of dropping a weight, in [0, 1).
-        max_seqlen: tokens of the longest sequence; chooses tile sizes, never results.
-        skip: leave out what weighs nothing.
+        max_seqlen: tokens of the longest sequence; chooses tile sizes and whether tiles are skipped, never results.
 
     Returns:
-        The context [T, H, D] in the dtype of `qkv`, and what backward needs: float32 [H, T] base-2 logarithms of the
-        softmax's sums, and float32 [T // MEASURED_TOKENS + N, H, 3] from `_measure_kernel` ([0, H, 3] without `skip`).
+        See `_empty_results`.
     """
     qkv = with_channels(qkv)
-    out, lse, peaks = _empty_results(qkv, cu_seqlens, skip)
+    out, lse, peaks = _empty_results(qkv, cu_seqlens, max_seqlen)
     if out.numel() == 0:
         return out, lse, peaks
-    total, _, heads, head_dim = qkv.shape
-    stride, part_stride, head_stride, _ = qkv.stride()
-    strides = {"stride": stride, "part_stride": part_stride, "head_stride": head_stride}
-    num_sequences = cu_seqlens.shape[0] - 1
-    if skip:
+    heads, head_dim = out.shape[1:]
+    if len(peaks):
+        rows, step = _MEASURING.rows, _MEASURING.step
         launch(
             _measure_kernel,
-            grid=(peaks.shape[0], heads, 1),
+            grid=(len(peaks), heads, 1),
             tile=_MEASURING,
-            tensors={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens},
-            strides=strides,
-            numbers={"scale": scale, "num_sequences": num_sequences},
-            constants={
-                "HEAD_DIM": head_dim,
-                "BLOCK_DIM": _block_dim(head_dim),
-                "ROWS": _MEASURING.rows,
-                "STEP": _MEASURING.step,
-            },
+            arguments={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens, **dict(zip(_STRIDES, qkv.stride()))},
+            numbers={"scale": scale, "num_sequences": cu_seqlens.shape[0] - 1},
+            constants={"HEAD_DIM": head_dim, "BLOCK_DIM": _block_dim(head_dim), "ROWS": rows, "STEP": step},
         )
-    _run(
-        _forward_kernel,
-        max_seqlen,
-        tensors={
-            "qkv": qkv,
-            "out": out,
-            "lse": lse,
-            "cu_seqlens": cu_seqlens,
-            "slopes": slopes,
-            "peaks": peaks if skip else None,
-            "positions": positions,
-            "key_mask": _as_bytes(key_mask),
-            "seed": seed,
-        },
-        strides=strides,
-        numbers={"scale": scale, "dropout_p": dropout_p, "num_sequences": num_sequences, "total": total},
-    )
+    shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
+    _run(_forward_kernel, {"out": out, "lse": lse}, *shared)
     return out, lse, peaks
-
-
-def _empty_results(qkv, cu_seqlens, skip):
-    """Memory for what `_forward` returns."""
-    total, _, heads, head_dim = qkv.shape
-    tiles = total // MEASURED_TOKENS + cu_seqlens.shape[0] - 1 if skip else 0
-    return (
-        qkv.new_empty(total, heads, head_dim),
-        qkv.new_empty(heads, total, dtype=torch.float32),
-        qkv.new_empty(tiles, heads, 3, dtype=torch.float32),
-    )
 
 
 def _backward(
@@ -790,7 +778,6 @@ def _backward(
     scale: float,
     dropout_p: float,
     max_seqlen: int,
-    skip: bool,
 ) -> torch.Tensor:
     """Launch the two backward kernels.
 
@@ -806,37 +793,19 @@ def _backward(
     gradient = qkv.new_empty(qkv.shape)
     if out.numel() == 0:
         return gradient
-    stride, part_stride, head_stride, _ = qkv.stride()
     out_gradient_stride, out_gradient_head_stride, _ = out_gradient.stride()
-    tensors = {
-        "qkv": qkv,
+    own = {
         "out_gradient": out_gradient,
         "gradient": gradient,
         "lse": lse,
         "delta": torch.empty_like(lse),
-        "cu_seqlens": cu_seqlens,
-        "slopes": slopes,
-        "peaks": peaks if skip else None,
-        "positions": positions,
-        "key_mask": _as_bytes(key_mask),
-        "seed": seed,
-    }
-    strides = {
-        "stride": stride,
-        "part_stride": part_stride,
-        "head_stride": head_stride,
         "out_gradient_stride": out_gradient_stride,
         "out_gradient_head_stride": out_gradient_head_stride,
     }
-    numbers = {
-        "scale": scale,
-        "dropout_p": dropout_p,
-        "num_sequences": cu_seqlens.shape[0] - 1,
-        "total": qkv.shape[0],
-    }
+    shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
     # The query gradient comes first, because it writes `delta`.
-    _run(_query_gradient_kernel, max_seqlen, {"out": out, **tensors}, strides, numbers)
-    _run(_key_value_gradient_kernel, max_seqlen, tensors, strides, numbers)
+    _run(_query_gradient_kernel, {"out": out, **own}, *shared)
+    _run(_key_value_gradient_kernel, own, *shared)
     return gradient
 
 
@@ -853,7 +822,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, out_gradient):
-        return _backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+        return _backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
 
 
 # The same as operators, for whoever traces: torch.compile, fake tensors, dispatch modes, functorch. The Hub's loader
@@ -864,8 +833,8 @@ _attention_backward = torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_ba
 
 
 @_attention.register_fake
-def _(qkv, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, skip):
-    return _empty_results(qkv, cu_seqlens, skip)
+def _(qkv, cu_seqlens, *rest):
+    return _empty_results(qkv, cu_seqlens, rest[-1])
 
 
 @_attention_backward.register_fake
@@ -882,7 +851,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, out_gradient, *_):
-    return _attention_backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 9
+    return _attention_backward(out_gradient, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
 
 
 _attention.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -906,23 +875,13 @@ def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax.
     """
     # The kernels index these by position alone.
+    positions = packed.positions if packed.has_holes else None
     cu_seqlens, slopes, positions, key_mask = (
         None if tensor is None else tensor.contiguous()
-        for tensor in (
-            packed.cu_seqlens,
-            alibi_slopes,
-            packed.positions if packed.has_holes else None,
-            packed.key_mask,
-        )
+        for tensor in (packed.cu_seqlens, alibi_slopes, positions, packed.key_mask)
     )
-    seed = None
-    if dropout_p > 0:
-        # From torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and nothing
-        # waits for the host.
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
-    skip = packed.max_seqlen > LONGEST_UNSKIPPED
-    tensors = (qkv, cu_seqlens, slopes, positions, key_mask, seed)
-    arguments = (*tensors, float(scale), float(dropout_p), packed.max_seqlen, skip)
+    tensors = (qkv, cu_seqlens, slopes, positions, key_mask, dropout_seed(dropout_p, qkv.device))
+    arguments = (*tensors, float(scale), float(dropout_p), packed.max_seqlen)
     if is_observed(qkv):
         return _attention(*arguments)[0]
     if qkv.requires_grad and torch.is_grad_enabled():

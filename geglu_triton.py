@@ -24,7 +24,7 @@ INV_SQRT_TAU = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def _forward_kernel(gated, out, stride, features, BLOCK: tl.constexpr):
+def _forward_kernel(out, gated, stride, features, BLOCK: tl.constexpr):
     """Writes gelu(gate) * value, [T, F], for rows [gate, value] of `gated` [T, 2 F]."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def _forward_kernel(gated, out, stride, features, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(gated, out_gradient, gradient, stride, out_gradient_stride, features, BLOCK: tl.constexpr):
+def _backward_kernel(out_gradient, gradient, out_gradient_stride, gated, stride, features, BLOCK: tl.constexpr):
     """Writes the gradient of `gated`, [T, 2 F], for `out_gradient` [T, F]."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -55,20 +55,18 @@ def _backward_kernel(gated, out_gradient, gradient, stride, out_gradient_stride,
     tl.store(gradient + features, dvalue.to(gradient.dtype.element_ty), mask=exists)
 
 
+def _run(kernel, gated: torch.Tensor, **own) -> None:
+    """Launch a kernel for `gated` [T, 2 F], channels contiguous; `own`: what it takes before what both kernels take."""
+    if gated.numel():
+        total, features = gated.shape[0], gated.shape[1] // 2
+        arguments = {**own, "gated": gated, "stride": gated.stride(0), "features": features}
+        grid = (total, triton.cdiv(features, TILE.step), 1)
+        launch(kernel, grid, TILE, arguments, numbers={}, constants={"BLOCK": TILE.step})
+
+
 def _forward(gated: torch.Tensor) -> torch.Tensor:
-    """[T, 2 F], channels contiguous, to [T, F]."""
-    total, features = gated.shape[0], gated.shape[1] // 2
-    out = gated.new_empty(total, features)
-    if out.numel():
-        launch(
-            _forward_kernel,
-            grid=(total, triton.cdiv(features, TILE.step), 1),
-            tile=TILE,
-            tensors={"gated": gated, "out": out},
-            strides={"stride": gated.stride(0), "features": features},
-            numbers={},
-            constants={"BLOCK": TILE.step},
-        )
+    out = gated.new_empty(gated.shape[0], gated.shape[1] // 2)
+    _run(_forward_kernel, gated, out=out)
     return out
 
 
@@ -83,22 +81,9 @@ class _GeGLU(torch.autograd.Function):
     def backward(ctx, out_gradient):
         (gated,) = ctx.saved_tensors
         out_gradient = with_channels(out_gradient)
-        total, features = out_gradient.shape
         gradient = gated.new_empty(gated.shape)
-        if gradient.numel():
-            launch(
-                _backward_kernel,
-                grid=(total, triton.cdiv(features, TILE.step), 1),
-                tile=TILE,
-                tensors={"gated": gated, "out_gradient": out_gradient, "gradient": gradient},
-                strides={
-                    "stride": gated.stride(0),
-                    "out_gradient_stride": out_gradient.stride(0),
-                    "features": features,
-                },
-                numbers={},
-                constants={"BLOCK": TILE.step},
-            )
+        own = {"out_gradient": out_gradient, "gradient": gradient, "out_gradient_stride": out_gradient.stride(0)}
+        _run(_backward_kernel, gated, **own)
         return gradient
 
 

@@ -1,4 +1,4 @@
-"""How Triton kernels start: on which devices, with which tile size, and without Triton's dispatch once compiled."""
+"""Starts Triton kernels: where they can run, with which tile size, and without Triton's dispatch once compiled."""
 
 import functools
 import logging
@@ -42,7 +42,7 @@ _RUNS_COMPILED = _runs_compiled(triton.__version__)
 _compiled = {}
 
 
-def launch(kernel, grid, tile: Tile, tensors: dict, strides: dict, numbers: dict, constants: dict) -> None:
+def launch(kernel, grid, tile: Tile, arguments: dict, numbers: dict, constants: dict) -> None:
     """Run a kernel on the current stream of the first tensor's device.
 
     Triton's dispatch takes 13 to 14 µs of Python for the attention kernels (Triton 3.7.1, without the driver);
@@ -52,33 +52,34 @@ def launch(kernel, grid, tile: Tile, tensors: dict, strides: dict, numbers: dict
         kernel: a triton.jit function; `numbers` must not be specialized (floats never are).
         grid: three integers.
         tile: gives the warps and the stages.
-        tensors: the kernel's arguments by name, in its order: the tensors, None where an optional one is absent.
-        strides: then integers that the kernel is compiled for (whether they are 1 or divisible by 16).
+        arguments: by name, in the kernel's order: tensors, the first of them present, None for an optional one that is
+            absent; and strides and sizes, integers that the kernel is compiled for (whether they are 1 or divisible
+            by 16).
         numbers: then integers and floats that change from call to call.
         constants: then values of its constexpr arguments.
 
     Raises:
         TypeError: names or order are not those of the kernel.
     """
-    arguments = (*tensors.values(), *strides.values(), *numbers.values(), *constants.values())
-    device = arguments[0].get_device()
+    values = (*arguments.values(), *numbers.values(), *constants.values())
+    device = values[0].get_device()
     with torch.cuda.device(device):
-        key = _key(kernel, device, tile, tensors, strides, constants)
+        key = _key(kernel, device, tile, arguments, constants)
         compiled = _compiled.get(key)
         if compiled is not None:
-            compiled[grid](*arguments)
+            compiled[grid](*values)
             return
-        names = [*tensors, *strides, *numbers, *constants]
+        names = [*arguments, *numbers, *constants]
         if names != list(kernel.arg_names):
             raise TypeError(f"the kernel takes {', '.join(kernel.arg_names)}, got {', '.join(names)}")
         # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-        compiled = kernel[grid](*arguments, **options)
+        compiled = kernel[grid](*values, **options)
         if key is not None and compiled is not None:  # the interpreter compiles nothing
             _compiled[key] = compiled
 
 
-def _key(kernel, device, tile, tensors, strides, constants) -> Optional[tuple]:
+def _key(kernel, device, tile, arguments, constants) -> Optional[tuple]:
     """All that decides what Triton compiles, or None where only its own dispatch can tell; arguments of `launch`.
 
     Beside types, alignment and options, the key of Triton's own cache (`JITFunction.run`, 3.7.1) holds the knobs for
@@ -87,12 +88,16 @@ def _key(kernel, device, tile, tensors, strides, constants) -> Optional[tuple]:
     knobs = triton.knobs if _RUNS_COMPILED else None
     if knobs is None or knobs.runtime.add_stages_inspection_hook is not None:
         return None
-    kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors.values()]
-    if torch.version.hip:  # Triton addresses what lies within 2 GiB by 32 bits there
-        kinds += [x is not None and x.untyped_storage().nbytes() < 2**31 for x in tensors.values()]
+    is_hip = torch.version.hip  # Triton addresses what lies within 2 GiB by 32 bits there
+    kinds = [
+        (x.dtype, x.data_ptr() % 16, is_hip and x.untyped_storage().nbytes() < 2**31)
+        if isinstance(x, torch.Tensor)
+        else x
+        for x in arguments.values()
+    ]
     modes = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
     # The function, as a kernel computes its hash at every look-up.
-    return (kernel.fn, device, tile, *modes, *kinds, *strides.values(), *constants.values())
+    return (kernel.fn, device, tile, *modes, *kinds, *constants.values())
 
 
 def is_observed(tensor: torch.Tensor) -> bool:
@@ -101,14 +106,7 @@ def is_observed(tensor: torch.Tensor) -> bool:
 
 
 def fastest(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
-    """The tile size that takes the least time on the device.
-
-    Args:
-        tiles: candidates; those that ask for more than the card has are left out.
-        run: starts the kernel with a tile size.
-
-    Returns:
-        One of `tiles`.
+    """The one of `tiles` with which `run` takes the least time; those that ask for more than the card has are left out.
 
     Raises:
         triton.runtime.OutOfResources: none of them fits.
@@ -129,6 +127,15 @@ def with_channels(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def dropout_seed(dropout_p: float, device: torch.device) -> Optional[torch.Tensor]:
+    """int64 [1], the key of one call's dropout, or None where nothing is dropped.
+
+    It comes from torch's generator on the device: torch.manual_seed reproduces it, checkpointing restores it, and
+    nothing waits for the host.
+    """
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout_p > 0 else None
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use on a device."""
@@ -144,8 +151,8 @@ def _product_kernel(out, SIZE: tl.constexpr):
 
 
 @functools.cache
-def _reason_against(device: torch.device) -> Optional[str]:
-    """Why kernels cannot run on a device, found by running a small one, once."""
+def _device_declines(device: torch.device) -> Optional[str]:
+    """What `triton_declines` returns; torch.compile cannot take the result of a cached function for a constant."""
     if device.type == "cpu":
         is_interpreted = not isinstance(_product_kernel, triton.runtime.JITFunction)
         return None if is_interpreted else "Triton runs on the CPU under its interpreter only"
@@ -155,7 +162,7 @@ def _reason_against(device: torch.device) -> Optional[str]:
         out = torch.empty(16, 16, device=device)
         for _ in range(2):  # by Triton's dispatch, then without it
             out.fill_(float("nan"))
-            launch(_product_kernel, (1, 1, 1), Tile(16, 16, 4, 1), {"out": out}, {}, {}, {"SIZE": 16})
+            launch(_product_kernel, (1, 1, 1), Tile(16, 16, 4, 1), {"out": out}, {}, {"SIZE": 16})
             if not (out == 16).all():
                 raise RuntimeError(f"a matrix product of ones must be 16 everywhere, got {out[0, 0].item()}")
     except Exception as error:  # Drivers, compilers and cards fail in more ways than can be named.
@@ -167,14 +174,8 @@ def _reason_against(device: torch.device) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def triton_declines(device: torch.device) -> Optional[str]:
-    """Whether Triton kernels cannot run on a device.
+    """Why Triton kernels cannot run on a device (with its index), in words, or None when they can.
 
     The first call for a device compiles and runs a small kernel; a failure is logged once as a warning.
-
-    Args:
-        device: where they would run, with its index.
-
-    Returns:
-        The reason in words, or None when they run there.
     """
-    return _reason_against(device)
+    return _device_declines(device)

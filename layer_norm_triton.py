@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch_triton import Tile, launch, with_channels
+from .launch_triton import Tile, dropout_seed, launch, with_channels
 
 try:
     import triton
@@ -21,7 +21,6 @@ try:
 except ImportError:  # The Hub's loader skips imports inside `try`; the caller decides what a missing Triton means.
     raise
 
-MAX_SIZE = 8192
 # At most this many programs run backward: enough to fill a card, few enough that adding their sums costs nothing.
 PARTS = 512
 
@@ -66,7 +65,7 @@ def _normalize(values, size, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, residual, weight, bias, out, seed, stride, residual_stride, size, eps, dropout_p, BLOCK: tl.constexpr
+    bias, out, x, residual, weight, seed, stride, residual_stride, size, eps, dropout_p, BLOCK: tl.constexpr
 ):
     """A program computes a row of `out` [T, E]."""
     row = tl.program_id(0)
@@ -81,17 +80,17 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def _backward_kernel(
-    x,
-    residual,
-    weight,
     out_gradient,
     x_gradient,
     residual_gradient,
     sums,
+    out_gradient_stride,
+    x,
+    residual,
+    weight,
     seed,
     stride,
     residual_stride,
-    out_gradient_stride,
     size,
     eps,
     dropout_p,
@@ -138,20 +137,27 @@ def _tile(size: int) -> Tile:
     return Tile(1, block, 4 if block <= 1024 else 8, 1)
 
 
+def _run(kernel, programs: int, own: dict, x, residual, weight, seed, eps, dropout_p, **numbers) -> None:
+    """Launch a kernel; `own` and `numbers` are the arguments that it takes before and after those that both share."""
+    tile = _tile(x.shape[1])
+    arguments = {
+        **own,
+        "x": x,
+        "residual": residual,
+        "weight": weight,
+        "seed": seed,
+        "stride": x.stride(0),
+        "residual_stride": residual.stride(0),
+        "size": x.shape[1],
+    }
+    numbers = {"eps": eps, "dropout_p": dropout_p, **numbers}
+    launch(kernel, (programs, 1, 1), tile, arguments, numbers, {"BLOCK": tile.step})
+
+
 def _forward(x, residual, weight, bias, seed, eps: float, dropout_p: float, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(x, dtype=dtype)  # contiguous, even where the rows of x lie apart
     if out.numel():
-        total, size = x.shape
-        tile = _tile(size)
-        launch(
-            _forward_kernel,
-            grid=(total, 1, 1),
-            tile=tile,
-            tensors={"x": x, "residual": residual, "weight": weight, "bias": bias, "out": out, "seed": seed},
-            strides={"stride": x.stride(0), "residual_stride": residual.stride(0), "size": size},
-            numbers={"eps": eps, "dropout_p": dropout_p},
-            constants={"BLOCK": tile.step},
-        )
+        _run(_forward_kernel, len(x), {"bias": bias, "out": out}, x, residual, weight, seed, eps, dropout_p)
     return out
 
 
@@ -172,30 +178,15 @@ class _AddLayerNorm(torch.autograd.Function):
         x_gradient = None if seed is None and x.dtype == residual.dtype else x.new_empty(x.shape)
         sums = x.new_empty(min(total, PARTS), 2, size, dtype=torch.float32)
         if total:
-            tile = _tile(size)
-            launch(
-                _backward_kernel,
-                grid=(len(sums), 1, 1),
-                tile=tile,
-                tensors={
-                    "x": x,
-                    "residual": residual,
-                    "weight": weight,
-                    "out_gradient": out_gradient,
-                    "x_gradient": x_gradient,
-                    "residual_gradient": residual_gradient,
-                    "sums": sums,
-                    "seed": seed,
-                },
-                strides={
-                    "stride": x.stride(0),
-                    "residual_stride": residual.stride(0),
-                    "out_gradient_stride": out_gradient.stride(0),
-                    "size": size,
-                },
-                numbers={"eps": ctx.eps, "dropout_p": ctx.dropout_p, "total": total},
-                constants={"BLOCK": tile.step},
-            )
+            own = {
+                "out_gradient": out_gradient,
+                "x_gradient": x_gradient,
+                "residual_gradient": residual_gradient,
+                "sums": sums,
+                "out_gradient_stride": out_gradient.stride(0),
+            }
+            shared = (x, residual, weight, seed, ctx.eps, ctx.dropout_p)
+            _run(_backward_kernel, len(sums), own, *shared, total=total)
         weight_gradient, bias_gradient = sums.sum(0)
         x_gradient = residual_gradient if x_gradient is None else x_gradient
         weight_gradient, bias_gradient = weight_gradient.to(weight.dtype), bias_gradient.to(ctx.bias_dtype)
@@ -221,12 +212,9 @@ def triton_add_layer_norm(
 
     Source: https://arxiv.org/abs/1607.06450, equation 3.
     """
-    seed = None
-    if dropout_p > 0:
-        # From torch's generator on the device: torch.manual_seed reproduces it, and checkpointing restores it.
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     rows = (with_channels(tensor.flatten(0, -2)) for tensor in (x, residual))
     dtype = torch.promote_types(x.dtype, residual.dtype) if dtype is None else dtype
-    arguments = (*rows, weight.contiguous(), bias.contiguous(), seed, float(eps), float(dropout_p), dtype)
+    parameters = (weight.contiguous(), bias.contiguous(), dropout_seed(dropout_p, x.device))
+    arguments = (*rows, *parameters, float(eps), float(dropout_p), dtype)
     compute = _AddLayerNorm.apply if torch.is_grad_enabled() else _forward
     return compute(*arguments).view(x.shape)

@@ -41,8 +41,8 @@ from contenders import (
     Pretraining,
     Training,
     build,
+    contender_declines,
     layers,
-    reason_against,
 )
 from engines import ENGINES, Serving, SortedTexts
 from host import HostCall, stubbed_launches
@@ -229,13 +229,13 @@ def measure(case, sizes, repeats: int, limit_s: float, command: str) -> list:
     Raises:
         AssertionError: the numbers are wrong.
     """
-    if reason := reason_against(case.ours, case.device):
+    if reason := contender_declines(case.ours, case.device):
         raise AssertionError(f"{case.ours} cannot be measured: {reason}")
     bench = WORKLOADS[case.command](case, sizes)
     bench.gate()
     samples, tokens, memory = {}, {}, {}
     for name in (case.ours, *case.against):
-        if reason := reason_against(name, case.device):
+        if reason := contender_declines(name, case.device):
             print(f"{case.name}: {name} is left out: {reason}")
             continue
         try:

@@ -274,7 +274,7 @@ class Attention:
             check(mine, theirs, exact, factor, what)
 
 
-def reason_against(name: str, device: str) -> Optional[str]:
+def contender_declines(name: str, device: str) -> Optional[str]:
     """Why a contender cannot be measured on a device, or None when it can."""
     if device != "cuda" and name in GPU_ONLY:
         return "it needs a GPU"

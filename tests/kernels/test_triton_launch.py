@@ -48,8 +48,7 @@ def test_sizes_suit_the_dtype_and_the_card():
 
 def forward_of(max_seqlen, lengths=(40,)):
     qkv, packed = packed_input(list(lengths), 1, 16)
-    skip = max_seqlen > leaf.LONGEST_UNSKIPPED
-    leaf._forward(qkv.detach(), packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, max_seqlen, skip)
+    leaf._forward(qkv.detach(), packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, max_seqlen)
 
 
 @pytest.fixture
@@ -57,8 +56,8 @@ def launches(monkeypatch):
     """(kernel, grid, tile) of what `launch` is asked for; nothing runs."""
     recorded = []
 
-    def record(kernel, grid, tile, tensors, strides, numbers, constants):
-        assert [*tensors, *strides, *numbers, *constants] == kernel.arg_names
+    def record(kernel, grid, tile, arguments, numbers, constants):
+        assert [*arguments, *numbers, *constants] == kernel.arg_names
         recorded.append((kernel, grid, tile))
 
     monkeypatch.setattr(leaf, "launch", record)
@@ -158,12 +157,12 @@ def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its
     monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
     monkeypatch.setattr(launch_triton, "_compiled", {})
     kernel, x = CompiledKernel(), torch.zeros(64)
-    same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"tensors": {"x": x[4:], "y": None}}]
+    same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"arguments": {"x": x[4:], "y": None, "stride": 16}}]
     other = [
-        {"tensors": {"x": x[1:], "y": None}},  # not aligned to 16 bytes
-        {"tensors": {"x": x.half(), "y": None}},
-        {"tensors": {"x": x, "y": x}},
-        {"strides": {"stride": 8}},
+        {"arguments": {"x": x[1:], "y": None, "stride": 16}},  # not aligned to 16 bytes
+        {"arguments": {"x": x.half(), "y": None, "stride": 16}},
+        {"arguments": {"x": x, "y": x, "stride": 16}},
+        {"arguments": {"x": x, "y": None, "stride": 8}},
         {"constants": {"BLOCK": 32}},
         {"tile": launch_triton.Tile(32, 32, 8, 2)},
     ]
@@ -178,8 +177,7 @@ def usual_arguments(x):
     """Arguments of `launch` for a `CompiledKernel`."""
     return {
         "tile": launch_triton.Tile(32, 32, 4, 2),
-        "tensors": {"x": x, "y": None},
-        "strides": {"stride": 16},
+        "arguments": {"x": x, "y": None, "stride": 16},
         "numbers": {"total": 1, "scale": 0.5},
         "constants": {"BLOCK": 64},
     }
@@ -287,7 +285,7 @@ def test_cpu_tensors_are_refused_with_the_reason():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device on which launching fails")
 def test_a_card_on_which_launching_fails_is_reported_once(caplog):
-    launch_triton._reason_against.cache_clear()
+    launch_triton._device_declines.cache_clear()
     with caplog.at_level(logging.WARNING):
         reasons = [launch_triton.triton_declines(torch.device("cuda:0")) for _ in range(2)]
     assert reasons[0] == reasons[1] and "failed on cuda:0" in reasons[0]

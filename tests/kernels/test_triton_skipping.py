@@ -165,7 +165,7 @@ def test_measured_norms(monkeypatch):
     monkeypatch.setattr(leaf, "_run", lambda *_, **arguments: None)  # measures, and leaves the rest
     qkv, packed = packed_input([70, 0, 530], 2, 20)
     scale = -0.3
-    arguments = (qkv.detach(), packed.cu_seqlens, slopes_of(2), None, None, None, scale, 0.0, 530, True)
+    arguments = (qkv.detach(), packed.cu_seqlens, slopes_of(2), None, None, None, scale, 0.0, 530)
     _, _, peaks = leaf._forward(*arguments)
     query, key, _ = qkv.detach().unbind(1)
     # Sequence n owns the tiles from cu_seqlens[n] // 256 + n on; the others are never read.

@@ -30,7 +30,7 @@ from mosaicbert import bert_layers
 @on_kernels
 def test_operator_is_registered_as_torch_expects():
     qkv, packed = packed_input([20, 13], 2, 16)
-    arguments = (qkv, packed.cu_seqlens, slopes_of(2), None, None, None, 0.25, 0.0, 20, True)
+    arguments = (qkv, packed.cu_seqlens, slopes_of(2), None, None, None, 0.25, 0.0, 4000)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(leaf._attention, arguments, test_utils=checks)
 
@@ -125,7 +125,7 @@ def test_two_copies_of_the_file_live_in_one_process():
         sys.modules[name] = importlib.util.module_from_spec(spec)
         copies.append(importlib.import_module(f"{name}.flash_attn_triton"))
     qkv, packed = packed_input([10], 1, 16)
-    arguments = (qkv, packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, 10, False)
+    arguments = (qkv, packed.cu_seqlens, slopes_of(1), None, None, None, 0.25, 0.0, 10)
     contexts = [copy._attention(*arguments)[0] for copy in copies]
     assert copies[0]._attention._qualname != copies[1]._attention._qualname
     assert torch.equal(contexts[0], contexts[1])

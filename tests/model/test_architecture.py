@@ -11,8 +11,8 @@ SAME = numerics.SAME[torch.float32]
 
 
 def test_the_distance_penalty_is_the_same_in_both_directions():
-    place = torch.arange(3)
-    bias = alibi_bias(torch.tensor([1.0, 0.5]), place, place)
+    positions = torch.arange(3)
+    bias = alibi_bias(torch.tensor([1.0, 0.5]), positions, positions)
     expected = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
     assert torch.equal(bias, torch.stack((-expected, -expected / 2)))
 

@@ -1,4 +1,4 @@
-"""Attention on the CPU: every formula against the float64 reference, and the exactness of what is left out."""
+"""Attention on the CPU: all its kernels against the float64 reference, and the exactness of bands."""
 
 import math
 
@@ -37,39 +37,39 @@ def test_what_it_cannot_serve_is_declined_with_a_reason():
     holes, full = pack_padded(mask, (1, 3), mask.device), pack_padded(None, (1, 3), mask.device)
     assert cpu_declines(None, full) is None
     assert "holes" in cpu_declines(None, holes)
-    assert "it plans by data" in cpu_declines(None, pack_rows(mask, (1, 3), mask.device))
+    assert "its plan depends on data" in cpu_declines(None, pack_rows(mask, (1, 3), mask.device))
 
 
-PROCESSORS = {"kernel": ("", frozenset()), "products": ("AuthenticAMD", frozenset({"avx512_bf16"}))}
+PROCESSORS = {"torch": ("", frozenset()), "matrix products": ("AuthenticAMD", frozenset({"avx512_bf16"}))}
 
 
 @pytest.fixture(params=PROCESSORS)
-def formula(request, monkeypatch):
-    """Which formula serves bfloat16 on the CPU, whatever the processor here."""
+def kernels(request, monkeypatch):
+    """The kernels that serve bfloat16, whatever processor runs the test."""
     monkeypatch.setattr(bert_linear_cpu, "processor", lambda: PROCESSORS[request.param])
     return request.param
 
 
 @pytest.mark.parametrize("layout", PACKED)
-def test_bfloat16_matches_the_reference_by_either_formula(formula, layout):
+def test_bfloat16_matches_the_reference_by_either_kernel(kernels, layout):
     packed = LAYOUTS[layout]()
     assert_as_good_as_plain(cpu_attention, packed, tensors(packed, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("norm", [0.3, 1.0, 4.0], ids=lambda norm: f"norm {norm}")
-def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_formula(formula, norm):
+def test_bfloat16_is_as_good_as_plain_at_any_norm_by_either_kernel(kernels, norm):
     packed = batch([64] * 3 + [200, 400])
     inputs = tensors(packed, dtype=torch.bfloat16, norm=norm)
     assert_as_good_as_plain(cpu_attention, packed, inputs, plain_attention)
     arguments = (torch.stack(inputs[:3], dim=1), packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0)
     expected = truth(packed, *inputs)[0]
-    got = cpu_attention(*arguments)  # without a backward pass the choice is another
+    got = cpu_attention(*arguments)  # without a backward pass another kernel may be chosen
     numerics.assert_no_worse(got, plain_attention(*arguments), expected, numerics.FORWARD)
 
 
 @pytest.mark.parametrize("heads", [8, 12], ids="{} heads".format)
-def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(monkeypatch, band_for_all, formula, heads):
-    """Of 8 heads neighbours have similar radii, of 12 others do too: a list chooses the heads of a band."""
+def test_bands_in_bfloat16_are_as_good_as_plain_by_either_kernel(monkeypatch, band_for_all, kernels, heads):
+    """Of 8 heads, neighbours have similar radii; of 12, others have too, so that a list selects the heads of a band."""
     monkeypatch.setattr(bert_attention_cpu, "BAND_GROWTH", 3.0)
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=heads, norm=0.05, dtype=torch.bfloat16)
@@ -83,8 +83,8 @@ def test_bands_in_bfloat16_are_as_good_as_plain_by_either_formula(monkeypatch, b
 
 
 @pytest.mark.parametrize("most", [97 * 97 * 2, 97 * 97, 97 * 10, 1], ids=str)
-def test_products_in_parts_equal_the_whole(monkeypatch, most):
-    """Parts of two heads, one head, ten queries, one query; only the first two can have a backward pass."""
+def test_matrix_products_in_parts_equal_the_whole(monkeypatch, most):
+    """A part holds two heads, one head, ten queries or one query; only the first two have a backward pass."""
     query, key, value, grad = torch.randn(4, 2, 3, 97, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     mask = torch.randn(1, 3, 97, 97, generator=torch.Generator().manual_seed(1))
 
@@ -115,12 +115,12 @@ def test_products_in_parts_equal_the_whole(monkeypatch, most):
         ("GenuineIntel", {"avx512_bf16"}, torch.bfloat16, 8, 128, False, False),
     ],
 )
-def test_the_processor_decides_the_formula(monkeypatch, vendor, flags, dtype, count, length, trained, by_products):
+def test_the_processor_decides_the_kernels(monkeypatch, vendor, flags, dtype, count, length, trained, by_products):
     monkeypatch.setattr(bert_linear_cpu, "processor", lambda: (vendor, frozenset(flags)))
     group = HeadGroup(start=0, count=count, length=length, heads=list(range(12)), radius=length)
-    formula = bert_attention_cpu.choose_kernels(dtype, group, trained)
-    assert (formula.forward is bert_attention_cpu.attend_by_products) is by_products
-    assert (formula.backward is bert_attention_cpu.products_backward) is by_products
+    forward, backward = bert_attention_cpu.choose_kernels(dtype, group, trained)
+    assert (forward is bert_attention_cpu.attend_by_products) is by_products
+    assert (backward is bert_attention_cpu.products_backward) is by_products
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def band_for_all(monkeypatch):
 
 
 @pytest.mark.parametrize("norm", [0.05, 0.5, 1.0], ids=lambda norm: f"norm {norm}")
-def test_keys_that_weigh_nothing_are_cut_off_exactly(monkeypatch, norm):
-    """Below the length where bands begin, with and without a backward pass, in one block of keys and in several."""
+def test_keys_beyond_the_radius_are_cut_off_exactly(monkeypatch, norm):
+    """Lengths are below those of bands, with and without a backward pass, in one block of keys and in several."""
     packed = batch([130, 700])
     inputs = tensors(packed, heads=2, size=8, norm=norm)
     assert head_radii(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(2)), 8**-0.5)[0] < 700, (
@@ -151,7 +151,7 @@ def test_keys_that_weigh_nothing_are_cut_off_exactly(monkeypatch, norm):
 def test_a_band_is_exact_at_any_norm(band_for_all, norm):
     packed = batch([130, 97, 97])
     inputs = tensors(packed, heads=8, norm=norm)
-    if norm == 0.05:  # the steep heads must really leave keys out, or this test shows nothing
+    if norm == 0.05:  # the test shows nothing unless the steep heads leave keys out
         radii = head_radii(torch.stack(inputs[:3], dim=1), torch.tensor(alibi_slopes(8)), 0.25)
         lists = bert_attention_cpu.plan_calls(packed.lengths, radii)
         assert any(group.radius < group.length for group in lists)
@@ -160,7 +160,7 @@ def test_a_band_is_exact_at_any_norm(band_for_all, norm):
 
 
 def test_a_band_is_exact_when_the_farthest_key_is_the_most_alike(band_for_all):
-    """Adversarial: each query has one token's direction reversed as itself and the far end as its match."""
+    """In this adversarial input the own key of each query is its opposite, and the keys at both ends match it."""
     packed = batch([180])
     query, key, value, grad = tensors(packed, heads=4)
     query = torch.nn.functional.normalize(query[:1].expand_as(query), dim=-1) * 6

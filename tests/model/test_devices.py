@@ -27,31 +27,31 @@ def test_offloaded_weights_come_back_for_each_layer(tmp_path, model_class, way):
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     else:
         base = "" if model_class is BertModel else "bert."
-        places = {name: "cpu" for name, _ in model.named_children() if name != "bert"}
-        places |= {f"{base}embeddings": "disk", f"{base}encoder.layer.0": "disk", f"{base}encoder.layer.1": "cpu"}
+        device_map = {name: "cpu" for name, _ in model.named_children() if name != "bert"}
+        device_map |= {f"{base}embeddings": "disk", f"{base}encoder.layer.0": "disk", f"{base}encoder.layer.1": "cpu"}
         if (model if model_class is BertModel else model.bert).pooler is not None:
-            places |= {f"{base}pooler": "disk"}
+            device_map |= {f"{base}pooler": "disk"}
         if model_class is BertModel:
-            del places["encoder"]
-            places |= {"embeddings": "disk", "pooler": "disk"}
-        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+            del device_map["encoder"]
+            device_map |= {"embeddings": "disk", "pooler": "disk"}
+        accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert any(p.is_meta for p in model.parameters())
     assert_equal_outputs(outputs(model, **call), expected, 0.0)
 
 
 @pytest.mark.parametrize(
-    "places",
+    "device_map",
     [{"bert": "disk", "cls": "disk"}, {"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "cpu"}],
     ids=["all", "encoder"],
 )
-def test_a_device_map_to_disk_loads_and_answers(tmp_path, places):
+def test_a_device_map_to_disk_loads_and_answers(tmp_path, device_map):
     """The tied pair, embedding and decoder, stays together, as accelerate wants it of every model."""
     pytest.importorskip("accelerate")
-    if places["cls"] == "disk" and Version(transformers.__version__) < Version("5.17"):
+    if device_map["cls"] == "disk" and Version(transformers.__version__) < Version("5.17"):
         pytest.skip("transformers up to 5.0 cannot serve a tied pair from disk, that of stock BERT included")
     model = head(BertForMaskedLM)
     model.save_pretrained(tmp_path / "model")
-    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
     loaded = BertForMaskedLM.from_pretrained(tmp_path / "model", **options).eval()
     call = call_of(BertForMaskedLM, labels=False)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_a_device_map_to_disk_loads_and_answers(tmp_path, places):
 
 @pytest.mark.parametrize("megabytes", [0.12, 0.15, 0.2])
 def test_an_automatic_device_map_splits_between_layers_and_never_inside_one(tmp_path, megabytes):
-    """Here for too little memory of the CPU; several GPUs are filled by the same rule, `_no_split_modules`."""
+    """The CPU has too little memory here; several GPUs are filled by the same rule, `_no_split_modules`."""
     pytest.importorskip("accelerate")
     model = head(BertForMaskedLM, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "model")
@@ -79,7 +79,7 @@ def test_layers_on_a_second_device_give_the_same_numbers(backend, placed):
     pytest.importorskip("accelerate")
     model = gradless(head(BertModel, attn_implementation=backend))
     ids, mask = holed_batch()
-    mask[3, 0] = 1  # the emulation does not reach into torch's formula for no query at all
+    mask[3, 0] = 1  # the emulation does not cover torch's attention of no query
     expected = model(ids, mask, output_hidden_states=True).hidden_states
     for name in placed:
         place_on_second_device(model.encoder.get_submodule(name))

@@ -11,7 +11,7 @@ from mosaicbert.bert_padding import pack_padded
 
 
 def test_eval_ignores_dropout_rates_and_train_obeys_them(backend):
-    """The fault of several encoder packages: attention dropout that stays on in eval, or never turns on."""
+    """In several encoder packages attention dropout stays on in eval, or never turns on."""
     ids, mask = holed_batch()
     rates = [{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": p} for p in (0.0, 0.5)]
     rates.append({"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.0})

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came."""
+"""Bad input raises an error that names the argument, what was expected and what was given."""
 
 import inspect
 import math
@@ -81,7 +81,7 @@ def test_exactly_one_kind_of_input(model):
         ),
         (
             {"input_ids": IDS, "labels": IDS, "num_items_in_batch": "3"},
-            "num_items_in_batch must be a number or a tensor of one, got '3'",
+            "num_items_in_batch must be a number or a scalar tensor, got '3'",
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_arguments_of_a_wrong_rank_shape_or_kind(model, arguments, message):
     ],
 )
 def test_an_argument_without_use_is_refused_and_none_of_it_is_taken(model_class, name):
-    """What changes stock BERT's numbers, and what is misspelt."""
+    """Some change the numbers of stock BERT, and some are misspelt."""
     model, call = head(model_class), call_of(model_class)
     assert_equal_outputs(outputs(model, **call, **{name: None}), outputs(model, **call), 0.0)
     with fails(f"{name} must be None: BertModel has no use for it, got <class 'torch.Tensor'>"):
@@ -141,7 +141,7 @@ def test_harmless_arguments_change_nothing(model, name):
 
 
 @pytest.mark.parametrize("bad", [101, -1])
-def test_a_token_id_outside_the_vocabulary_is_named_with_its_place(model, bad):
+def test_a_token_id_outside_the_vocabulary_is_named_with_its_position(model, bad):
     ids = IDS.clone()
     ids[1, 2] = bad
     with fails(f"input_ids must lie in [0, 101), got {bad} at [1, 2]"):
@@ -161,7 +161,7 @@ def test_heads_name_wrong_labels():
     with fails("labels must have shape [2], got [2, 3]"):
         classifier(IDS, labels=torch.zeros(2, 3, dtype=torch.long))
     with fails(
-        "labels must be integers for one of 3 classes a text, or have shape [2, 3] for several, got torch.float32 [2]"
+        "labels must be integers, one of 3 classes per text, or have shape [2, 3] for several, got torch.float32 [2]"
     ):
         classifier(IDS, labels=torch.zeros(2))
     with fails("labels must have shape [2, 3], got [2, 2]"):
@@ -181,9 +181,9 @@ def test_heads_name_wrong_labels():
     with fails("input_ids must have 3 dimensions [B, C, S, …], got [2, 6]"):
         tiny_model(BertForMultipleChoice)(IDS)
     boundaries = torch.tensor([0, 6])
-    with fails("cu_seq_lens_q cannot be served by BertForQuestionAnswering, which needs one row a text"):
+    with fails("cu_seq_lens_q cannot be served by BertForQuestionAnswering, which needs one text per row"):
         answering(IDS[:1], cu_seq_lens_q=boundaries)
-    with fails("cu_seq_lens_q cannot be served by BertForMultipleChoice, which needs one row a text"):
+    with fails("cu_seq_lens_q cannot be served by BertForMultipleChoice, which needs one text per row"):
         tiny_model(BertForMultipleChoice)(IDS[None], cu_seq_lens_q=boundaries)
     with fails("labels must have shape [1], got [2]"):
         tiny_model(BertForMultipleChoice)(IDS[None], labels=torch.tensor([0, 1]))
@@ -219,7 +219,7 @@ def test_the_names_registered_with_transformers_refuse_other_architectures():
         (BertForMultipleChoice, ["labels"]),
     ],
 )
-def test_labels_that_are_no_integers_are_named(model_class, names, dtype):
+def test_labels_that_are_not_integers_are_named(model_class, names, dtype):
     model = tiny_model(model_class, num_labels=3, problem_type="single_label_classification")
     shape = (2, 6) if model_class in (BertForMaskedLM, BertForTokenClassification) else (2,)
     ids = torch.stack((IDS, IDS), 1) if model_class is BertForMultipleChoice else IDS
@@ -240,9 +240,9 @@ def test_labels_of_every_integer_dtype_mean_the_same(dtype):
         labels = IDS % 3 if model_class is BertForTokenClassification else torch.tensor([2, 0])
         assert head(IDS, labels=labels.to(dtype)).loss.item() == head(IDS, labels=labels).loss.item()
     answering = tiny_model(BertForQuestionAnswering)
-    places = torch.tensor([1, 3])
-    expected = answering(IDS, start_positions=places, end_positions=places).loss.item()
-    got = answering(IDS, start_positions=places.to(dtype), end_positions=places.to(dtype)).loss.item()
+    positions = torch.tensor([1, 3])
+    expected = answering(IDS, start_positions=positions, end_positions=positions).loss.item()
+    got = answering(IDS, start_positions=positions.to(dtype), end_positions=positions.to(dtype)).loss.item()
     assert got == expected
 
 
@@ -260,7 +260,7 @@ def test_a_label_of_156_in_uint8_is_not_taken_for_minus_100():
     "name",
     ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "labels", "cu_seq_lens_q"],
 )
-def test_what_is_no_tensor_is_named(model, name, given):
+def test_an_argument_that_is_not_a_tensor_is_named(model, name, given):
     tensors = {"inputs_embeds": torch.zeros(1, 6, 48), "cu_seq_lens_q": torch.tensor([0, 6])}
     tensor = tensors.get(name, IDS[:1])
     value = tensor.numpy() if given == "numpy" else given(tensor.tolist())
@@ -272,21 +272,21 @@ def test_what_is_no_tensor_is_named(model, name, given):
 
 
 @pytest.mark.parametrize("name", ["start_positions", "end_positions"])
-def test_answer_places_that_are_no_tensors_are_named(name):
-    places = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([0, 1])}
+def test_answer_positions_that_are_not_tensors_are_named(name):
+    positions = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([0, 1])}
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
-        tiny_model(BertForQuestionAnswering)(IDS, **{**places, name: [0, 1]})
+        tiny_model(BertForQuestionAnswering)(IDS, **{**positions, name: [0, 1]})
 
 
 @pytest.mark.parametrize("model_class", [BertForSequenceClassification, BertForTokenClassification])
-def test_labels_of_a_head_that_are_no_tensors_are_named(model_class):
+def test_labels_of_a_head_that_are_not_tensors_are_named(model_class):
     with pytest.raises(TypeError, match="labels must be a tensor, got list"):
         tiny_model(model_class)(IDS, labels=[0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
-def test_ids_that_are_no_integers_are_named(model, name, dtype):
+def test_ids_that_are_not_integers_are_named(model, name, dtype):
     with fails(f"{name} must be integers, got {dtype}"):
         model(**{"input_ids": IDS, name: torch.ones(2, 6).to(dtype)})
 
@@ -332,7 +332,7 @@ def test_multiple_choice_names_the_shape_that_it_was_given():
         "max_position_embeddings",
     ],
 )
-def test_a_config_names_a_size_that_is_no_positive_integer(name, value):
+def test_a_config_names_a_size_that_is_not_a_positive_integer(name, value):
     with fails(f"{name} must be a positive integer, got {value!r}"):
         BertConfig(**{name: value})
 
@@ -351,8 +351,8 @@ def test_a_config_names_a_size_that_is_no_positive_integer(name, value):
         ("layer_norm_eps", -1e-12, "layer_norm_eps must be a positive number, got -1e-12"),
         ("layer_norm_eps", "1e-12", "layer_norm_eps must be a positive number, got '1e-12'"),
         ("layer_norm_eps", math.inf, "layer_norm_eps must be a positive number, got inf"),
-        ("initializer_range", -0.02, "initializer_range must be a number that is not negative, got -0.02"),
-        ("initializer_range", math.nan, "initializer_range must be a number that is not negative, got nan"),
+        ("initializer_range", -0.02, "initializer_range must be a non-negative number, got -0.02"),
+        ("initializer_range", math.nan, "initializer_range must be a non-negative number, got nan"),
         ("pad_token_id", 101, "pad_token_id must be None or lie in [0, 101), got 101"),
         ("pad_token_id", -1, "pad_token_id must be None or lie in [0, 101), got -1"),
         ("pad_token_id", 1.0, "pad_token_id must be None or lie in [0, 101), got 1.0"),
@@ -379,7 +379,7 @@ def test_a_config_names_a_field_of_a_wrong_value(tmp_path, name, value, message,
 
 
 def test_a_field_that_is_set_wrongly_is_named():
-    """After the config was built, or in transformers' own config."""
+    """It may be set after the config was built, or in transformers' own config."""
     from transformers import BertConfig as StockConfig
 
     ours = tiny_config()

@@ -72,13 +72,13 @@ def test_hooked_or_replaced_norms_are_called_as_modules(calls):
 
 def test_torch_computes_what_a_row_does_not_serve(calls, monkeypatch):
     row, x = bert_layers.FUSED_LAYERS["add_norm"], torch.zeros(1, 16)
-    assert row.reason_against(torch.zeros(1, 8192)) is None
-    assert row.reason_against(torch.zeros(1, 8193)) == "it supports up to 8192 channels, got 8193"
-    assert "got torch.float64" in row.reason_against(x.double())
-    assert row.reason_against(x.to("meta")) == "it supports devices cpu, got meta"
-    assert replace(row, function=None).reason_against(x) == "its package is not installed"
+    assert row.declines(torch.zeros(1, 8192)) is None
+    assert row.declines(torch.zeros(1, 8193)) == "it supports up to 8192 channels, got 8193"
+    assert "got torch.float64" in row.declines(x.double())
+    assert row.declines(x.to("meta")) == "it supports devices cpu, got meta"
+    assert replace(row, function=None).declines(x) == "its package is not installed"
     monkeypatch.setattr(bert_layers, "triton_declines", lambda device: "no compiler")
-    assert row.reason_against(x) == "no compiler"
+    assert row.declines(x) == "no compiler"
     monkeypatch.setattr(bert_layers, "triton_declines", lambda device: None)
     monkeypatch.setattr(bert_layers, "is_observed", lambda tensor: True)
-    assert row.reason_against(x) == "something needs to see torch's operators"
+    assert row.declines(x) == "something needs to see torch's operators"

@@ -189,7 +189,7 @@ def test_a_classifier_may_read_the_mean_over_tokens_instead_of_a_pooler():
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_an_answer_at_a_padded_place_does_not_count(traced):
+def test_an_answer_at_a_padded_position_does_not_count(traced):
     torch._dynamo.reset()
     model = tiny_model(BertForQuestionAnswering)
     ids, mask = ragged_batch([9, 5, 12])
@@ -206,7 +206,7 @@ def test_an_answer_at_a_padded_place_does_not_count(traced):
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)], ids=str)
 @pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
-def test_a_batch_of_nothing_is_answered_alike_with_and_without_padding(model_class, shape):
+def test_an_empty_batch_is_answered_alike_with_and_without_padding(model_class, shape):
     ids, rows = torch.ones(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)
     per_token = model_class in (BertForMaskedLM, BertForTokenClassification)
     answers = ("start_positions", "end_positions") if model_class is BertForQuestionAnswering else ("labels",)

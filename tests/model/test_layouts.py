@@ -133,7 +133,7 @@ def test_several_rows_of_concatenated_texts_are_answered_rightly_or_refused(comp
 
 @pytest.mark.parametrize("boundaries", [False, True], ids=["position_ids", "cu_seq_lens_q"])
 @pytest.mark.parametrize("model_class", [BertForQuestionAnswering, BertForMultipleChoice], ids=name_of)
-def test_heads_that_need_one_row_a_text_refuse_both_spellings_of_packed_rows(model_class, boundaries):
+def test_heads_that_need_one_text_per_row_refuse_both_spellings_of_packed_rows(model_class, boundaries):
     call, _ = packed_call(boundaries=boundaries)
     if model_class is BertForMultipleChoice:
         call = {
@@ -142,12 +142,12 @@ def test_heads_that_need_one_row_a_text_refuse_both_spellings_of_packed_rows(mod
             if "max" not in name
         }
     spelling = "cu_seq_lens_q" if boundaries else "position_ids"
-    with pytest.raises(ValueError, match=f"{spelling} .*{model_class.__name__}.* one row a text"):
+    with pytest.raises(ValueError, match=f"{spelling} .*{model_class.__name__}.* one text per row"):
         head(model_class)(**call)
 
 
 @pytest.mark.parametrize("model_class", [BertForQuestionAnswering, BertForMultipleChoice], ids=name_of)
-def test_heads_that_need_one_row_a_text_take_ordinary_position_ids(model_class):
+def test_heads_that_need_one_text_per_row_take_ordinary_position_ids(model_class):
     call = call_of(model_class, lengths=(7, 7), labels=False)
     positions = torch.arange(7).expand_as(call["input_ids"])
     expected = outputs(head(model_class), **call)

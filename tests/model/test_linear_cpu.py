@@ -14,8 +14,8 @@ from mosaicbert import bert_linear_cpu
 from mosaicbert.bert_linear_cpu import choose_linear, float32_linear, linear, onednn_linear, processor
 
 
-def products(dtype):
-    """The ways to compute a linear layer in `dtype` that this processor has, `F.linear` left out."""
+def implementations(dtype):
+    """The implementations of a linear layer in `dtype` on this processor, without `F.linear`."""
     runs = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     return [float32_linear] + [onednn_linear] * runs.get(dtype, False)
 
@@ -23,32 +23,32 @@ def products(dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (200,), (3, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_product_is_as_good_as_torch(dtype, rows, bias):
+def test_every_implementation_is_as_good_as_torch(dtype, rows, bias):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(*rows, 48, generator=generator), torch.randn(96, 48, generator=generator)
     x, weight = x.to(dtype), weight.to(dtype)
     bias = torch.randn(96, generator=generator).to(dtype) if bias else None
     truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    for product in products(dtype):
-        got = product(x, weight, bias)
+    for implementation in implementations(dtype):
+        got = implementation(x, weight, bias)
         assert got.dtype == dtype
         numerics.assert_no_worse(got, F.linear(x, weight, bias), truth, numerics.FORWARD)
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes that `choose_linear`'s choice multiplied; it is asked for nothing else."""
+    """The shapes of the inputs of the implementation that `choose_linear` returns."""
     shapes = []
 
-    def product(x, weight, bias):
+    def implementation(x, weight, bias):
         shapes.append(tuple(x.shape))
         return F.linear(x, weight, bias)
 
-    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows: product)
+    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype: implementation)
     return shapes
 
 
-def test_a_plain_layer_takes_the_faster_product_for_inference(taken):
+def test_a_plain_layer_takes_the_faster_implementation_for_inference(taken):
     layer, x = nn.Linear(8, 4), torch.randn(2, 64, 8)
     with torch.no_grad():
         assert torch.equal(linear(layer, x), layer(x)) and taken == [(2, 64, 8)]
@@ -94,7 +94,7 @@ def quantized(layer):
     ids=["hook", "forward replaced", "subclass", "quantized", "pruned", "parametrized", "another dtype"],
 )
 @torch.no_grad()
-def test_what_a_tool_put_in_its_place_is_called_as_it_is(taken, layer):
+def test_the_replacement_of_a_layer_is_called_unchanged(taken, layer):
     x = torch.randn(128, 8, dtype=torch.float64 if layer.weight.dtype == torch.float64 else torch.float32)
     if layer.weight.dtype == torch.float64:
         with pytest.raises(RuntimeError, match="dtype"):
@@ -105,7 +105,7 @@ def test_what_a_tool_put_in_its_place_is_called_as_it_is(taken, layer):
 
 
 @torch.no_grad()
-def test_few_rows_autocast_tracing_and_torch_func_keep_torchs_formula(taken):
+def test_few_rows_autocast_tracing_and_torch_func_keep_torchs_linear(taken):
     layer, x = nn.Linear(8, 4).requires_grad_(False), torch.randn(128, 8)
     linear(layer, x[:127])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,7 +131,7 @@ def test_few_rows_autocast_tracing_and_torch_func_keep_torchs_formula(taken):
         (None, torch.float64, F.linear),
     ],
 )
-def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected):
+def test_the_processor_decides_the_implementation(monkeypatch, cpuinfo, dtype, expected):
     def read_text(path):
         if cpuinfo is None:
             raise FileNotFoundError(path)
@@ -141,21 +141,23 @@ def test_the_processor_decides_the_product(monkeypatch, cpuinfo, dtype, expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     processor.cache_clear()
     try:
-        assert choose_linear(dtype, 128) is expected and choose_linear(dtype, 127) is F.linear
+        assert choose_linear(dtype) is expected
     finally:
         processor.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_model_agrees_with_either_product(monkeypatch, dtype):
+def test_the_model_agrees_with_either_implementation(monkeypatch, dtype):
     ids, mask = ragged_batch([90, 70])
     model = tiny_model()
     with torch.no_grad():
         truth = model.double()(ids, mask).logits
         model.to(dtype)
         results = []
-        for product in (F.linear, *products(dtype)):
-            monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows, product=product: product)
+        for implementation in (F.linear, *implementations(dtype)):
+            monkeypatch.setattr(
+                bert_linear_cpu, "choose_linear", lambda dtype, implementation=implementation: implementation
+            )
             results.append(model(ids, mask).logits)
     for result in results[1:]:
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
@@ -164,18 +166,18 @@ def test_the_model_agrees_with_either_product(monkeypatch, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "x", "weight"])
 def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
-    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, rows: onednn_linear)
+    monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype: onednn_linear)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(48, 96, bias=bias).requires_grad_(trained != "x")
     x = torch.randn(3, 70, 48, generator=generator, requires_grad=trained != "weight")
     grad = torch.randn(3, 70, 96, generator=generator, requires_grad=True)
     inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
     results = []
-    for formula in (functools.partial(linear, layer), layer):
-        output = formula(x)
+    for function in (functools.partial(linear, layer), layer):
+        output = function(x)
         first = torch.autograd.grad(output, inputs, grad, create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first), [grad, *inputs[: trained == "all"]])
-        single = torch.autograd.grad(formula(x), inputs, grad)
+        single = torch.autograd.grad(function(x), inputs, grad)
         results.append((output, *first, *second, *single))
     assert "OneDNNLinear" in type(linear(layer, x).grad_fn).__name__
     for got, expected in zip(*results):

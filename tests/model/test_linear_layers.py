@@ -58,7 +58,7 @@ def test_eight_bit_weights_of_the_shipped_checkpoint_keep_its_answers():
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM], ids=name_of)
-def test_hooks_on_linear_layers_are_called_once_with_the_product(model_class, grad):
+def test_hooks_on_linear_layers_are_called_once_with_the_result(model_class, grad):
     model = head(model_class)
     seen = []
 
@@ -122,7 +122,7 @@ class Silent(nn.Module):
 
 
 def silent_copy(linear):
-    """A layer of a subclass of nn.Linear whose products are zero."""
+    """A layer of a subclass of nn.Linear whose results are zero."""
 
     class SilentLinear(nn.Linear):
         def forward(self, x):

@@ -63,32 +63,32 @@ def test_sparse_prediction_returns_the_labelled_rows():
     numerics.assert_same(sparse.logits, dense.logits[counted], 0.0)
 
 
-def test_known_places_of_labels_give_the_same_loss_and_logits():
+def test_known_positions_of_labels_give_the_same_loss_and_logits():
     model = tiny_model()
     ids, _ = ragged_batch([9, 9])
     labels = random_labels(ids)
     expected = model(ids, labels=labels)
-    places = (labels != -100).flatten().nonzero().flatten()
-    output = model(ids, labels=labels, masked_lm_positions=places)
+    positions = (labels != -100).flatten().nonzero().flatten()
+    output = model(ids, labels=labels, masked_lm_positions=positions)
     assert output.loss.item() == expected.loss.item()
     numerics.assert_same(output.logits, expected.logits, 0.0)
     with pytest.raises(ValueError, match="masked_lm_positions needs a batch without padding, got an attention_mask"):
-        model(ids, torch.ones_like(ids), labels=labels, masked_lm_positions=places)
+        model(ids, torch.ones_like(ids), labels=labels, masked_lm_positions=positions)
 
 
 @pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
-def test_a_batch_without_a_label_loses_nothing_whatever_num_items_in_batch_says(model_class):
+def test_a_batch_without_a_label_has_zero_loss_whatever_num_items_in_batch_says(model_class):
     call = without_labels(model_class)
     for zero in (0, torch.tensor(0)):
-        assert_loses_nothing(head(model_class, num_hidden_layers=1), {**call, "num_items_in_batch": zero})
+        assert_has_zero_loss(head(model_class, num_hidden_layers=1), {**call, "num_items_in_batch": zero})
 
 
 @pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForQuestionAnswering], ids=name_of)
-def test_a_batch_without_a_label_loses_nothing_under_compile(model_class):
+def test_a_batch_without_a_label_has_zero_loss_under_compile(model_class):
     torch._dynamo.reset()
     call = {**without_labels(model_class), "num_items_in_batch": torch.tensor(0)}
     model = head(model_class, num_hidden_layers=1)
-    assert_loses_nothing(model, call, torch.compile(model, backend="eager"))
+    assert_has_zero_loss(model, call, torch.compile(model, backend="eager"))
 
 
 def without_labels(model_class):
@@ -98,7 +98,7 @@ def without_labels(model_class):
     return {name: torch.full_like(x, -100) if name in names else x for name, x in call.items()}
 
 
-def assert_loses_nothing(model, call, compiled=None):
+def assert_has_zero_loss(model, call, compiled=None):
     """The loss of a call, of the model or of what it was compiled to, is 0 with zero gradients."""
     loss = (model if compiled is None else compiled)(**call).loss
     assert loss.item() == 0.0

@@ -63,7 +63,7 @@ def test_embeddings_and_pooler_called_alone_take_what_stock_berts_take():
 
 
 @pytest.mark.parametrize("kind", ["word", "token_type"])
-def test_larger_embeddings_put_in_the_place_of_the_models_take_their_ids(kind):
+def test_larger_embeddings_that_replace_the_models_take_their_ids(kind):
     model = head(BertModel)
     old = getattr(model.embeddings, f"{kind}_embeddings")
     new = nn.Embedding(old.num_embeddings + 2, old.embedding_dim)

@@ -56,14 +56,14 @@ def test_the_gradient_of_softmax_is_torchs():
     grad = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
     weights = scores.softmax(-1)
     weights.backward(grad)
-    found = bert_checks.softmax_gradient_by_formula(grad, weights.detach(), -1, torch.float64)
+    found = bert_checks.plain_softmax_gradient(grad, weights.detach(), -1, torch.float64)
     numerics.assert_same(found, scores.grad, numerics.SAME[torch.float64])
 
 
 def test_an_assertion_without_torchs_raises_its_message():
     bert_checks.assert_now(torch.tensor(True), "never")
-    with pytest.raises(RuntimeError, match="^one row a text$"):
-        bert_checks.assert_now(torch.tensor(False), "one row a text")
+    with pytest.raises(RuntimeError, match="^one text per row$"):
+        bert_checks.assert_now(torch.tensor(False), "one text per row")
 
 
 def test_the_model_runs_without_the_kernels_of_private_names(monkeypatch):

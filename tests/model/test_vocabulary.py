@@ -49,7 +49,7 @@ def train(model, tokenizer, steps=100, rate=5e-3):
 
 
 def answers(model, tokenizer):
-    """The words that the model puts in the place of the new tokens."""
+    """The words that the model predicts at the positions of the new tokens."""
     ids = tokenizer(["the [MASK] sat", "a [MASK] ran"], return_tensors="pt")["input_ids"]
     logits = model(input_ids=ids).logits[ids == tokenizer.mask_token_id]
     assert (logits.softmax(-1)[:, len(tokenizer) :] < 1e-10).all(), "a row without a token is probable"
@@ -125,7 +125,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_losses_over_the_whole_vocabulary_count_unused_rows_for_next_to_nothing(shipped, loss, dtype):
+def test_losses_over_the_whole_vocabulary_count_unused_rows_for_almost_nothing(shipped, loss, dtype):
     """With a bias of -10,000 these were NaN, or 0.2 nats too many."""
     _, tokenizer, logits = shipped
     logits = logits.to(dtype).float()

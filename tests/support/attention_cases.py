@@ -68,11 +68,11 @@ LAYOUTS = {
 
 
 def plain_attention(qkv, packed, slopes, scale, dropout_p):
-    """The plain formula with products in the dtype of `qkv` and softmax in float32; eager has float32 scores."""
+    """The plain formula with matrix products in the dtype of `qkv` and softmax in float32; eager has float32 scores."""
     contexts = []
     for q, k, v in zip(*(x.split(packed.lengths) for x in qkv.unbind(1))):
-        place = torch.arange(len(q))
-        bias = -slopes[:, None, None] * (place[:, None] - place).abs()
+        position = torch.arange(len(q))
+        bias = -slopes[:, None, None] * (position[:, None] - position).abs()
         scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale + bias
         contexts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1).to(v.dtype), v))
     return torch.cat(contexts)

@@ -25,8 +25,8 @@ def alibi_slopes(num_heads):
 def attention_weights(query, key, query_positions, key_positions, slope, scale):
     """Softmax weights of one head, float64 [queries, keys], one query at a time."""
     rows = []
-    for place, vector in zip(query_positions, query):
-        distance = (key_positions - place).abs().double()
+    for position, vector in zip(query_positions, query):
+        distance = (key_positions - position).abs().double()
         rows.append(torch.softmax((key * vector).sum(-1) * scale - slope * distance, dim=-1))
     return torch.stack(rows)
 
@@ -56,12 +56,12 @@ def attention(query, key, value, cu_seqlens, positions=None, slopes=None, scale=
     for sequence, (start, end) in enumerate(zip(bounds, bounds[1:])):
         if start == end:
             continue
-        places = torch.arange(end - start) if positions is None else torch.as_tensor(positions)[start:end].cpu()
-        places = places.to(query.device)
+        columns = torch.arange(end - start) if positions is None else torch.as_tensor(positions)[start:end].cpu()
+        columns = columns.to(query.device)
         contexts = []
         for head in range(heads):
             weights = attention_weights(
-                query[start:end, head], key[start:end, head], places, places, slopes[head], scale
+                query[start:end, head], key[start:end, head], columns, columns, slopes[head], scale
             )
             if keep is not None:
                 kept = keep[sequence, head, : end - start, : end - start].double()
@@ -137,11 +137,11 @@ class Model:
         width = self.weight("embeddings.LayerNorm.weight").shape[0]
         rows = []
         for ids, keep, kinds in zip(input_ids, mask.bool(), types):
-            places = keep.nonzero().flatten()
+            columns = keep.nonzero().flatten()
             padded = [torch.zeros(len(ids), width, dtype=torch.float64) for _ in range(layers)]
-            if len(places):
-                states = self.row(ids[places], places, kinds[places])
-                padded = [empty.index_put((places,), state) for empty, state in zip(padded, states)]
+            if len(columns):
+                states = self.row(ids[columns], columns, kinds[columns])
+                padded = [empty.index_put((columns,), state) for empty, state in zip(padded, states)]
             rows.append(torch.stack(padded))
         return list(torch.stack(rows, dim=1))
 
