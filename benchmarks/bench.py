@@ -397,12 +397,13 @@ def serving_table() -> str:
     """The table of docs/serving.md: milliseconds of each engine, Markdown, from the newest rows of each processor."""
     rows = read_rows()
     cases = [case for case in CASES if case.command == "serve"]
+    contenders = [cases[0].ours, *cases[0].against]
     lines = []
     for processor in sorted({processor for processor, name, _ in rows if name.startswith("S-")}):
-        head = ["workload", "dtype", "ours, torch", *cases[0].against]
+        head = ["workload", "dtype", *(name if "," in name else f"{name}, torch" for name in contenders)]
         lines += ["", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         for case in cases:
-            found = [rows.get((processor, case.name, name)) for name in (case.ours, *cases[0].against)]
+            found = [rows.get((processor, case.name, name)) for name in contenders]
             times = [f"{float(row['p50']) * 1000:,.0f}" if row else "–" for row in found]
             lines.append(f"| {' | '.join([case.what, case.dtype, *times])} |")
         newest = rows[processor, cases[0].name, "ours"]

@@ -160,8 +160,8 @@ SORTED_CASES = tuple(
     Case(
         f"sorted-{name}",
         "sorted",
-        f"sentence-transformers, 64 texts of the lengths of validation documents, {cut}",
-        validation_law(8192, 64),
+        f"sentence-transformers, 512 texts of the lengths of validation documents, {cut}",
+        validation_law(8192, 512),
         {"BERT, cut at 512": None},
         ours=f"ours, {cut}",
         sizes="shipped",

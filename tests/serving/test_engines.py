@@ -13,7 +13,16 @@ import numerics
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from folders import write_tokenizer
+from models import tiny_model
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from mosaicbert.bert_layers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 MODULES = ROOT / ".venv" / "engines" / "node_modules"
 SENTENCES = ["Yesterday she [MASK] a letter to her brother.", "He opened the [MASK] and went in."]
@@ -26,6 +35,7 @@ TEXTS = [
     "\u200bzero width\u00ad, İstanbul, ẞtraße",
     "the cat sat on the mat " * 170,
 ]
+TEXT = "the big cat sat on a mat and then the dog ran over it"
 LONG_WORD = "a" * 150 + " end"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 # Tells the server when the page has answers or says that it cannot have any, and loads a picture until then.
@@ -43,10 +53,14 @@ def tokenizer():
 
 
 @pytest.fixture
-def ask_node():
-    """Asks a script beside this file, which reads JSON and writes its answer as JSON on its last line."""
+def engines():
     if not MODULES.is_dir() or shutil.which("node") is None:
         pytest.skip("the engines are not installed; run make engines")
+
+
+@pytest.fixture
+def ask_node(engines):
+    """Asks a script beside this file, which reads JSON and writes its answer as JSON on its last line."""
 
     def ask(name, **question):
         command = ["node", Path(__file__).with_name(name)]
@@ -91,12 +105,63 @@ def test_openvino_answers_from_all_files_as_the_checkpoint_does(export_demo, tok
 
 def test_transformers_js_cuts_texts_and_fills_masks_as_transformers_does(ask_node, export_demo, tokenizer):
     texts = [*TEXTS, LONG_WORD, "", "It's [MASK]."]
-    got = ask_node("transformers_js.mjs", folder=str(export_demo("onnx")), texts=texts, sentences=SENTENCES)
+    near = {"fp32": 1e-4, "fp16": 2e-3, "q8": 0.05}
+    calls = [
+        {"task": "fill-mask", "dtype": dtype, "inputs": [sentence, {"top_k": 3}]}
+        for dtype in near
+        for sentence in SENTENCES
+    ]
+    got = ask_node("transformers_js.mjs", folder=str(export_demo("onnx")), texts=texts, calls=calls)
     assert got["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
-    for dtype, near in (("fp32", 1e-4), ("fp16", 2e-3), ("q8", 0.05)):
-        for answers, expected in zip(got["answers"][dtype], expected_answers()):
-            assert answers[0]["token_str"] == expected[0][0], dtype
-            assert [a["score"] for a in answers] == pytest.approx([score for _, score in expected], abs=near), dtype
+    for call, answers, expected in zip(calls, got["answers"], expected_answers() * len(near), strict=True):
+        assert answers[0]["token_str"] == expected[0][0], call
+        scores = [score for _, score in expected]
+        assert [a["score"] for a in answers] == pytest.approx(scores, abs=near[call["dtype"]]), call
+
+
+def test_the_block_for_node_fills_a_mask(engines, export_demo, tmp_path):
+    [block] = re.findall(r"^```js\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text("utf-8"), flags=re.S | re.M)
+    (tmp_path / "block.mjs").write_text(block, encoding="utf-8")
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    (tmp_path / "my-onnx").symlink_to(export_demo("onnx"))
+    done = subprocess.run(["node", "block.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search("token_str: '(.*?)'", done.stdout)[1] == "wrote"
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task", "inputs"),
+    [
+        (BertModel, "feature-extraction", [TEXT, {"pooling": "mean"}]),
+        (BertForSequenceClassification, "text-classification", [TEXT, {"top_k": None}]),
+        (BertForTokenClassification, "token-classification", [TEXT, {"ignore_labels": []}]),
+        (BertForQuestionAnswering, "question-answering", ["the cat", TEXT]),
+    ],
+)
+def test_transformers_js_serves_every_task_as_transformers_does(
+    ask_node, tmp_path, run_script, model_class, task, inputs
+):
+    source, folder = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    labels = {"id2label": dict(enumerate("ABC"))} if task.endswith("classification") else {}
+    model = tiny_model(model_class, vocab_size=write_tokenizer(source), initializer_range=1.0, **labels)
+    model.save_pretrained(source)
+    options = ["--features"] if model_class is BertModel else []
+    run_script(script, source, folder, "--format", "onnx", "--types", "float32", *options)
+    calls = [{"task": task, "dtype": "fp32", "inputs": inputs}]
+    [got] = ask_node("transformers_js.mjs", folder=str(folder), texts=[], calls=calls)["answers"]
+    pipe = pipeline(task, model=model, tokenizer=AutoTokenizer.from_pretrained(source))
+    if task == "feature-extraction":
+        numerics.assert_same(torch.tensor(got), pipe(TEXT, return_tensors=True).mean(1), numerics.SAME[torch.float32])
+    elif task == "question-answering":
+        expected = pipe(question=inputs[0], context=inputs[1])
+        assert got["answer"] == expected["answer"] and got["score"] == pytest.approx(expected["score"], abs=1e-4)
+    else:
+        expected = pipe(TEXT, **inputs[1])
+        name = "label" if task == "text-classification" else "entity"
+        assert [answer[name] for answer in got] == [answer[name] for answer in expected]
+        scores = [answer["score"] for answer in expected]
+        assert [answer["score"] for answer in got] == pytest.approx(scores, abs=1e-4)
 
 
 def test_llama_cpp_cuts_texts_and_embeds_them_as_transformers_does(ask_node, export_demo, tokenizer):
@@ -179,10 +244,10 @@ class Site(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_the_page_fills_a_mask_in_chromium(export_demo, tmp_path):
+def test_the_page_fills_a_mask_in_chromium(engines, export_demo, tmp_path):
     browser = shutil.which("chromium")
-    if not MODULES.is_dir() or browser is None:
-        pytest.skip("the engines or Chromium are not installed; run make engines")
+    if browser is None:
+        pytest.skip("Chromium is not installed")
     handler = type("Handler", (Site,), {"model": export_demo("onnx"), "found": threading.Event()})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
