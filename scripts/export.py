@@ -46,7 +46,8 @@ def main() -> None:
         parser.error("--chunked is for --format onnx: llama.cpp makes its own attention")
     from lib.exporting import export
 
-    with staged_folder(args.target, args.overwrite, own=("onnx",), source=args.source) as stage:
+    inputs = {"source": args.source, "tokenizer": args.tokenizer}
+    with staged_folder(args.target, args.overwrite, own=("onnx",), **inputs) as stage:
         lines = export(
             args.source,
             stage,

@@ -152,12 +152,6 @@ def make_parser() -> cli.TrainingParser:
     return parser
 
 
-def inputs(options: argparse.Namespace) -> dict:
-    """What a run reads, by the names that the user calls it, as `check_apart` takes them."""
-    names = ("train_data", "validation_data", "test_data", "predict", "model")
-    return {name: getattr(options, name) or None for name in names}
-
-
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments", "Task"]:  # noqa: F821
     """Parse a command line and read the data that it names; what is wrong there is told before torch is imported.
 
@@ -167,7 +161,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
     parser = make_parser()
     options, rest = parser.parse_own(words)
     from lib.common import check_model  # after the parser, so that --help stays fast
-    from lib.examples import read_task
+    from lib.examples import inputs, read_task
     from lib.runs import check_output
 
     check_output(Path(options.output_dir), options.overwrite, **inputs(options))

@@ -31,8 +31,9 @@ def main() -> None:
         help="about how many tokens a batch has",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
-    from lib.common import check_model, load_from, repository_class
+    from lib.common import check_model, load_model, load_words
     from lib.examples import load_examples
     from lib.staging import check_apart
 
@@ -42,11 +43,10 @@ def main() -> None:
     from lib import prediction
     from lib.evaluation import find_device
     from lib.scores import write_predictions
-    from transformers import AutoTokenizer
 
     device = find_device(options.device)
-    tokenizer = load_from(AutoTokenizer.from_pretrained, options.model)
-    model = load_from(repository_class("BertForSequenceClassification").from_pretrained, options.model)
+    tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
+    model = load_model("ForSequenceClassification", options.model, options.trust_remote_code)
     task = prediction.task_of(model.config)
     sets, _ = prediction.tokenize({"test": examples}, tokenizer, options.max_length, 1, options.tokens_per_batch)
     logits = prediction.predict(model.float().to(device), tokenizer, sets["test"], options.tokens_per_batch)

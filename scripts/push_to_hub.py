@@ -51,8 +51,8 @@ IMAGE = re.compile(
     r"!\[(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))|<img\b[^<>]*?\bsrc=[\"']?([^\"'\s<>]+)",
     re.IGNORECASE,
 )
-# Scores, such as metrics.json; other links of a card may lead to files of a checkout.
-RESULT = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^>]+\.json)>|([^)\s]+\.json))[)\s]")
+# Those to JSON are scores, such as metrics.json; others may lead to files of a checkout.
+LINK = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))")
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
@@ -162,10 +162,12 @@ def card_files(folder: Path) -> set[str]:
         card = read_bounded(folder / "README.md", LARGEST_CARD).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"folder: README.md: expected UTF-8, {one_line(error)}") from error
-    for match in itertools.chain(IMAGE.finditer(card), RESULT.finditer(card)):
+    for match in itertools.chain(IMAGE.finditer(card), LINK.finditer(card)):
         link = next(filter(None, match.groups())).partition("#")[0].partition("?")[0]
         if re.match(r"[a-z]+:|//", link, re.IGNORECASE) or not link:
             continue  # a web address, or the image itself (`data:`)
+        if match.re is LINK and not link.endswith(".json"):
+            continue
         name = unquote(link).removeprefix("./")
         plain = not name.startswith("/") and ".." not in Path(name).parts and "\\" not in name
         if match.re is IMAGE and not (plain and name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from .cli import one_line
+from .growth import check_backend, check_growth
 from .references import foreign_references, without_references
 
 if TYPE_CHECKING:
@@ -205,10 +206,23 @@ def is_failure(error: BaseException) -> bool:
 
 
 def load_words(source: str, argument: str = "model", trust_remote_code: bool = False, **options):
-    """Load a tokenizer with `load_from`, without asking whether its code may run."""
+    """Load a tokenizer with `load_from`, without asking whether its code may run; see `_load_words`."""
+    return load_from(_load_words, source, argument, trust_remote_code=trust_remote_code, **options)
+
+
+def _load_words(source, trust_remote_code: bool = False):
+    """Load a tokenizer that makes texts little longer than they are, and try it: some damage only shows then."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
-    return load_from(AutoTokenizer.from_pretrained, source, argument, trust_remote_code=trust_remote_code, **options)
+    pattern = "tokenizer.*json"  # `tokenizer.json`, and those of later releases
+    folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=[pattern])
+    for path in sorted(Path(folder).glob(pattern)):  # before it is loaded, as its own words go through it then
+        check_growth(read_json(path))
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    check_backend(tokenizer)
+    tokenizer("A word, and ☃.")
+    return tokenizer
 
 
 def own_config(source: str, argument: str = "model", **changes):
@@ -582,12 +596,8 @@ def load_tokenizer(folder: Path, argument: str = "source"):
     Raises:
         ValueError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("A word, and ☃.")  # some damage only shows when text is tokenized
-        return tokenizer
+        return _load_words(folder)
     except BaseException as error:  # the tokenizers package raises plain exceptions, and panics
         if not is_failure(error):
             raise

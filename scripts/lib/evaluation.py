@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from .cli import one_line, say_end
 from .common import load_model, load_words
 from .records import pieces, read_texts
-from .staging import check_apart
+from .staging import check_apart, staged_file
 
 MASKED_SHARE = 0.15
 SHORTEST_DOCUMENT, SHORTEST_WINDOW = 16, 8  # tokens
@@ -195,17 +194,17 @@ def draw(rows: list[dict], path: str) -> None:
         axes.set_xlabel("sequence length (tokens)")
         axes.set_title(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=100)
+    with staged_file(path) as new:
+        figure.savefig(new, dpi=100)
     pyplot.close(figure)
 
 
 def write_table(rows: list[dict], path: str) -> None:
-    """Write measurements as CSV, through a temporary file."""
-    with open(path + ".new", "w", newline="", encoding="utf-8") as file:
+    """Write measurements as CSV."""
+    with staged_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(path + ".new", path)
 
 
 def find_device(name: Optional[str]) -> torch.device:

@@ -14,7 +14,9 @@ from typing import Optional
 
 import numpy as np
 
+from .common import REPOSITORY
 from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_records
+from .staging import Input
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # What --problem calls them.
@@ -65,6 +67,12 @@ class Task:
     def judged(self) -> str:
         """The part that says how good a model is: the test data, or else the validation data."""
         return "test" if "test" in self.parts else "validation"
+
+
+def inputs(options: argparse.Namespace) -> dict[str, Input]:
+    """What a run reads, by the names that the user calls it, as `check_apart` takes them."""
+    names = ("train_data", "validation_data", "test_data", "predict")
+    return {**{name: getattr(options, name) for name in names}, "model": options.model or REPOSITORY}
 
 
 def read_task(options: argparse.Namespace) -> Task:

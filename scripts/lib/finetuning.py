@@ -21,7 +21,7 @@ from transformers import (
 from .cards import in_markdown, write_card
 from .cli import command, say_end
 from .common import REPOSITORY, load_model, load_words, say_float32, write_json
-from .examples import REGRESSION, SINGLE, Task
+from .examples import REGRESSION, SINGLE, Task, inputs
 from .pictures import draw_confusion, draw_losses
 from .prediction import predict, tokenize
 from .records import is_file_name
@@ -78,9 +78,7 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Ta
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)
-    inputs = {f"{name}_data": getattr(options, f"{name}_data") for name in ("train", "validation", "test")}
-    inputs |= {"predict": options.predict, "model": model_name}
-    with open_run(Path(arguments.output_dir), options.overwrite, **inputs) as run:
+    with open_run(Path(arguments.output_dir), options.overwrite, **inputs(options)) as run:
         arguments.output_dir = str(run.work)
         return _finetune(options, arguments, task, run, model_name, tokenizer)
 

@@ -30,6 +30,7 @@ IGNORED = -100  # label of a token that is not predicted
 SHORTEST = 8  # tokens without [CLS] and [SEP]: a shorter rest of a document is dropped
 SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
 BATCH_CHARACTERS = 4_000_000  # text handed to the tokenizer at once, enough to occupy all cores
+MOST_COPIES = 1000  # of a tokenized text: as often as its source is named
 TOO_SHORT = f"the data holds no document of at least {SHORTEST} tokens"
 
 
@@ -61,13 +62,15 @@ class Documents:
             raise ValueError(f"{path}: expected {wanted} bytes, the file is not complete")
         path = self.folder / "bounds.npy"
         try:
-            self.bounds = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
+            self.bounds = np.asarray(np.load(path, mmap_mode="r"))  # which allocates nothing for the size that it tells
+        except (OSError, OverflowError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: expected an array of NumPy, {one_line(error)}") from error
         ordered = self.bounds.dtype == np.int64 and self.bounds.ndim == 2 and self.bounds.shape[1] == 2
         starts, ends = self.bounds.T if ordered else (np.ones(1), np.zeros(1))
         if not len(starts) or starts.min() < 0 or (ends < starts).any() or ends.max() > about["tokens"]:
             raise ValueError(f"{path}: expected where documents start and end in {about['tokens']} tokens")
+        if (ends - starts).sum(dtype=np.float64) > MOST_COPIES * about["tokens"]:
+            raise ValueError(f"{path}: expected each of {about['tokens']} tokens in at most {MOST_COPIES} documents")
         self.tokens = np.asarray(np.memmap(self.folder / "tokens.bin", about["dtype"], "r"))
 
     def __reduce__(self):  # a worker process opens the files itself

@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -43,8 +42,8 @@ from .packing import (
 from .pictures import draw_losses
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
 from .references import without_references
-from .runs import STAGE, Run, check_is_folder, is_finite, open_run
-from .staging import Input, staged_folder
+from .runs import STAGE, Run, is_finite, open_run
+from .staging import Input, check_target, staged_file, staged_folder
 from .training import LOG_SECONDS, CarefulTrainer
 
 
@@ -128,7 +127,8 @@ class PretrainingTrainer(CarefulTrainer):
                 logs["progress"] = round(min(1.0, self.lr_scheduler.position / self.lr_scheduler.total), 3)
         super().log(logs)
         if self.is_world_process_zero():
-            replace_json(os.path.join(self.args.output_dir, "log_history.json"), self.state.log_history)
+            with staged_file(Path(self.args.output_dir, "log_history.json")) as new:
+                new.write_text(json.dumps(self.state.log_history, indent=1), encoding="utf-8")
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         logs, began = self.control.should_log, time.perf_counter()
@@ -162,14 +162,6 @@ def make_agreement():
         return shared.item()
 
     return agree
-
-
-def replace_json(path: str, content) -> None:
-    """Write JSON to a temporary file and rename it, so that readers never see a partial file."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".new", path)
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:
@@ -257,8 +249,7 @@ def tokenize_only(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the folder is there already and `overwrite` is not set, or see `open_sources` and `tokenize`.
     """
-    folder = Path(options.output_dir)
-    check_is_folder(folder)
+    folder = check_target(Path(options.output_dir), "output_dir", **inputs(options))
     if folder.exists() and any(folder.iterdir()) and not (options.overwrite and Documents.is_in(folder)):
         raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
     parts = open_sources(options.train_data, options.text_field, "train_data")

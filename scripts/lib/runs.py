@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .cli import one_line
 from .common import TOKENIZER_FILES
-from .staging import NEW, OLD, Input, check_apart, locked, open_stage, replace, stage_of
+from .staging import NEW, OLD, Input, check_target, locked, open_stage, replace, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -110,25 +110,25 @@ def open_run(
         ValueError: the folder is none, cannot be written, or holds an input, another run, or results and neither is
             given; both are given, the run is over already, or the checkpoint is not whole.
     """
-    folder = Path(os.path.realpath(folder))
-    beside = stage_of(folder) / RUN
     if overwrite and resume:
         raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
-    check_is_folder(folder)
-    for place in (folder, stage_of(folder)):
-        check_apart(place, "output_dir", **inputs)
+    folder = check_target(folder, "output_dir", **inputs)
+    beside = stage_of(folder) / RUN
     with contextlib.ExitStack() as stack:
         if stage_of(folder).exists():  # what a killed run took out of its place is put back first
             with open_stage(folder, "output_dir"):
                 pass
         stack.enter_context(_made(folder))
         stack.enter_context(locked(folder, "output_dir"))
-        results, unfinished = results_of(folder), numbered(beside)
+        results = results_of(folder)
+        finished = [path.name for path in results if "model" in path.name]
         if not overwrite and not resume:
             _refuse_results(folder, resumable)
-        inside = resume not in (None, "last") and beside in Path(os.path.realpath(resume)).parents
-        work = folder
-        if (overwrite and results) or inside or (resume == "last" and unfinished):
+        unfinished = numbered(beside)
+        goes_on = unfinished if resume == "last" else resume and beside in Path(os.path.realpath(resume)).parents
+        checkpoint = _checkpoint_of(beside if goes_on else folder, [] if goes_on else finished, resume)
+        work, held = folder, set()
+        if goes_on or (resume and finished) or (overwrite and results):
             if os.path.ismount(folder):
                 raise ValueError(
                     f"output_dir: {folder} is a disk of its own, whose results cannot be replaced in one step; name a "
@@ -138,22 +138,26 @@ def open_run(
             work = beside
         if not resume:
             shutil.rmtree(beside, ignore_errors=True)
+        elif work == beside and not goes_on:
+            if unfinished:
+                raise ValueError(
+                    f"resume_from_checkpoint: {beside} holds an unfinished run; go on with that by `last`, or remove it"
+                )
+            checkpoint, held = _link_checkpoints(folder, checkpoint, beside)
         work.mkdir(exist_ok=True)
         shutil.rmtree(work / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
         if work == beside:
-            stack.callback(_clear_unless, resumable, work)
+            stack.callback(_clear_unless, resumable, work, held)
             print(
                 f"{folder} keeps its results until new ones replace them; until then the run writes to {work}",
                 flush=True,
             )
-        yield Run(folder, work, _checkpoint_of(work, results if work == folder else [], resume))
+        yield Run(folder, work, checkpoint)
 
 
 def check_output(folder: Path, overwrite: bool, **inputs: Input) -> None:
     """Refuse early what `open_run` would refuse for a run that cannot be resumed, without a change to any folder."""
-    folder = Path(os.path.realpath(folder))
-    check_is_folder(folder)
-    check_apart(folder, "output_dir", **inputs)
+    folder = check_target(folder, "output_dir", **inputs)
     if not overwrite:
         _refuse_results(folder, resumable=False)
 
@@ -167,9 +171,28 @@ def _refuse_results(folder: Path, resumable: bool) -> None:
     raise ValueError(f"output_dir: {holds}; {choice}replace it with --overwrite")
 
 
-def _clear_unless(resumable: bool, work: Path) -> None:
-    if not (resumable and numbered(work)):
+def _clear_unless(resumable: bool, work: Path, held: set[str]) -> None:
+    """Clear an unfinished run that cannot be resumed, or has no checkpoint besides those that it began with."""
+    if not resumable or {path.name for path in numbered(work)} <= held:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _link_checkpoints(folder: Path, checkpoint: str, beside: Path) -> tuple[str, set[str]]:
+    """Begin a run that goes on from a finished one beside that: with its checkpoints, but for later ones.
+
+    The run would write those again, through a link into the old results.
+
+    Returns:
+        The checkpoint to resume from, in the new folder if it was in the old one, and the names of what was linked.
+    """
+    start, new = Path(os.path.realpath(checkpoint)), stage_of(folder) / NEW
+    kept = [path for path in numbered(folder, "checkpoint") if number_of(path) <= number_of(start)]
+    new.mkdir()
+    for path in kept:
+        shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+    shutil.rmtree(beside, ignore_errors=True)
+    os.rename(new, beside)
+    return str(beside / start.name) if start in kept else checkpoint, {path.name for path in kept}
 
 
 @contextlib.contextmanager
@@ -191,7 +214,7 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Optional[str]:
+def _checkpoint_of(work: Path, finished: list[str], resume: Optional[str]) -> Optional[str]:
     """The checkpoint that a run is to resume from, see `open_run`."""
     if resume != "last":
         fault = resume and find_fault(Path(resume))
@@ -200,7 +223,6 @@ def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Op
         return resume
     checkpoint = newest_checkpoint(work)
     if checkpoint is None:
-        finished = [path.name for path in results if path.name.startswith("model")]
         if finished:
             raise ValueError(
                 f"resume_from_checkpoint: {work} holds {finished[0]} and no checkpoint, so the run is over; start "
@@ -210,17 +232,16 @@ def _checkpoint_of(work: Path, results: list[Path], resume: Optional[str]) -> Op
     return checkpoint
 
 
-def check_is_folder(folder: Path) -> None:
-    """Raise ValueError if an output folder is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir: {folder} is a file, expected a folder")
-
-
 def numbered(folder: Path, kind: str = "") -> list[Path]:
     """The folders `checkpoint-N` and `seed-N` in a folder that hold something, by their kind and number."""
     paths = [path for path in folder.glob(f"{kind}*-*") if NUMBERED.fullmatch(path.name) and not path.is_symlink()]
     paths = [path for path in paths if path.is_dir() and any(path.iterdir())]
-    return sorted(paths, key=lambda path: (path.name.partition("-")[0], int(path.name.partition("-")[2])))
+    return sorted(paths, key=lambda path: (path.name.partition("-")[0], number_of(path)))
+
+
+def number_of(path: Path) -> int:
+    """The number of a folder as `numbered` finds them; -1 for any other."""
+    return int(path.name.partition("-")[2]) if NUMBERED.fullmatch(path.name) else -1
 
 
 def results_of(folder: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .examples import MULTI, REGRESSION, SINGLE, Examples, Task
+from .staging import staged_file
 
 # The score that decides between epochs and between seeds; higher is better.
 DECIDING = {SINGLE: "accuracy", MULTI: "micro_f1", REGRESSION: "spearman"}
@@ -197,7 +198,7 @@ def _words(task: Task, values: np.ndarray) -> list[str]:
 
 def _write_table(path: Path, columns: dict[str, list], order: Iterable[int]) -> None:
     rows = list(zip(*columns.values()))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with staged_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows[row] for row in order)

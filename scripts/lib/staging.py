@@ -68,6 +68,26 @@ def _places(source: str) -> Iterator[Path]:
                     yield Path(os.path.realpath(path))
 
 
+def check_target(target: Path, argument: str, **inputs: Input) -> Path:
+    """Refuse an output folder that is a file, or that holds an input, as what a killed run left beside it may.
+
+    Args:
+        target, argument, **inputs: as `staged_folder` takes them.
+
+    Returns:
+        The folder, links followed.
+
+    Raises:
+        ValueError: see above; names both.
+    """
+    target = Path(os.path.realpath(target))
+    for place in (target, stage_of(target)):
+        check_apart(place, argument, **inputs)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{argument}: {target} is a file, expected a folder")
+    return target
+
+
 @contextlib.contextmanager
 def staged_folder(
     target: Path, overwrite: bool = False, argument: str = "target", own: Collection[str] = (), **inputs: Input
@@ -91,11 +111,7 @@ def staged_folder(
         ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
             other folders or an input, or another run is writing it.
     """
-    target = Path(os.path.realpath(target))
-    for place in (target, stage_of(target)):
-        check_apart(place, argument, **inputs)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{argument}: {target} is a file, expected a folder")
+    target = check_target(target, argument, **inputs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,6 +134,21 @@ def staged_folder(
         if _signature(target) != before:
             raise ValueError(f"{argument}: another program changed {target} meanwhile, so it is left as it is now")
         replace(target, stage, argument)
+
+
+@contextlib.contextmanager
+def staged_file(target: Union[str, Path]) -> Iterator[Path]:
+    """Yield a name beside a file, for another one that replaces it if the block succeeds; of a device, its own."""
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    new = target.with_name(f".new-{target.name}")  # libraries read the kind of a picture from its end
+    try:
+        yield new
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def stage_of(target: Path) -> Path:

@@ -302,6 +302,29 @@ def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):
         assert not any("evil/" in text for text in texts)
 
 
+# Makes 2^60 letters of one, with all memory that there is.
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+DOUBLING = {"type": "Sequence", "normalizers": [DOUBLE] * 60}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.4.0.0.json"])
+def test_a_tokenizer_that_asks_for_all_memory_is_refused_before_it_is_loaded(sources, tmp_path, name):
+    """Its own words go through it when it is loaded; every script loads tokenizers in one of two ways."""
+    AutoTokenizer.from_pretrained(sources / "mosaic").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    token = {"id": 40, "content": "aaa", "normalized": True, "special": False}
+    token |= {"single_word": False, "lstrip": False, "rstrip": False}
+    fields |= {"normalizer": DOUBLING, "added_tokens": [*fields["added_tokens"], token]}
+    (tmp_path / name).write_text(json.dumps(fields))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "fast_tokenizer_files": [name]}))
+    with pytest.raises(ValueError, match="^model: .* cannot be loaded, its normalizer makes texts more than 16 times"):
+        common.load_words(str(tmp_path))
+    with pytest.raises(ValueError, match="^source: its tokenizer cannot be used, its normalizer makes texts more than"):
+        common.load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -310,6 +333,7 @@ def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):
         ("tokenizer.json", {"model": {"type": "WordPiece", "vocab": {}}}),
         ("tokenizer.json", {"normalizer": {"type": "Evil"}}),
         ("tokenizer.json", {"added_tokens": "x"}),
+        ("tokenizer.json", {"normalizer": DOUBLING}),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_named(source, name, change):

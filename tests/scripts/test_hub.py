@@ -323,6 +323,22 @@ def test_a_push_loses_to_one_that_came_between(tmp_path, monkeypatch):
         assert set(repository.commits[repository.branches["main"]].files) == {"other.txt"}
 
 
+def test_files_are_listed_before_anything_is_sent(folder, monkeypatch, capsys):
+    class Api:
+        endpoint = "here"
+
+        def create_repo(self, *_, **__):
+            listed.append(capsys.readouterr().out)
+            raise OSError("refused")
+
+    listed = []
+    monkeypatch.setattr(push_to_hub, "connect", lambda *_, **__: Api())
+    with pytest.raises(OSError, match="refused"):
+        push_to_hub.push(folder, "a/b")
+    files = push_to_hub.files_to_push(folder)
+    assert re.findall(r"^add .* bytes  (.*)$", listed[0], re.M) == files and "model.safetensors" in files
+
+
 def test_a_dry_run_lists_files_and_changes_nothing(tmp_path):
     folder = tmp_path / "model"
     write_complete_repository(folder)
@@ -515,10 +531,14 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_not_pushed(folder):
     assert_refused(folder, "expected tokenizer.json or vocab.txt or")
 
 
-@pytest.mark.parametrize("part", ["![", "![[", "![a](<", "<img ", "![](", "![a [b", "\\![", "![x] "])
-def test_a_card_is_searched_in_linear_time(part):
+PARTS = ["![", "![[", "![a](<", "<img ", "![](", "![a [b", "\\![", "![x] ", "[](<", "[](x", "[", "[[]"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("pattern", [push_to_hub.IMAGE, push_to_hub.LINK], ids=["images", "links"])
+def test_a_card_is_searched_in_linear_time(pattern, part):
     """A card of 120 kB once took 35 s; at a quadratic cost this one would take hours."""
-    assert len(push_to_hub.IMAGE.findall(part * (2**20 // len(part)))) <= 1
+    assert len(pattern.findall(part * (2**20 // len(part)))) <= 1
 
 
 @pytest.mark.parametrize(

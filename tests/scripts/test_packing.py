@@ -202,6 +202,7 @@ def test_a_long_tokenization_says_how_far_it_is_where_there_is_no_bar(corpus, to
     assert lines == [f"tokenized {40 * n:,} tokens of {n} documents" for n in (2, 4, 6)]
 
 
+ENDLESS = "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000000000, 2)}"
 BOUNDS = {
     "empty": b"",
     "text": b"[[0, 10]]",
@@ -213,6 +214,8 @@ BOUNDS = {
     "three columns": [[0, 5, 10]],
     "floats": [[0.0, 10.0]],
     "no document": np.zeros((0, 2), np.int64),
+    "long header": b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + ENDLESS.ljust(117).encode() + b"\n" + bytes(16),
+    "too many": np.tile(np.array([[0, 100]]), (100_000, 1)),
 }
 
 
@@ -222,7 +225,10 @@ def test_damaged_bounds_are_named(corpus, tokenizer, tmp_path, bounds):
     packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
     path = tmp_path / "tokens" / "bounds.npy"
     path.write_bytes(bounds) if isinstance(bounds, bytes) else np.save(path, np.array(bounds))
-    with pytest.raises(ValueError, match="bounds.npy: expected (an array of NumPy|where documents start and end)"):
+    with pytest.raises(
+        ValueError,
+        match="bounds.npy: expected (an array of NumPy|where documents start|each of .* at most 1000 documents)",
+    ):
         sequences_of(tmp_path / "tokens", tokenizer)
 
 

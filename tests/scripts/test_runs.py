@@ -15,33 +15,34 @@ from pathlib import Path
 from interruptions import stopped_ever_later
 from lib import runs, staging
 
-home, exchange, links = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
+home, exchange, links, resumes = Path(sys.argv[1]), *(word == "True" for word in sys.argv[2:])
 if not exchange:
     staging._exchange = lambda first, second: False
 if not links:
     runs._link = lambda source, target: shutil.copy2(source, target, follow_symlinks=False)
+runs.find_fault = lambda checkpoint: None
 folder = home / "out"
 
 def state():
     if not folder.exists():
         return "gone"
-    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and "checkpoint-2" not in path.parts]
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "optimizer.pt"]
     return " ".join(path.name.partition(".")[0] + path.read_text() for path in names)
 
-def train(content):
-    with runs.open_run(folder, overwrite=True, resumable=True) as run:
-        for path in (run.work / "checkpoint-2" / "optimizer.pt", run.work / "final" / "model.safetensors",
+def train(content, resume=None):
+    with runs.open_run(folder, resume is None, resume, resumable=True) as run:
+        for path in (run.work / f"checkpoint-2{content}" / "optimizer.pt", run.work / "final" / "model.safetensors",
                      run.work / "final" / "config.json", run.work / "log_history.json"):
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
-        run.publish(run.work / "final", False)
+        run.publish(run.work / "final", resumes)
 
 train("0")
 (folder / "notes.txt").write_text("mine")
 (folder / "checkpoint-best").mkdir()
 (folder / "checkpoint-best" / "weights").write_text("mine")
 results = []
-for _ in stopped_ever_later(lambda: train("1"), lambda: train("2")):
+for _ in stopped_ever_later(lambda: train("1"), lambda: train("2", "last" if resumes else None)):
     at_once = state()
     train("3")
     results.append([at_once, state(), sorted(path.name for path in home.iterdir())])
@@ -49,12 +50,16 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize(("exchange", "links"), [(True, True), (True, False), (False, True)])
-def test_results_are_old_or_new_wherever_a_run_that_overwrites_is_killed(tmp_path, exchange, links):
-    """And the user's own files are there with both, each with its text, and nothing else is."""
+WAYS = [(True, True, False), (True, False, False), (False, True, False), (True, True, True), (False, False, True)]
+
+
+@pytest.mark.parametrize(("exchange", "links", "resumes"), WAYS)
+def test_results_are_old_or_new_wherever_a_run_that_replaces_them_is_killed(tmp_path, exchange, links, resumes):
+    """And the user's own files are there with both, each with its text, and nothing else is. A finished run that is
+    resumed once replaced its files one by one."""
     if exchange and sys.platform != "linux":
         pytest.skip("two folders change places in one step on Linux alone")
-    states = json.loads(run_python(REPLACE, tmp_path, exchange, links).splitlines()[-1])
+    states = json.loads(run_python(REPLACE, tmp_path, exchange, links, resumes).splitlines()[-1])
     assert len(states) > 40
     old, new, later = (f"weightsmine config{n} log_history{n} model{n} notesmine" for n in (1, 2, 3))
     at_once = [state for state, _, _ in states]
@@ -90,6 +95,39 @@ def test_a_run_that_overwrites_and_was_killed_is_resumed_beside_the_old_results(
         run.publish(run.work / ".final", keep_checkpoints=True)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-5", "model.safetensors"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_results_until_new_ones_are_whole(tmp_path, monkeypatch):
+    folder, beside = tmp_path / "out", tmp_path / ".out.stage" / "run"
+    fill(folder, "model.safetensors", "checkpoint-9/weights", "checkpoint-30/weights", "seed-1/weights")
+    whole_checkpoint(folder / "checkpoint-10", monkeypatch)
+    for resume, start in ((str(folder / "checkpoint-10"), "10"), ("last", "30")):
+        with runs.open_run(folder, False, resume, resumable=True) as run:
+            assert (run.work, run.checkpoint) == (beside, str(beside / f"checkpoint-{start}"))
+            later = ["checkpoint-30"] if start == "30" else []  # is written again, and not through a link
+            assert sorted(path.name for path in beside.iterdir()) == ["checkpoint-10", *later, "checkpoint-9"]
+            assert os.path.samefile(beside / "checkpoint-9" / "weights", folder / "checkpoint-9" / "weights")
+        assert list(tmp_path.iterdir()) == [folder]  # it has saved nothing
+    with runs.open_run(folder, False, str(folder / "checkpoint-10"), resumable=True) as run:
+        fill(run.work, "checkpoint-20/weights")
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .*run holds an unfinished run; go on with that by"):
+        with runs.open_run(folder, False, str(folder / "checkpoint-10"), resumable=True):
+            pass
+    with runs.open_run(folder, False, "last", resumable=True) as run:
+        assert (run.work, run.checkpoint) == (beside, str(beside / "checkpoint-20"))
+        fill(run.work, ".final/model.safetensors")
+        run.publish(run.work / ".final", keep_checkpoints=True)
+    left = ["checkpoint-10", "checkpoint-20", "checkpoint-9", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == left
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_finished_run_is_resumed_from_a_checkpoint_elsewhere(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "model.safetensors", "checkpoint-9/weights")
+    for name in ("checkpoint-5", "best"):
+        whole_checkpoint(tmp_path / name, monkeypatch)
+        with runs.open_run(tmp_path / "out", False, str(tmp_path / name), resumable=True) as run:
+            assert run.checkpoint == str(tmp_path / name) and list(run.work.iterdir()) == []
 
 
 def test_a_run_that_overwrites_is_forgotten_by_the_next_one_that_does(tmp_path, monkeypatch):

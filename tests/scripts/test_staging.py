@@ -251,6 +251,30 @@ def test_a_file_that_is_written_is_no_input(home):
         staging.check_apart(home / "link.jsonl", "csv", data=home / "runs" / "corpus.jsonl")
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    for name in ("table.csv", "link.csv"):
+        (tmp_path / "table.csv").write_text("old")
+        if name == "link.csv":
+            (tmp_path / name).symlink_to("table.csv")
+        with pytest.raises(OSError), staging.staged_file(tmp_path / name) as new:
+            new.write_text("half")
+            raise OSError(28, "No space left on device")
+        assert (tmp_path / "table.csv").read_text() == "old"
+        with staging.staged_file(tmp_path / name) as new:
+            assert new.suffix == ".csv"
+            new.write_text("new")
+        assert (tmp_path / "table.csv").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.csv", "table.csv"]
+    assert (tmp_path / "link.csv").is_symlink()
+
+
+def test_a_device_is_written_to_and_not_replaced():
+    with staging.staged_file(os.devnull) as new:
+        assert os.path.samefile(new, os.devnull)
+        new.write_text("gone")
+    assert not os.path.isfile(os.devnull)
+
+
 @pytest.mark.parametrize("inside", [".git", "photos"])
 def test_overwrite_spares_a_folder_that_is_more_than_a_model(tmp_path, inside):
     target = tmp_path / "checkout"
@@ -328,6 +352,37 @@ COMMANDS = {
         "pretrain_mlm",
         "--tokenize_only --train_data OUT/text.jsonl --output_dir OUT --overwrite",
     ),
+    "pretrain_mlm": ("pretrain_mlm", "--train_data OUT/text.jsonl --output_dir OUT --overwrite"),
+    "pretrain_mlm --model": ("pretrain_mlm", "--train_data MODEL/text.jsonl --model OUT --output_dir OUT --overwrite"),
+    "pretrain_mlm --config": (
+        "pretrain_mlm",
+        "--train_data MODEL/text.jsonl --config OUT/config.json --output_dir OUT --overwrite",
+    ),
+    "pretrain_mlm --tokenizer": (
+        "pretrain_mlm",
+        "--train_data MODEL/text.jsonl --tokenizer OUT --output_dir OUT --overwrite",
+    ),
+    "pretrain_mlm --validation_data": (
+        "pretrain_mlm",
+        "--train_data MODEL/text.jsonl --validation_data OUT/text.jsonl --output_dir OUT --overwrite",
+    ),
+    **{
+        f"finetune_classification {option}": (
+            "finetune_classification",
+            f"--train_data MODEL/text.jsonl {option} OUT{file} --output_dir OUT --overwrite",
+        )
+        for option, file in (
+            ("--train_data", "/text.jsonl"),
+            ("--validation_data", "/*.jsonl"),
+            ("--test_data", "/text.jsonl"),
+            ("--predict", "/text.jsonl"),
+            ("--model", ""),
+        )
+    },
+    "export": ("export", "OUT OUT --format onnx --overwrite"),
+    "export --tokenizer": ("export", "MODEL OUT --format gguf --tokenizer OUT --overwrite"),
+    "predict": ("predict", "MODEL OUT/text.jsonl OUT/table.csv"),
+    "predict MODEL": ("predict", "OUT MODEL/text.jsonl OUT/text.jsonl"),
     "evaluate_mlm --csv": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --csv OUT/table.csv"),
     "evaluate_mlm --png": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --png OUT/table.png"),
 }

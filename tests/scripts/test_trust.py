@@ -6,11 +6,14 @@ import re
 import evaluate_mlm
 import fill_mask
 import finetune_classification
+import predict
 import pretrain_mlm
 import pytest
 from folders import set_fields, stock_bert, write_complete_repository
 from lib import common
 from transformers import BertForMaskedLM
+
+import mosaicbert
 
 CODE = """
 from pathlib import Path
@@ -35,6 +38,7 @@ COMMANDS = {
         finetune_classification,
         "--model MODEL --train_data LABELS --output_dir OUT --num_train_epochs 1 --use_cpu".split(),
     ),
+    "predict": (predict, ["MODEL", "LABELS", "TABLE", "--device", "cpu"]),
 }
 
 
@@ -55,6 +59,7 @@ def run(tmp_path, text, run_script):
     def run(command, model, *flags):
         script, words = COMMANDS[command]
         places = {"MODEL": model, "TEXT": text, "LABELS": tmp_path / "labels.jsonl", "OUT": tmp_path / "out"}
+        places["TABLE"] = tmp_path / "table.csv"
         run_script(script, *(places.get(word, word) for word in words), *flags)
 
     return run
@@ -95,7 +100,8 @@ def test_a_mosaicbert_needs_no_code_of_its_own(tmp_path, run, command, capsys):
 def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command, capsys):
     stock_bert(tmp_path / "model")
     run(command, tmp_path / "model")
-    assert re.search(r"\d\.\d", capsys.readouterr().out)  # probabilities, or scores
+    said = (tmp_path / "table.csv").read_text() if command == "predict" else capsys.readouterr().out
+    assert re.search(r"\d\.\d", said)  # probabilities, or scores
     if command == "finetune_classification":
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config["architectures"] == ["BertForSequenceClassification"] and "auto_map" not in config
@@ -116,6 +122,15 @@ def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script
         assert "someone" not in (out / "config.json").read_text()
         assert "OtherConfig" not in (out / "bert_layers.py").read_text()
     assert not mark.exists()
+
+
+def test_the_package_runs_no_code_of_a_repository(tmp_path):
+    write_complete_repository(tmp_path / "model")
+    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
+    for auto_map, code in ((names, "bert_layers.py"), (OTHER, "modeling_other.py")):
+        mark = refer(tmp_path / "model", auto_map, code)
+        assert mosaicbert.BertForMaskedLM.from_pretrained(tmp_path / "model").config.alibi_starting_size
+        assert not mark.exists()
 
 
 def test_the_flag_runs_the_code(tmp_path):

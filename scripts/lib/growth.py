@@ -1,0 +1,81 @@
+"""How much longer a text becomes in a tokenizer, whose file decides that and so how much memory the library takes."""
+
+import base64
+import json
+import math
+import unicodedata
+
+# Times that one part of a tokenizer may lengthen a text by what its file chooses. Those of published models stay below
+# 13 (Llama 2: a space becomes a character of three bytes, and one is put in front of the text).
+LARGEST_GROWTH = 16
+# Steps that lengthen a text again each time that they come in one part.
+GROWING = ("ByteLevel", "Precompiled", "TemplateProcessing")
+# Pieces of a template, texts and special tokens alike, that are no growth.
+USUAL_PIECES = 8
+# Bytes that a table of characters makes of one: what NFKC makes of some, a half of its longest, and twice its longest.
+USUAL_BYTES, MOST_BYTES = 16, 64
+
+
+def check_growth(fields: dict) -> None:
+    """Refuse a tokenizer that makes texts much longer than they are.
+
+    Args:
+        fields: of a tokenizer.json; all but its normalizer, pre-tokenizer and post-processor is passed over.
+
+    Raises:
+        ValueError: a part of it does; names the part.
+    """
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        steps = list(_steps(fields.get(name)))
+        growing = [step["type"] for step in steps if step["type"] in GROWING]
+        if len(set(growing)) < len(growing) or math.prod(map(_growth, steps)) > LARGEST_GROWTH:
+            raise ValueError(f"its {name} makes texts more than {LARGEST_GROWTH} times as long")
+
+
+def check_backend(tokenizer) -> None:
+    """Do what `check_growth` does for a loaded tokenizer, whatever files it came from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {name: getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    check_growth({name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None})
+
+
+def _steps(part):
+    """The steps of a part, those of its sequences one by one."""
+    if isinstance(part, list):
+        for inner in part:
+            yield from _steps(inner)
+    elif isinstance(part, dict) and isinstance(part.get("type"), str):
+        yield part
+        for inner in part.values():
+            yield from _steps(inner)
+
+
+def _growth(step: dict) -> float:
+    if step["type"] == "Replace":
+        pattern = step.get("pattern")
+        old = pattern.get("String") if isinstance(pattern, dict) else None
+        size = _size(step.get("content"))
+        return max(1.0, size / _size(old)) if old else 1.0 + size  # another pattern may match between any two bytes
+    if step["type"] == "Prepend":
+        return 1.0 + _size(step.get("prepend"))
+    if step["type"] == "TemplateProcessing":
+        pieces = [len(step[kind]) for kind in ("single", "pair") if isinstance(step.get(kind), list)]
+        return max([1.0, *(count / USUAL_PIECES for count in pieces)])
+    if step["type"] == "Precompiled":
+        longest = max(map(len, _table(step.get("precompiled_charsmap")).split(b"\0")))
+        return max(1.0, longest / USUAL_BYTES) if longest <= MOST_BYTES else math.inf
+    return 1.0
+
+
+def _table(text) -> bytes:
+    """What a table of characters makes of them, with zeros between: it stands behind an index that tells its size."""
+    try:
+        table = base64.b64decode(text)
+    except (TypeError, ValueError):
+        return b""  # the library refuses it
+    return table[4 + int.from_bytes(table[:4], "little") :]
+
+
+def _size(text) -> int:
+    """Bytes of a text, decomposed as a later step may do it."""
+    return len(unicodedata.normalize("NFKD", text).encode("utf-8", "replace")) if isinstance(text, str) else 0
