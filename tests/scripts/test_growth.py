@@ -65,7 +65,7 @@ def test_a_loaded_tokenizer_is_judged_by_what_it_does():
     for name, part in (
         ("normalizer", normalizers.Sequence([normalizers.Replace("a", "aa")] * 5)),
         ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()] * 2)),
-        ("post_processor", processors.TemplateProcessing("$A " * 200)),
+        ("post_processor", processors.TemplateProcessing(["$A"] * 200)),
     ):
         growth.check_backend(Loaded)
         setattr(Loaded.backend_tokenizer, name, part)
