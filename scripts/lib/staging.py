@@ -81,10 +81,10 @@ def check_target(target: Path, argument: str, **inputs: Input) -> Path:
         ValueError: see above; names both.
     """
     target = Path(os.path.realpath(target))
-    for place in (target, stage_of(target)):
-        check_apart(place, argument, **inputs)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{argument}: {target} is a file, expected a folder")
+    for place in (target, stage_of(target)):
+        check_apart(place, argument, **inputs)
     return target
 
 

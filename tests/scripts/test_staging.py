@@ -335,6 +335,23 @@ def test_files_are_as_readable_as_new_files_are(tmp_path):
     assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o755
 
 
+TRAININGS = {
+    "pretrain_mlm": (
+        "--train_data OUT/text.jsonl",
+        "--tokenize_only --train_data OUT/text.jsonl",
+        "--validation_data OUT/text.jsonl",
+        "--model OUT",
+        "--config OUT/config.json",
+        "--tokenizer OUT",
+    ),
+    "finetune_classification": (
+        "--train_data OUT/text.jsonl",
+        "--validation_data OUT/*.jsonl",
+        "--test_data OUT/text.jsonl",
+        "--predict OUT/text.jsonl",
+        "--model OUT",
+    ),
+}
 COMMANDS = {
     "convert_checkpoint --data": ("convert_checkpoint", "MODEL OUT --data OUT/text.jsonl --overwrite"),
     "convert_checkpoint --config": ("convert_checkpoint", "MODEL OUT --config OUT/config.json --overwrite"),
@@ -342,47 +359,15 @@ COMMANDS = {
     "convert_checkpoint": ("convert_checkpoint", "OUT OUT --overwrite"),
     "convert_bert": ("convert_bert", "OUT OUT --data MODEL/text.jsonl --overwrite"),
     "convert_bert --data": ("convert_bert", "MODEL OUT --data OUT/*.jsonl --overwrite"),
-    "pretrain_mlm": ("pretrain_mlm", "--model OUT --train_data MODEL/text.jsonl --output_dir OUT --overwrite"),
-    "finetune_classification": (
-        "finetune_classification",
-        "--model OUT --train_data MODEL/text.jsonl --output_dir OUT --overwrite",
-    ),
-    "predict": ("predict", "MODEL OUT/text.jsonl OUT/table.csv"),
-    "pretrain_mlm --tokenize_only": (
-        "pretrain_mlm",
-        "--tokenize_only --train_data OUT/text.jsonl --output_dir OUT --overwrite",
-    ),
-    "pretrain_mlm": ("pretrain_mlm", "--train_data OUT/text.jsonl --output_dir OUT --overwrite"),
-    "pretrain_mlm --model": ("pretrain_mlm", "--train_data MODEL/text.jsonl --model OUT --output_dir OUT --overwrite"),
-    "pretrain_mlm --config": (
-        "pretrain_mlm",
-        "--train_data MODEL/text.jsonl --config OUT/config.json --output_dir OUT --overwrite",
-    ),
-    "pretrain_mlm --tokenizer": (
-        "pretrain_mlm",
-        "--train_data MODEL/text.jsonl --tokenizer OUT --output_dir OUT --overwrite",
-    ),
-    "pretrain_mlm --validation_data": (
-        "pretrain_mlm",
-        "--train_data MODEL/text.jsonl --validation_data OUT/text.jsonl --output_dir OUT --overwrite",
-    ),
-    **{
-        f"finetune_classification {option}": (
-            "finetune_classification",
-            f"--train_data MODEL/text.jsonl {option} OUT{file} --output_dir OUT --overwrite",
-        )
-        for option, file in (
-            ("--train_data", "/text.jsonl"),
-            ("--validation_data", "/*.jsonl"),
-            ("--test_data", "/text.jsonl"),
-            ("--predict", "/text.jsonl"),
-            ("--model", ""),
-        )
-    },
     "export": ("export", "OUT OUT --format onnx --overwrite"),
     "export --tokenizer": ("export", "MODEL OUT --format gguf --tokenizer OUT --overwrite"),
     "predict": ("predict", "MODEL OUT/text.jsonl OUT/table.csv"),
-    "predict MODEL": ("predict", "OUT MODEL/text.jsonl OUT/text.jsonl"),
+    "predict, model": ("predict", "OUT MODEL/text.jsonl OUT/text.jsonl"),
+    **{
+        f"{script} {option}": (script, f"--train_data MODEL/text.jsonl {option} --output_dir OUT --overwrite")
+        for script, options in TRAININGS.items()
+        for option in options
+    },
     "evaluate_mlm --csv": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --csv OUT/table.csv"),
     "evaluate_mlm --png": ("evaluate_mlm", "--model MODEL --data OUT/text.jsonl --png OUT/table.png"),
 }
