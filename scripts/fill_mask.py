@@ -4,7 +4,7 @@ python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
 from lib import cli
-from lib.common import REPOSITORY, load_model, load_words
+from lib.common import REPOSITORY, check_special, count_tokens, load_model, load_words
 
 
 def main() -> None:
@@ -17,9 +17,11 @@ def main() -> None:
     from transformers import pipeline
 
     tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
+    check_special(tokenizer, "mask_token")
     if options.text.count(tokenizer.mask_token) != 1:
         raise ValueError(f"text must contain {tokenizer.mask_token} once, got {options.text!r}")
     model = load_model("ForMaskedLM", options.model, options.trust_remote_code)
+    count_tokens(tokenizer, model.config.vocab_size)
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
     for answer in fill(options.text):
         print(f"{answer['score']:6.3f}  {answer['sequence']}")

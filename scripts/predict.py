@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
-    from lib.common import check_model, load_model, load_words
+    from lib.common import check_model, count_tokens, load_model, load_words
     from lib.examples import load_examples
     from lib.staging import check_apart
 
@@ -47,6 +47,7 @@ def main() -> None:
     device = find_device(options.device)
     tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
     model = load_model("ForSequenceClassification", options.model, options.trust_remote_code)
+    count_tokens(tokenizer, model.config.vocab_size)
     task = prediction.task_of(model.config)
     sets, _ = prediction.tokenize({"test": examples}, tokenizer, options.max_length, 1, options.tokens_per_batch)
     logits = prediction.predict(model.float().to(device), tokenizer, sets["test"], options.tokens_per_batch)

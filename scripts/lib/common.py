@@ -87,19 +87,19 @@ def repository_class(name: str):
     return get_class_from_dynamic_module(f"{module}.{name}", str(REPOSITORY))
 
 
-def foreign_config(fields: dict):
-    """Make a `BertConfig` of fields that come from elsewhere.
+def foreign_config(fields: dict, where: str = "config.json"):
+    """Make a `BertConfig` of fields that come from elsewhere; `where` says from where, for messages.
 
     Raises:
         ValueError: a value is none that its field can have.
     """
     for name, (wanted, accept) in LABELS.items():
         if fields.get(name) is not None and not accept(fields[name]):
-            raise ValueError(f"config.json: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
+            raise ValueError(f"{where}: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
     try:
         return repository_class("BertConfig")(**fields)
     except Exception as error:  # the value may have any type
-        raise ValueError(f"config.json: {one_line(error)}") from error
+        raise ValueError(f"{where}: {one_line(error)}") from error
 
 
 def empty_model(name: str, config):
@@ -609,7 +609,14 @@ def vocabulary_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def count_tokens(tokenizer, rows: int, argument: str) -> int:
+def check_special(tokenizer, *names: str) -> None:
+    """Raise ValueError where a tokenizer lacks one of these special tokens, such as `mask_token`."""
+    for name in names:
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer must have a {name}, {tokenizer.name_or_path!r} has none")
+
+
+def count_tokens(tokenizer, rows: int, argument: str = "model") -> int:
     """How many of a model's embedding rows its tokenizer uses.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .cli import one_line, say_end
-from .common import load_model, load_words
+from .common import check_special, count_tokens, load_model, load_words
 from .records import pieces, read_texts
 from .staging import check_apart, staged_file
 
@@ -240,6 +240,8 @@ def evaluate(options) -> list[dict]:
         raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
     device = find_device(options.device)
     tokenizers = [load_words(source, trust_remote_code=options.trust_remote_code) for source in options.model]
+    for tokenizer in tokenizers:
+        check_special(tokenizer, "cls_token", "sep_token", "mask_token", "pad_token")
     if options.png:
         import matplotlib  # noqa: F401  (so that it is missed before the measurements)
 
@@ -247,6 +249,7 @@ def evaluate(options) -> list[dict]:
     print(",".join(COLUMNS))
     for name, source, tokenizer in zip(names, options.model, tokenizers):
         model = load_model("ForMaskedLM", source, options.trust_remote_code)
+        count_tokens(tokenizer, model.config.vocab_size)
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)

@@ -20,7 +20,7 @@ from transformers import (
 
 from .cards import in_markdown, write_card
 from .cli import command, say_end
-from .common import REPOSITORY, load_model, load_words, say_float32, write_json
+from .common import REPOSITORY, count_tokens, load_model, load_words, say_float32, write_json
 from .examples import REGRESSION, SINGLE, Task, inputs
 from .pictures import draw_confusion, draw_losses
 from .prediction import predict, tokenize
@@ -192,6 +192,7 @@ def train_seed(
         num_labels=max(1, len(task.names)),
         **(classes if task.names else {}),
     ).float()
+    count_tokens(tokenizer, model.config.vocab_size)
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {model_name!r} hold NaN or infinity")
     weights = sum(parameter.numel() for parameter in model.parameters())

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .cli import one_line
-from .common import read_json, vocabulary_size
+from .common import check_special, read_json, vocabulary_size
 from .records import TEXT_FILES, find_files, is_file_name, load_dataset, pieces, read_texts
 
 IGNORED = -100  # label of a token that is not predicted
@@ -85,13 +85,6 @@ class Documents:
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary, the same for every release of the library that reads it."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where a tokenizer lacks a token that pretraining needs."""
-    for name in ("cls_token", "sep_token", "mask_token"):
-        if getattr(tokenizer, name) is None:
-            raise ValueError(f"tokenizer must have a {name}, {tokenizer.name_or_path!r} has none")
 
 
 def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -297,7 +290,7 @@ def load_documents(
     Raises:
         ValueError: see `open_sources`, `tokenize` and `Documents`.
     """
-    check_tokenizer(tokenizer)
+    check_special(tokenizer, "cls_token", "sep_token", "mask_token")
     documents = [Documents(source, tokenizer) for source in sources if Documents.is_in(source)]
     parts = open_sources([source for source in sources if not Documents.is_in(source)], text_field)
     if parts:
@@ -446,7 +439,7 @@ def stream_sequences(
     Raises:
         ValueError: see `open_sources`, or the tokenizer lacks a token that is needed.
     """
-    check_tokenizer(tokenizer)
+    check_special(tokenizer, "cls_token", "sep_token", "mask_token")
     for source in filter(Documents.is_in, sources):
         raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
     import datasets

@@ -18,6 +18,8 @@ from .cli import command, say_end
 from .common import (
     REPOSITORY,
     TOKENIZER_FILES,
+    empty_model,
+    foreign_config,
     load_words,
     lower_unused_biases,
     own_config,
@@ -200,23 +202,24 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     fields = parse_fields(options.config_fields)
     if options.model is not None and options.config is not None:
         raise ValueError("config must not be given with model, which brings its own")
-    config_class = repository_class("BertConfig")
+    argument = "config" if options.model is None else "model"
     source = options.config if options.model is None else options.model
     if source is None:
-        config = config_class()
+        config = foreign_config({})
     elif Path(source).is_file() and options.model is None:
-        config = config_class.from_dict(without_references(read_json(Path(source))))
+        config = foreign_config(without_references(read_json(Path(source))), argument)
     else:
-        config = own_config(source, "config" if options.model is None else "model")
+        config = own_config(source, argument)
     if options.model is None:
         config.vocab_size = math.ceil(vocabulary / 64) * 64
     for name in fields:
         if not hasattr(config, name):
             raise ValueError(f"config_fields: the config has no field {name!r}")
-    config = config_class.from_dict({**config.to_dict(), **fields})  # checks the values
+    config = foreign_config({**config.to_dict(), **fields}, "config_fields" if fields else argument)
     if config.vocab_size < vocabulary:
         raise ValueError(f"vocab_size must be at least the tokenizer's {vocabulary} entries, got {config.vocab_size}")
     if options.model is None:
+        empty_model("BertForMaskedLM", config)
         model = repository_class("BertForMaskedLM")(config)
     else:
         model = own_model("ForMaskedLM", options.model, config)

@@ -323,6 +323,7 @@ def test_help_all_shows_the_options_of_the_trainer_too(capsys):
         (["size=1"], "the config has no field 'size'"),
         (["vocab_size=40"], "vocab_size must be at least the tokenizer's 45 entries, got 40"),
         (["hidden_size=100"], "hidden_size"),
+        (["dtype=a"], "^config_fields: "),
     ],
 )
 def test_config_fields_that_cannot_be_are_named(corpus, tokenizer, tmp_path, fields, message):

@@ -11,6 +11,7 @@ import pretrain_mlm
 import pytest
 from folders import set_fields, stock_bert, write_complete_repository
 from lib import common
+from tokenizers import Tokenizer, models
 from transformers import BertForMaskedLM
 
 import mosaicbert
@@ -122,6 +123,27 @@ def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script
         assert "someone" not in (out / "config.json").read_text()
         assert "OtherConfig" not in (out / "bert_layers.py").read_text()
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("make", [write_complete_repository, stock_bert])
+def test_a_tokenizer_that_does_not_fit_the_model_is_named(tmp_path, run, command, make):
+    """Its ids once went beyond the embedding, where the library raised an IndexError."""
+    make(tmp_path / "model")
+    with open(tmp_path / "model" / "vocab.txt", "a", encoding="utf-8") as file:
+        file.writelines(f"word{number}\n" for number in range(500))
+    with pytest.raises(SystemExit, match="model: its tokenizer has 526 entries, more than the .* of the model's vocab"):
+        run(command, tmp_path / "model")
+
+
+@pytest.mark.parametrize("command", ["fill_mask", "evaluate_mlm"])
+def test_a_tokenizer_without_a_mask_is_named(tmp_path, run, command):
+    write_complete_repository(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]")).save(str(tmp_path / "model" / "tokenizer.json"))
+    with pytest.raises(SystemExit, match="tokenizer must have a (cls|mask)_token, .* has none"):
+        run(command, tmp_path / "model")
 
 
 def test_the_package_runs_no_code_of_a_repository(tmp_path):
