@@ -31,7 +31,8 @@ def test_compiled_without_a_graph_break_agrees(backend, dynamic):
     output.loss.backward()
     for name, parameter in model.named_parameters():
         numerics.assert_same(parameter.grad, gradients[name], SAME, name)
-    numerics.assert_same(compiled(ids[:5]).logits, plain, SAME)
+    with torch.no_grad():  # a second graph, which needs no backward
+        numerics.assert_same(compiled(ids[:5]).logits, plain, SAME)
 
 
 def test_layers_compiled_one_by_one_agree():
@@ -82,7 +83,7 @@ def test_a_problem_type_guessed_under_compile_is_kept():
 def test_packed_rows_under_compile_stay_apart(backend, boundaries, dynamic):
     torch._dynamo.reset()
     model = head(BertForMaskedLM, num_hidden_layers=1, attn_implementation=backend).requires_grad_(False)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
     for lengths in ((5, 1, 8), (3, 11)):
         call, (ids, mask) = packed_call(lengths, boundaries)
         got, expected = compiled(**call, labels=call["input_ids"]), model(ids, mask, labels=ids)
