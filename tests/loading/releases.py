@@ -58,7 +58,7 @@ def main():
     rows, failed = [], []
     for version in named or supported():
         found = run(version)
-        counts = ", ".join(COUNTS.findall(("".join(found.stdout.splitlines()[-1:])))) or "did not start"
+        counts = ", ".join(COUNTS.findall(found.stdout.strip().rpartition("\n")[2])) or "did not start"
         if found.returncode:
             failed.append(version)
             print(found.stdout, found.stderr, sep="\n", file=sys.stderr)
