@@ -54,7 +54,7 @@ def _is_whole(value) -> bool:
 
 
 def _names_numbers(value) -> bool:
-    numbers = isinstance(value, dict) and all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number in value)
+    numbers = isinstance(value, dict) and {str(number) for number in value} == set(map(str, range(len(value))))
     return numbers and all(isinstance(name, str) for name in value.values())
 
 
@@ -65,7 +65,7 @@ def _numbers_names(value) -> bool:
 # Fields of transformers' own configs that are kept: what each must be, and whether it is.
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 LABELS = {
-    "id2label": ("names by number", _names_numbers),
+    "id2label": ("names by number, from 0", _names_numbers),
     "label2id": ("numbers by name", _numbers_names),
     "problem_type": (f"one of {', '.join(PROBLEMS)}", lambda value: value in PROBLEMS),
     **{f"{kind}_token_id": ("an integer", _is_whole) for kind in ("bos", "eos", "sep")},
@@ -93,13 +93,18 @@ def foreign_config(fields: dict, where: str = "config.json"):
     Raises:
         ValueError: a value is none that its field can have.
     """
-    for name, (wanted, accept) in LABELS.items():
-        if fields.get(name) is not None and not accept(fields[name]):
-            raise ValueError(f"{where}: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
+    check_labels(fields, where)
     try:
         return repository_class("BertConfig")(**fields)
     except Exception as error:  # the value may have any type
         raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+def check_labels(fields: dict, where: str = "config.json") -> None:
+    """Raise ValueError where a field of `LABELS` has a value of another kind."""
+    for name, (wanted, accept) in LABELS.items():
+        if fields.get(name) is not None and not accept(fields[name]):
+            raise ValueError(f"{where}: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
 
 
 def empty_model(name: str, config):
@@ -249,6 +254,7 @@ def _config_fields(source: str, argument: str) -> dict:
 
 
 def _own_config(fields: dict, source: str, argument: str, changes: dict):
+    check_labels(fields, argument)
     return load_from(
         lambda _: repository_class("BertConfig").from_dict(without_references(fields), **changes), source, argument
     )

@@ -272,6 +272,7 @@ def test_a_number_that_is_no_number_is_named(source, field, value):
         ("id2label", "ab"),
         ("id2label", {"x": "a"}),
         ("id2label", {"0": 1}),
+        ("id2label", {"0": "a", "2": "b"}),
         ("label2id", {"a": "0"}),
         ("label2id", [1]),
         ("problem_type", "regress"),
@@ -286,6 +287,8 @@ def test_a_label_field_of_another_type_is_named(sources, tmp_path, field, value)
     set_fields(folder / "config.json", **{field: value})
     with pytest.raises(ValueError, match=f"^config.json: {field} must be "):
         checkpoint_conversion.convert(str(folder), tmp_path / "new")
+    with pytest.raises(ValueError, match=f"^model: {field} must be "):
+        common.load_model("ForSequenceClassification", str(folder))
 
 
 def test_no_code_is_fetched_and_nothing_asked_for_a_tokenizer_with_code(source):
