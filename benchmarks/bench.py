@@ -557,7 +557,7 @@ def run(parser, arguments) -> None:
         parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
     arguments.quick |= arguments.rehearse
     if arguments.quick and arguments.out is None and not comparing:
-        parser.error(f"--{'rehearse' if arguments.rehearse else 'quick'} needs --out: its rows are no results")
+        parser.error(f"--{'rehearse' if arguments.rehearse else 'quick'} needs --out: its rows are not results")
     if comparing and not (arguments.other / "bert_layers.py").is_file():
         parser.error(f"--with must be a checkout of this repository, {arguments.other} holds no bert_layers.py")
     if arguments.threads is not None:

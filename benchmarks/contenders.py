@@ -135,7 +135,7 @@ def check(got, plain, truth, factor, what):
         what: for the message.
 
     Raises:
-        AssertionError: too large an error; a benchmark of wrong numbers is none.
+        AssertionError: the error is too large; a benchmark of wrong numbers is worthless.
     """
     if truth is None:
         numerics.assert_same(got, plain, numerics.SAME[torch.float32], what)

@@ -263,7 +263,7 @@ def summarize(out: Path, outcomes: dict, seconds: float, rehearsed: bool) -> str
     parts = [[name, outcome.reason or "done", f"{outcome.seconds:.0f}"] for name, outcome in outcomes.items()]
     text = [
         "# GPU report",
-        *(["**A rehearsal on the CPU with tiny sizes: its numbers mean nothing.**"] if rehearsed else []),
+        *(["**A rehearsal on the CPU with tiny sizes: ignore its numbers.**"] if rehearsed else []),
         f"{'; '.join(about)}. {seconds:.0f} s in all.",
         "Ratios are the baseline's time per token divided by ours (p20–p80); in pretraining, model FLOP utilisation.",
         "## Goals",

@@ -39,7 +39,7 @@ def load_checkout(path: Path):
         The module.
 
     Raises:
-        ValueError: the folder is no checkout.
+        ValueError: the folder is not a checkout.
     """
     root = Path(path).resolve()
     if not (root / "bert_layers.py").is_file():

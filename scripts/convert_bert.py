@@ -45,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--max_length", type=positive_integer, default=128, help="tokens in a window of text")
     parser.add_argument("--tokens", type=positive_integer, default=25_000, help="tokens to fit and report on")
-    parser.add_argument("--ridge", type=not_negative, default=1e-6, help="shortens v; 0 is exact, but v may be long")
+    parser.add_argument("--ridge", type=not_negative, default=1e-6, help="keeps v short; 0 is exact, but v may be long")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
@@ -64,8 +64,8 @@ def main() -> None:
     worst = max(reports, key=lambda row: row.block_error)
     print(
         "v·x would be 1.0000 ± 0.0000 in an exact copy; the relative error after residual and LayerNorm is what the "
-        f"next layer sees, largest in layer {worst.layer} ({worst.block_error:.1%}). ALiBi in the place of positions "
-        "comes on top, so train the model on before you use it."
+        f"next layer sees, largest in layer {worst.layer} ({worst.block_error:.1%}). Replacing positions with "
+        "ALiBi adds to this, so continue training before you use the model."
     )
     say_end(
         f"saved in {args.target}: a warm start with its card",

@@ -62,9 +62,9 @@ def make_parser() -> cli.TrainingParser:
         nargs="+",
         default=[],
         metavar="DATA",
-        help="the same, with the default split `test`: data that chooses nothing, and that the best model is scored on",
+        help="the same, with the default split `test`: held-out data that the best model is scored on",
     )
-    data.add_argument("--predict", metavar="FILE", help="texts without labels, to write predictions.csv for")
+    data.add_argument("--predict", metavar="FILE", help="texts without labels, whose predictions go to predictions.csv")
     data.add_argument(
         "--text_fields",
         nargs="+",
@@ -78,7 +78,7 @@ def make_parser() -> cli.TrainingParser:
     data.add_argument(
         "--label_separator", metavar="TEXT", help="split strings of labels at this text, for files without lists"
     )
-    data.add_argument("--problem", choices=["classification", "multi_label", "regression"], help="what labels are")
+    data.add_argument("--problem", choices=["classification", "multi_label", "regression"], help="what the labels are")
     data.add_argument(
         "--max_length",
         type=cli.positive_integer,

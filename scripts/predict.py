@@ -28,7 +28,7 @@ def main() -> None:
         type=cli.positive_integer,
         default=16_384,
         metavar="N",
-        help="about how many tokens a batch has",
+        help="approximate tokens per batch",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--trust_remote_code", **cli.TRUST)

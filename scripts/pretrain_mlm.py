@@ -141,7 +141,7 @@ def make_parser() -> cli.TrainingParser:
         "--max_seconds",
         type=cli.positive_number,
         metavar="S",
-        help="end the training after this time, checkpoints and evaluation included, with the learning rate at its end",
+        help="end the training after this many seconds, checkpoints and evaluation included, schedule complete",
     )
     training.add_argument(
         "--learning_rate", type=cli.positive_number, default=5e-4, metavar="X", help="peak learning rate"

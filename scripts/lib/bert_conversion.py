@@ -168,7 +168,7 @@ def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
     """Find the vector v whose dot product with every input is closest to 1, by least squares.
 
     An exact solution exists: (x − b) / w sums to zero over the channels of a LayerNorm output x with weight w and bias
-    b, so v = (1/w) / Σ(b/w). Where Σ(b/w) is near zero that v is long, and long value rows are no good start for
+    b, so v = (1/w) / Σ(b/w). Where Σ(b/w) is near zero that v is long, and long value rows are a poor start for
     training: in MiniLM's fourth layer its length is 138, while with a ridge of 1e-6 it is 16 and misses 1 by 0.03.
 
     Args:

@@ -96,7 +96,7 @@ def read_composer(path: Path) -> Checkpoint:
         ) from error
     model = entry(content, "state", "model")
     if not isinstance(model, dict):
-        raise ValueError(f"source: {path.name} has no state/model, so it is no Composer checkpoint")
+        raise ValueError(f"source: {path.name} has no state/model, so it is not a Composer checkpoint")
     weights = rename_weights(check_weights(model, path.name), lambda name: name.removeprefix("module."))
     weights = {name.removeprefix("model."): weights[name] for name in weights if name.startswith("model.")}
     stored = entry(content, "state", "integrations", "huggingface")
@@ -184,7 +184,7 @@ def choose_architecture(config: dict, weights: Weights) -> str:
 def model_config(config: dict, weights: Weights):
     """Choose the fields of the new config: those of `BertConfig` and the labels of a task.
 
-    Other fields of a foreign config may lead loaders to code, kernels or quantizers, or mean nothing here. This
+    Other fields of a foreign config may lead loaders to code, kernels or quantizers, or have no meaning here. This
     architecture has no `max_position_embeddings`; loaders would truncate texts to it.
 
     Args:

@@ -91,12 +91,12 @@ def foreign_config(fields: dict, where: str = "config.json"):
     """Make a `BertConfig` of fields that come from elsewhere; `where` says from where, for messages.
 
     Raises:
-        ValueError: a value is none that its field can have.
+        ValueError: a field has an invalid value.
     """
     check_labels(fields, where)
     try:
         return repository_class("BertConfig")(**fields)
-    except Exception as error:  # the value may have any type
+    except Exception as error:  # a value may have any type
         raise ValueError(f"{where}: {one_line(error)}") from error
 
 
@@ -206,7 +206,7 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether this is an error, and no request to stop; a panic of a Rust library is no Exception."""
+    """Whether this is an error rather than a request to stop; a panic of a Rust library is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -242,7 +242,7 @@ def own_config(source: str, argument: str = "model", **changes):
         A `BertConfig` of this repository, without references to code or files.
 
     Raises:
-        ValueError: there is none, or a value is none that its field can have.
+        ValueError: there is no config, or a field has an invalid value.
     """
     return _own_config(_config_fields(source, argument), source, argument, changes)
 
@@ -287,7 +287,7 @@ def load_model(head: str, source: str, trust_remote_code: bool = False, **change
     foreign = next(foreign_references(fields), None)
     if foreign is not None:
         raise ValueError(
-            f"model: {source!r} is no MosaicBERT and refers to code or files of its own, {foreign}; if you trust "
+            f"model: {source!r} is not a MosaicBERT and refers to code or files of its own, {foreign}; if you trust "
             "these, pass --trust_remote_code"
         )
     return load_from(auto_class.from_pretrained, source, trust_remote_code=False, **changes)
@@ -361,7 +361,7 @@ def find_checkpoint(
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # its HTTP library's errors change from release to release
             raise ValueError(
-                f"{argument}: {source!r} is no folder here, and the Hub does not give it: {one_line(error)}"
+                f"{argument}: {source!r} is not a local folder, and the Hub could not provide it: {one_line(error)}"
             ) from error
     elif revision is not None:
         raise ValueError(f"revision: only a Hub id has revisions, but {source!r} is a folder")
@@ -530,7 +530,7 @@ def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
         # A tensor larger than its storage repeats itself and may be too large for any memory.
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{where}: {name} is no dense tensor")
+            raise ValueError(f"{where}: {name} is not a dense tensor")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: {name} holds values that are not finite")
         weights[name] = tensor
@@ -546,7 +546,7 @@ def check_layers(weights, num_layers: int, prefix: str) -> None:
         prefix: text before a layer's number, such as `bert.encoder.layer.`.
 
     Raises:
-        ValueError: `num_layers` is no positive integer, or layers are missing; names them.
+        ValueError: `num_layers` is not a positive integer, or layers are missing; names them.
     """
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"config.json: num_hidden_layers must be a positive integer, got {num_layers!r}")

@@ -118,8 +118,8 @@ def load_examples(
         The examples. Labels of CSV files are numbers where all of them are.
 
     Raises:
-        ValueError: a file is of another kind, a field is missing, a text is no string, or a label is missing; names the
-            file and the line.
+        ValueError: a file is of another kind, a field is missing, a text is not a string, or a label is missing; names
+            the file and the line.
     """
     argument = argument or f"{split}_data"
     found = Examples([], [], [])

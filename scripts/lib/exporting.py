@@ -17,7 +17,7 @@ from .common import LIMITS, count_tokens, lower_unused_biases, read_json, write_
 
 # Lengths of the texts in the batches that source and target are compared on: one token, one text, ragged, long.
 CHECKED_BATCHES = ((1,), (130,), (9, 1, 40), (3, 64, 1, 200, 17), (2048,))
-# How far outputs may be from the source's, as root mean squares: what is farther away is wrong, not rounded.
+# Largest distance of outputs from the source's, as root mean squares; beyond it they are wrong, not rounded.
 FARTHEST = {"float32": 1e-4, "float16": 1e-2, "int8": 0.3}
 # Model classes to the pipelines that they serve, as the Hub and transformers.js call them.
 TASKS = {
@@ -49,11 +49,11 @@ class File(NamedTuple):
 
 
 class Comparison:
-    """How far the answers of files are from those of their source, on random tokens in `CHECKED_BATCHES`.
+    """Compares the outputs of files with those of their source, on random tokens in `CHECKED_BATCHES`.
 
     Args:
         model: the source, float32, in eval mode.
-        num_tokens: rows of the vocabulary that have a token; the scores of others mean nothing.
+        num_tokens: rows of the vocabulary that have a token; the scores of the others are ignored.
     """
 
     @torch.inference_mode()

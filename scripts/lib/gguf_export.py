@@ -16,7 +16,7 @@ TYPES = {
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "int8": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# How names of files say the type; Ollama and the Hub choose a file by it.
+# The type as file names spell it; Ollama and the Hub choose a file by it.
 LABELS = {kind: matrix_type.name for kind, (matrix_type, _) in TYPES.items()}
 EMBEDDINGS = {
     "token_embd.weight": "embeddings.word_embeddings.weight",
@@ -50,7 +50,7 @@ def tensor_names(num_layers: int) -> dict[str, list[str]]:
 
 
 def check_tokenizer(tokenizer) -> None:
-    """Raise ValueError unless llama.cpp cuts text as the tokenizer does, into uncased WordPiece tokens."""
+    """Raise ValueError unless llama.cpp splits text as the tokenizer does, into uncased WordPiece tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     fields = json.loads(backend.to_str()) if backend is not None else {}
     model, normalizer = fields.get("model") or {}, fields.get("normalizer") or {}

@@ -97,7 +97,7 @@ def chunked_attention(qkv, packed, alibi_slopes, scale, dropout_p):
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the exporter and the converter from telling what they do."""
+    """Silence the exporter and the converter."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -185,7 +185,7 @@ def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
             tensors.append(tensor)
             continue
         weight = onnx.numpy_helper.to_array(tensor)
-        # What is multiplied as it stands has its outputs in columns; tables and transposed matrices have them in rows.
+        # A matrix that is not transposed has its outputs in columns; tables and transposed matrices have them in rows.
         scale = numpy.abs(weight).max(axis=0 if users[tensor.name] == {"MatMul"} else 1, keepdims=True) / 127
         scale[scale == 0] = 1
         rounded = numpy.rint(weight / scale).astype(numpy.int8)
@@ -200,7 +200,7 @@ def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-# Types to what makes a file of them out of the float32 one.
+# Types to the conversion from the float32 model.
 CONVERTED = {"float32": lambda model: model, "float16": to_float16, "int8": to_int8}
 
 

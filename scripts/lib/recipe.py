@@ -26,7 +26,7 @@ def linear_schedule(step: float, warmup: int, total: int, final: float) -> float
 class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
     """`linear_schedule` by steps or by the clock, whichever is further on.
 
-    The first step uses time but is no progress: it compiles kernels, and would otherwise eat up the warmup.
+    The first step takes time without counting as progress: it compiles kernels, and would otherwise use up the warmup.
     `state_dict` includes the time used, so a resumed run continues with the rest.
 
     Args:

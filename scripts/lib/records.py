@@ -73,7 +73,7 @@ def load_dataset(source: str, split: str, argument: str = "data", **options):
     try:
         return datasets.load_dataset(name, config or None, split=named_split or split, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{argument}: {source!r} is no file here and no dataset, {one_line(error)}") from error
+        raise ValueError(f"{argument}: {source!r} is neither a file nor a dataset, {one_line(error)}") from error
 
 
 def is_file_name(source: str) -> bool:
@@ -158,7 +158,7 @@ def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
     try:
         names = list(filter(None, rows.fieldnames or ()))
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}, line 1: expected columns with names of their own, got {names}")
+            raise ValueError(f"{path}, line 1: expected distinct column names, got {names}")
         separator = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
         if separator:
             raise ValueError(f"{path}, line 1: expected commas between the columns, got {separator!r} in {names[0]!r}")

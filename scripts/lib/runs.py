@@ -36,7 +36,7 @@ RESULTS = (
     "errors.csv",
     "predictions.csv",
 )
-# What the next run replaces, and what would be taken for its own if it did not; results need not be there for it.
+# What the next run replaces even where there are no results, since it would pass for its own.
 REPLACED = (*RESULTS, *TOKENIZER_FILES, ".final")
 NUMBERED = re.compile(r"(checkpoint|seed)-[0-9]+")
 
@@ -63,7 +63,7 @@ class Run:
     def publish(self, model: Path, keep_checkpoints: bool) -> None:
         """End the run: its model becomes what the folder holds, in one step where that held results before.
 
-        What in the folder is no result of a run stays there.
+        Files in the folder that are not results of a run stay there.
 
         Args:
             model: a folder in `work` with the files of the model, which are moved.
@@ -107,7 +107,7 @@ def open_run(
         The run. If the block raises, a folder that was made for it and is empty is removed.
 
     Raises:
-        ValueError: the folder is none, cannot be written, or holds an input, another run, or results and neither is
+        ValueError: the folder is a file, cannot be written, or holds an input, another run, or results and neither is
             given; both are given, the run is over already, or the checkpoint is not whole.
     """
     if overwrite and resume:
@@ -115,7 +115,7 @@ def open_run(
     folder = check_target(folder, "output_dir", **inputs)
     beside = stage_of(folder) / RUN
     with contextlib.ExitStack() as stack:
-        if stage_of(folder).exists():  # what a killed run took out of its place is put back first
+        if stage_of(folder).exists():  # what a killed run had moved away is put back first
             with open_stage(folder, "output_dir"):
                 pass
         stack.enter_context(_made(folder))
@@ -131,7 +131,7 @@ def open_run(
         if goes_on or (resume and finished) or (overwrite and results):
             if os.path.ismount(folder):
                 raise ValueError(
-                    f"output_dir: {folder} is a disk of its own, whose results cannot be replaced in one step; name a "
+                    f"output_dir: {folder} is a mount point, so its results cannot be replaced in one step; name a "
                     "folder in it, or empty it"
                 )
             stack.enter_context(open_stage(folder, "output_dir"))
@@ -250,7 +250,7 @@ def results_of(folder: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Link what is no result of a run into another folder of the same disk, where nothing has its name."""
+    """Link all but the results of a run into another folder on the same disk, except where a name is taken."""
     results = results_of(source, REPLACED)
     for path in source.iterdir() if source.exists() else ():
         if path in results or os.path.lexists(target / path.name):
@@ -274,7 +274,7 @@ def newest_checkpoint(folder: Path) -> Optional[str]:
         fault = find_fault(path)
         if fault is None:
             return str(path)
-        print(f"passing over {path}: {fault}", flush=True)
+        print(f"skipping {path}: {fault}", flush=True)
     return None
 
 
@@ -297,7 +297,7 @@ def find_fault(checkpoint: Path) -> Optional[str]:
     paths = list(checkpoint.rglob("*"))
     odd = next((path for path in paths if not path.is_file() and not path.is_dir()), None)
     if odd is not None:
-        return f"{odd.name} is no file"
+        return f"{odd.name} is not a file"
     files = [path for path in paths if path.is_file()]
     for kind in ("scheduler*", "optimizer*", "*model*"):
         if not any(checkpoint.glob(kind)):

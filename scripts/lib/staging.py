@@ -20,7 +20,7 @@ except ImportError:  # Windows: two runs that write the same target at once are 
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-# In a stage: what is to take the target's place, and what was there.
+# Inside a stage: the content that is to replace the target, and the content that it replaces.
 NEW, OLD = "new", "old"
 
 # What a script reads: a name, a pattern, a Hub id, several of these, or nothing.
@@ -56,7 +56,7 @@ def check_apart(output: Optional[Path], argument: str, **inputs: Input) -> None:
 
 
 def _places(source: str) -> Iterator[Path]:
-    """Where an input lies: its files by their names, what these link to, and what links in a folder point to."""
+    """The paths of an input: its files, what they link to, and what links inside a folder point to."""
     # A local `datasets` folder may be followed by a config and a split.
     for name in {source, source.partition(":")[0]} - {""}:
         name = os.path.expanduser(name)
@@ -108,7 +108,7 @@ def staged_folder(
         The folder to write to. It is removed when the block raises; the target is then as it was.
 
     Raises:
-        ValueError: the target is there already and `overwrite` is not set, it is no folder or can have none, it holds
+        ValueError: the target exists and `overwrite` is not set, it is a file or cannot be made, it holds
             other folders or an input, or another run is writing it.
     """
     target = check_target(target, argument, **inputs)
@@ -125,14 +125,14 @@ def staged_folder(
         folders = [path.name for path in content if path.is_dir() and path.name not in own]
         if folders:  # a home, a checkout, a run: nothing that a script here has written whole
             raise ValueError(
-                f"{argument}: {target} holds the folder {folders[0]}, and only a folder of files alone is replaced"
+                f"{argument}: {target} holds the folder {folders[0]}, and only a folder without subfolders is replaced"
             )
         before = _signature(target)
         (stage / NEW).mkdir()
         yield stage / NEW
         make_readable(stage / NEW)
         if _signature(target) != before:
-            raise ValueError(f"{argument}: another program changed {target} meanwhile, so it is left as it is now")
+            raise ValueError(f"{argument}: another program changed {target} in the meantime, so it is left as is")
         replace(target, stage, argument)
 
 
@@ -152,7 +152,7 @@ def staged_file(target: Union[str, Path]) -> Iterator[Path]:
 
 
 def stage_of(target: Path) -> Path:
-    """The hidden folder beside a folder, where what takes its place is written: on the same disk, so that it can."""
+    """The hidden folder beside a target in which its replacement is written, so that both are on one disk."""
     return target.parent / f".{target.name}.stage"
 
 
@@ -200,17 +200,17 @@ def put_back(target: Path, stage: Path) -> None:
         numbers = (target.with_name(f"{target.name}.old-{number}") for number in itertools.count(1))
         kept = next(path for path in numbers if not os.path.lexists(path))
         os.rename(old, kept)
-        print(f"what {target} held before another program made it anew is kept in {kept}", flush=True)
+        print(f"the old content of {target}, which another program has created again, is kept in {kept}", flush=True)
     for litter in (old, new):
         if litter.exists():
             shutil.rmtree(litter)
 
 
 def replace(target: Path, stage: Path, argument: str) -> None:
-    """Let what is `NEW` in the stage take the target's place; what was there is then in the stage.
+    """Replace the target with `NEW` from the stage, which then holds the old content.
 
     Raises:
-        ValueError: another program made the target where the two could not change places in one step.
+        ValueError: another program created the target where the two could not be exchanged in one step.
     """
     new = stage / NEW
     if not target.exists():
@@ -223,7 +223,7 @@ def replace(target: Path, stage: Path, argument: str) -> None:
         except OSError as error:
             if not target.exists():
                 raise
-            raise ValueError(f"{argument}: another program made {target} meanwhile") from error
+            raise ValueError(f"{argument}: another program created {target} in the meantime") from error
 
 
 @contextlib.contextmanager
@@ -272,7 +272,7 @@ if fcntl is not None:  # a process that prepares batches would keep the lock for
 
 
 def _signature(folder: Path) -> Optional[list[tuple]]:
-    """What tells whether a folder or something in it has changed; None where there is no folder."""
+    """A value that changes when a folder or something in it changes; None where there is no folder."""
     if not folder.exists():
         return None
     paths = [folder, *sorted(folder.iterdir())]

@@ -90,7 +90,7 @@ def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(tmp_path):
         target = tmp_path / "new"
         checkpoint_conversion.convert(str(folder), target)
         card = (target / "README.md").read_text(encoding="utf-8")
-        assert "| Revision of the source | unknown |" in card, "it is no commit"
+        assert "| Revision of the source | unknown |" in card, "it is not a commit"
         assert "| Licence | unknown |" in card and "license:" not in card
         assert "| Source | `a___x_ _ _b__y___ z`, a local file or folder |" in card
         assert not re.search(r"<script>|<b>|^# z", card, re.M)

@@ -1,4 +1,4 @@
-"""Damaged or malicious sources: one line that names the fault, nothing left behind, no prompt."""
+"""Damaged or malicious sources end in one line that names the fault, leave nothing behind and cause no prompt."""
 
 import json
 import os
@@ -163,10 +163,10 @@ def test_weights_that_are_cut_off_are_named(source, name, size):
         (lambda weights: {**weights, NORM: [1.0] * 48}, f"expected tensors by name, got list under '{NORM}'"),
         (lambda weights: {**weights, NORM: torch.ones(10, dtype=torch.int8)}, f"{NORM} must be float16, .*torch.int8"),
         (lambda weights: {**weights, NORM: torch.ones(9).to(torch.float8_e4m3fn)}, f"{NORM} must be .*float8_e4m3fn"),
-        (lambda weights: {**weights, NORM: torch.ones(9).to_sparse()}, f"{NORM} is no dense tensor"),
-        (lambda weights: {NORM: torch.nested.nested_tensor([torch.ones(2)])}, f"{NORM} is no dense tensor"),
-        (lambda weights: {**weights, NORM: torch.ones(9, device="meta")}, f"{NORM} is no dense tensor"),
-        (lambda weights: {**weights, NORM: torch.ones(1).expand(10**12)}, f"{NORM} is no dense tensor"),
+        (lambda weights: {**weights, NORM: torch.ones(9).to_sparse()}, f"{NORM} is not a dense tensor"),
+        (lambda weights: {NORM: torch.nested.nested_tensor([torch.ones(2)])}, f"{NORM} is not a dense tensor"),
+        (lambda weights: {**weights, NORM: torch.ones(9, device="meta")}, f"{NORM} is not a dense tensor"),
+        (lambda weights: {**weights, NORM: torch.ones(1).expand(10**12)}, f"{NORM} is not a dense tensor"),
         (lambda weights: {**weights, NORM: torch.tensor([1.0, float("nan")])}, f"{NORM} holds values that are not"),
         (lambda weights: {**weights, NORM: torch.tensor([1.0, -float("inf")])}, f"{NORM} holds values that are not"),
         (lambda weights: {**weights, "x": os.system}, "it holds .*system, which is more than tensors"),
@@ -360,7 +360,7 @@ def test_a_tokenizer_of_the_command_line_that_does_not_fit_is_blamed_by_name(sou
         checkpoint_conversion.convert(str(sources / "mosaic"), tmp_path / "new", tokenizer=str(words))
     with pytest.raises(ValueError, match="^tokenizer: expected a folder or a Hub id .*, got './nowhere'"):
         checkpoint_conversion.convert(str(sources / "mosaic"), tmp_path / "new", tokenizer="./nowhere")
-    with pytest.raises(ValueError, match="^tokenizer: 'bert-base-uncased' is no folder here, and the Hub "):
+    with pytest.raises(ValueError, match="^tokenizer: 'bert-base-uncased' is not a local folder, and the Hub "):
         checkpoint_conversion.convert(str(sources / "mosaic"), tmp_path / "new", tokenizer="bert-base-uncased")
 
 

@@ -366,7 +366,7 @@ def cut(path):
         ),
     ],
 )
-def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_said(tmp_path, capsys, damage, reason):
+def test_the_newest_whole_checkpoint_is_found_and_skipped_ones_are_reported(tmp_path, capsys, damage, reason):
     assert runs.newest_checkpoint(tmp_path) is None
     for number in (900, 1000):
         write_checkpoint(tmp_path / f"checkpoint-{number}")
@@ -375,7 +375,7 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_passed_over_is_said(tm
     assert capsys.readouterr().out == ""
     damage(tmp_path / "checkpoint-1000")
     assert runs.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-900")
-    assert re.search(rf"passing over .*checkpoint-1000: .*{reason}\n", capsys.readouterr().out)
+    assert re.search(rf"skipping .*checkpoint-1000: .*{reason}\n", capsys.readouterr().out)
     with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*checkpoint-1000: .*{reason}"):
         with runs.open_run(tmp_path, overwrite=False, resume=str(tmp_path / "checkpoint-1000")):
             pass

@@ -64,7 +64,7 @@ def test_a_bad_text_file_is_named_with_its_line(tmp_path, name, content, message
         ('label,text\ny,x\ny,"never closed\ny,x\ny,x\n', "a.csv, line 3: expected CSV, unexpected end of data"),
         ('text,label\n"half" quoted,y\n', "a.csv, line 2: expected CSV, ',' expected after '\"'"),
         ("text,label\rx,y\r", "a.csv, line 1: expected CSV, new-line character seen in unquoted field"),
-        ("text,text,label\nx,z,y\n", r"a.csv, line 1: expected columns with names of their own, got \['text', 'text'"),
+        ("text,text,label\nx,z,y\n", r"a.csv, line 1: expected distinct column names, got \['text', 'text'"),
     ],
 )
 def test_csv_that_would_be_misread_is_named_with_the_line_where_the_record_starts(tmp_path, content, message):

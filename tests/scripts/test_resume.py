@@ -125,7 +125,7 @@ def test_a_state_without_end_and_a_pipe_are_named(data, checkpoint):
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
     (checkpoint / "optimizer.pt").unlink()
     os.mkfifo(checkpoint / "optimizer.pt")
-    fails(data, checkpoint, "optimizer.pt is no file")
+    fails(data, checkpoint, "optimizer.pt is not a file")
 
 
 def test_a_schedule_goes_on_from_its_own_state_alone():

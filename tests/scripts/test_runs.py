@@ -58,7 +58,7 @@ def test_results_are_old_or_new_wherever_a_run_that_replaces_them_is_killed(tmp_
     """And the user's own files are there with both, each with its text, and nothing else is. A finished run that is
     resumed once replaced its files one by one."""
     if exchange and sys.platform != "linux":
-        pytest.skip("two folders change places in one step on Linux alone")
+        pytest.skip("only Linux exchanges two folders in one step")
     states = json.loads(run_python(REPLACE, tmp_path, exchange, links, resumes).splitlines()[-1])
     assert len(states) > 40
     old, new, later = (f"weightsmine config{n} log_history{n} model{n} notesmine" for n in (1, 2, 3))
@@ -197,10 +197,10 @@ def test_a_failed_run_leaves_no_empty_folder_and_removes_no_other(tmp_path):
     assert (tmp_path / "mine" / "runs" / "checkpoint-1" / "weights").exists()
 
 
-def test_a_disk_of_its_own_is_refused_before_the_work_rather_than_after(tmp_path, monkeypatch):
+def test_a_mount_point_is_refused_before_the_work_rather_than_after(tmp_path, monkeypatch):
     fill(tmp_path, "model.safetensors")
     monkeypatch.setattr(runs.os.path, "ismount", lambda path: path == tmp_path)
-    with pytest.raises(ValueError, match="is a disk of its own, whose results cannot be replaced in one step"):
+    with pytest.raises(ValueError, match="is a mount point, so its results cannot be replaced in one step"):
         with runs.open_run(tmp_path, True):
             pass
     (tmp_path / "model.safetensors").unlink()

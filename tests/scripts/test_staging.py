@@ -57,7 +57,7 @@ def test_a_target_is_old_or_new_wherever_a_run_stops(tmp_path, stop, exchange):
     """Without an exchange in one step a killed run may leave no target, but the next one, even if it fails, puts it
     back; and it clears what the killed one left."""
     if exchange and sys.platform != "linux":
-        pytest.skip("two folders change places in one step on Linux alone")
+        pytest.skip("only Linux exchanges two folders in one step")
     states = json.loads(run_python(REPLACE, tmp_path, stop, exchange))
     assert len(states) > 15
     old, new = "a1 b1", "a2 b2"
@@ -110,7 +110,7 @@ def test_what_another_program_put_in_the_place_of_the_target_is_kept_beside_the_
 
     monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     monkeypatch.setattr(staging.os, "rename", rename_slowly)
-    with pytest.raises(ValueError, match="^target: another program made .*target meanwhile"):
+    with pytest.raises(ValueError, match="^target: another program created .*target in the meantime"):
         with staging.staged_folder(target, overwrite=True):
             pass
     assert (target / "other.txt").read_text() == "kept too"
@@ -130,7 +130,9 @@ def test_a_target_that_another_program_changes_meanwhile_is_left_as_it_is(tmp_pa
     target = tmp_path / "target"
     target.mkdir()
     (target / "a").write_text("old")
-    with pytest.raises(ValueError, match="^target: another program changed .*target meanwhile, so it is left as it is"):
+    with pytest.raises(
+        ValueError, match="^target: another program changed .*target in the meantime, so it is left as is"
+    ):
         with staging.staged_folder(target, overwrite=True) as stage:
             (stage / "a").write_text("new")
             change(target)
@@ -281,7 +283,7 @@ def test_overwrite_spares_a_folder_that_is_more_than_a_model(tmp_path, inside):
     (target / inside).mkdir(parents=True)
     (target / inside / "precious").write_text("kept")
     (target / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=f"target: .*checkout holds the folder {inside}, and only a folder of files"):
+    with pytest.raises(ValueError, match=f"target: .*checkout holds the folder {inside}, and only a folder without"):
         with staging.staged_folder(target, overwrite=True):
             raise AssertionError("the block ran")
     assert (target / inside / "precious").read_text() == "kept" and (target / "config.json").exists()

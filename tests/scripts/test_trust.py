@@ -80,7 +80,9 @@ def refer(folder, auto_map, code="modeling_other.py", **fields):
 def test_another_model_s_code_runs_with_the_flag_alone(tmp_path, run, command, fields):
     stock_bert(tmp_path / "model")
     mark = refer(tmp_path / "model", OTHER, **fields)
-    with pytest.raises(SystemExit, match=r"is no MosaicBERT and refers to code .*auto_map.*pass --trust_remote_code$"):
+    with pytest.raises(
+        SystemExit, match=r"is not a MosaicBERT and refers to code .*auto_map.*pass --trust_remote_code$"
+    ):
         run(command, tmp_path / "model")
     assert not mark.exists()
 

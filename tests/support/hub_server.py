@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         parent, old = self.commit(repo, revision)
         repository = self.repository(repo)
         if revision not in repository.branches:
-            raise Refused(400, "BadRequest", f"{revision} is no branch")
+            raise Refused(400, "BadRequest", f"{revision} is not a branch")
         files, message = dict(old.files), ""
         for line in body.splitlines():
             item = json.loads(line)

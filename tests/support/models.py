@@ -19,7 +19,7 @@ def tiny_model(model_class=BertForMaskedLM, seed=0, **fields):
     torch.manual_seed(seed)
     attention = {"attn_implementation": fields.pop("attn_implementation")} if "attn_implementation" in fields else {}
     model = model_class._from_config(tiny_config(**fields), **attention).eval()
-    with torch.no_grad():  # biases and LayerNorms off their trivial start, so that an exchanged one shows
+    with torch.no_grad():  # biases and LayerNorms get nontrivial values, so that a swapped one is noticed
         for _, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -28,7 +28,7 @@ def tiny_model(model_class=BertForMaskedLM, seed=0, **fields):
 
 def ragged_batch(lengths, length=None, seed=0, vocab=VOCAB):
     """input_ids and attention_mask, int64 [B, S], rows filled from the left; padding holds random ids as well, so that
-    looking at it shows."""
+    reading it is noticed."""
     generator = torch.Generator().manual_seed(seed)
     length = length or max(lengths)
     ids = torch.randint(1, vocab, (len(lengths), length), generator=generator)

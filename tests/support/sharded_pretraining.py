@@ -1,4 +1,4 @@
-"""scripts/pretrain_mlm.py where accelerate takes a gloo group of CPUs for one of accelerators; by torchrun.
+"""scripts/pretrain_mlm.py under torchrun, where accelerate takes a gloo group of CPUs for one of accelerators.
 
 Trainer shards weights (FSDP) on accelerators only. All else is what a user runs: the sharding, the gathering and the
 files are those of accelerate, torch and transformers. Prints how many weights each process holds a part of.
