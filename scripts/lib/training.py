@@ -42,6 +42,8 @@ class CarefulTrainer(Trainer):
             if "to be installed" not in str(error):
                 raise
             raise ImportError(f"report_to: {error}") from error
+        # transformers 5.3 and 5.4 let accelerate divide by these as well, so that they count twice.
+        self.accelerator.gradient_accumulation_steps = 1
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not self.args.disable_tqdm:

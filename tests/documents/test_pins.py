@@ -50,6 +50,14 @@ def test_pins_resolve(python, platform):
     assert {name: found.get(name) for name in ours} == ours
 
 
+def test_the_readme_names_the_ranges_of_setup_cfg():
+    packages = dict(re.findall(r"^(\w+)>=(\S+)$", SETUP["options"]["install_requires"], flags=re.M))
+    oldest, newer = packages["transformers"].split(",<")
+    python = SETUP["options"]["python_requires"].removeprefix(">=")
+    told = f"Needs Python {python}, torch {packages['torch']} and transformers {oldest} or newer, below {newer}."
+    assert told in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_every_requirement_is_pinned():
     pinned = {line.split("==")[0] for line in PINS.read_text().splitlines() if "==" in line}
     named = {re.match(r"[\w-]+", line)[0] for line in requirements()}

@@ -8,6 +8,7 @@ import transformers
 from folders import set_fields, write_complete_repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
+from transformers.pipelines import SUPPORTED_TASKS
 
 from mosaicbert.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from mosaicbert.configuration_bert import AUTO_MAP, BertConfig
@@ -49,6 +50,19 @@ def test_a_pipeline_ends_in_the_error_of_a_failing_load(tmp_path, task, cause):
     with pytest.raises((ValueError, OSError)) as error:
         pipeline(task, str(tmp_path), model_kwargs=options, **REMOTE)
     assert cause in str(error.value)
+
+
+@pytest.mark.parametrize("attention", ["eager", "nonsense"])
+@pytest.mark.parametrize("task", sorted(SUPPORTED_TASKS))
+def test_no_task_gets_a_model_of_transformers(tmp_path, task, attention):
+    write_complete_repository(tmp_path)
+    change_config(tmp_path, architectures=["BertForMaskedLM"])
+    try:
+        made = pipeline(task, str(tmp_path), model_kwargs={"attn_implementation": attention}, **REMOTE)
+    except Exception:  # of any kind: most tasks are not for texts
+        assert task not in TASKS or attention == "nonsense"
+    else:
+        assert attention == "eager" and type(made.model).__module__.startswith("transformers_modules")
 
 
 def test_a_pipeline_of_a_head_that_is_missing_says_so(tmp_path):

@@ -94,6 +94,32 @@ def test_a_folder_from_a_saved_config_holds_the_code_that_from_config_needs(tmp_
     assert torch.isfinite(outputs(model, **call_of(BertModel))[0]).all()
 
 
+class Tagger(transformers.PreTrainedModel):
+    """A user's own model around ours; a subclass says which config it takes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = transformers.AutoModel.from_config(config, **REMOTE)
+        self.tags = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, **call):
+        return self.tags(self.encoder(**call).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_a_users_model_around_ours_is_saved_with_the_code_that_it_needs(repository, tmp_path, kind):
+    loaded = transformers.AutoConfig.from_pretrained(repository, **REMOTE)
+    config_class = type(loaded) if kind == "ours" else transformers.BertConfig
+    own = type("OwnTagger", (Tagger,), {"config_class": config_class, "__module__": __name__})
+    model = own(loaded).eval()
+    model.save_pretrained(tmp_path / "saved")
+    assert {*CODE_FILES} <= {file.name for file in (tmp_path / "saved").iterdir()}
+    again = own.from_pretrained(tmp_path / "saved").eval()
+    assert "saved" in type(again.encoder).__module__
+    numerics.assert_same(again(**call_of(BertModel)), model(**call_of(BertModel)), 0.0)
+
+
 def test_a_pickled_model_arrives_in_a_process_that_knows_where_code_lies(repository, tmp_path):
     """As docs/tasks.md says of Ray; a process that does not know ends in an error."""
     model = transformers.AutoModelForMaskedLM.from_pretrained(repository, **REMOTE)

@@ -56,6 +56,15 @@ def test_a_decoder_that_was_trained_apart_keeps_its_numbers(tmp_path):
     numerics.assert_same(model(IDS, MASK).logits, apart(IDS, MASK).logits, 0.0)
 
 
+def test_a_folder_with_a_dot_in_its_name_loads(tmp_path):
+    folder = write_repository(tmp_path / "mosaicbert-1.2")
+    old = Version(transformers.__version__) < Version("4.57")  # takes what is before the dot for a package
+    if old:
+        with pytest.raises(ModuleNotFoundError, match="mosaicbert-1"):
+            assert_loads(folder)
+    assert_loads(f"{folder}/" if old else folder)
+
+
 def test_loads_with_every_config_people_pass(repository):
     assert_loads(repository, config=AutoConfig.from_pretrained(repository, **REMOTE))
     assert_loads(repository, config=transformers.BertConfig.from_pretrained(repository))

@@ -7,7 +7,13 @@ import pytest
 import torch
 from models import ragged_batch, tiny_model
 
-from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification
+from mosaicbert.bert_layers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 peft = pytest.importorskip("peft")
 SAME = numerics.SAME[torch.float32]
@@ -104,6 +110,33 @@ def test_adapters_mixed_in_one_batch_need_kept_padding_and_are_refused_without_i
         else:
             mixed = model(input_ids=ids, adapter_names=["__base__", "default", "other"]).logits
             numerics.assert_same(mixed, torch.stack(expected), SAME)
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+def test_a_tuned_prompt_is_read_as_embeddings_before_the_text(unpad):
+    model = tiny_model(BertForSequenceClassification, num_labels=3, classifier_pooling="mean", unpad_inputs=unpad)
+    ids, mask = ragged_batch([9, 4])
+    words = model.get_input_embeddings()(ids).detach()
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(model, config).eval()
+    prompt = tuned.get_prompt(2).detach()
+    embeds, real = torch.cat((prompt, words), dim=1), torch.cat((torch.ones(2, 3).long(), mask), dim=1)
+    found = tuned(input_ids=ids, attention_mask=mask, labels=torch.tensor([2, 0]))
+    numerics.assert_same(found.logits, model(inputs_embeds=embeds, attention_mask=real).logits, SAME)
+    found.loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in tuned.named_parameters() if "prompt_encoder" in name)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_prefix_tuning_is_refused(task):
+    classes = {"SEQ_CLS": BertForSequenceClassification, "TOKEN_CLS": BertForTokenClassification}
+    model_class = {**classes, "QUESTION_ANS": BertForQuestionAnswering}.get(task, BertModel)
+    ids, mask = ragged_batch([9, 4])
+    with pytest.raises(ValueError, match="past.key.values"):
+        tuned = peft.get_peft_model(
+            tiny_model(model_class), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)
+        )
+        tuned(input_ids=ids, attention_mask=mask)
 
 
 def test_lora_under_gradient_checkpointing_gives_the_same_gradients():

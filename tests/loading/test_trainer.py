@@ -4,6 +4,7 @@ import numerics
 import pytest
 import torch
 import transformers
+from lib.training import CarefulTrainer
 from models import ragged_batch, tiny_model
 from transformers import Trainer, TrainingArguments
 
@@ -20,7 +21,7 @@ def examples():
     return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels)]
 
 
-def train(folder, model=None, **arguments):
+def train(folder, model=None, trainer_class=Trainer, **arguments):
     settings = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -35,16 +36,24 @@ def train(folder, model=None, **arguments):
         "seed": 1,
     }
     model = model or tiny_model(hidden_dropout_prob=0.0)
-    trainer = Trainer(model, TrainingArguments(**{**settings, **arguments}), train_dataset=examples())
-    trainer.train()
+    arguments = TrainingArguments(**{**settings, **arguments})
+    trainer_class(model=model, args=arguments, train_dataset=examples()).train()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-# The losses of its calls and `num_items_in_batch` are those of other releases, and the first update is smaller.
-@pytest.mark.skipif(transformers.__version__.startswith("5.3."), reason="transformers 5.3 scales the loss again")
-def test_accumulation_gives_the_weights_of_one_large_batch(tmp_path):
-    whole = train(tmp_path / "whole", per_device_train_batch_size=4)
-    parts = train(tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+COUNTED_TWICE = pytest.mark.xfail(
+    transformers.__version__.startswith(("5.3.", "5.4.")),
+    reason="Trainer of transformers 5.3 and 5.4 hands its gradient_accumulation_steps to accelerate, which divides a "
+    "loss by them that num_items_in_batch has already divided",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("trainer_class", [pytest.param(Trainer, marks=COUNTED_TWICE), CarefulTrainer])
+def test_accumulation_gives_the_weights_of_one_large_batch(tmp_path, trainer_class):
+    whole = train(tmp_path / "whole", trainer_class=trainer_class, per_device_train_batch_size=4)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    parts = train(tmp_path / "parts", trainer_class=trainer_class, **options)
     start = dict(tiny_model().named_parameters())
     for name, parameter in whole.items():
         numerics.assert_same(parts[name], parameter, numerics.SAME[torch.float32], name)
