@@ -52,17 +52,12 @@ def test_a_pipeline_ends_in_the_error_of_a_failing_load(tmp_path, task, cause):
     assert cause in str(error.value)
 
 
-@pytest.mark.parametrize("attention", ["eager", "nonsense"])
-@pytest.mark.parametrize("task", sorted(SUPPORTED_TASKS))
-def test_no_task_gets_a_model_of_transformers(tmp_path, task, attention):
+@pytest.mark.parametrize("task", sorted({*SUPPORTED_TASKS} - {*TASKS}))
+def test_a_failing_load_gives_no_pipeline_of_any_other_task(tmp_path, task):
     write_complete_repository(tmp_path)
-    change_config(tmp_path, architectures=["BertForMaskedLM"])
-    try:
-        made = pipeline(task, str(tmp_path), model_kwargs={"attn_implementation": attention}, **REMOTE)
-    except Exception:  # of any kind: most tasks are not for texts
-        assert task not in TASKS or attention == "nonsense"
-    else:
-        assert attention == "eager" and type(made.model).__module__.startswith("transformers_modules")
+    set_fields(tmp_path / "config.json", architectures=["BertForMaskedLM"])
+    with pytest.raises((ValueError, OSError, ImportError)):  # most tasks need a package or another kind of model
+        pipeline(task, str(tmp_path), model_kwargs={"attn_implementation": "nonsense"}, **REMOTE)
 
 
 def test_a_pipeline_of_a_head_that_is_missing_says_so(tmp_path):

@@ -44,6 +44,15 @@ def test_sentence_transformers_loads_the_repository_and_pools_the_same(repositor
     numerics.assert_same(again.encode(SENTENCES, convert_to_tensor=True), vectors, 0.0)
 
 
+def test_sentence_transformers_takes_the_same_features_twice(repository):
+    """It writes its results beside its arguments, and from release 6 on passes both to the model."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(repository, trust_remote_code=True, device="cpu").eval()
+    features = (getattr(model, "preprocess", None) or model.tokenize)(SENTENCES)
+    first = model(features)["sentence_embedding"]
+    numerics.assert_same(model(features)["sentence_embedding"], first, 0.0)
+
+
 @pytest.mark.parametrize("loader", ["SentenceTransformer", "CrossEncoder", "SparseEncoder"])
 def test_sentence_transformers_does_not_cut_long_texts(tmp_path, loader):
     sentence_transformers = pytest.importorskip("sentence_transformers")
