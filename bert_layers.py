@@ -424,8 +424,8 @@ class BertPreTrainedModel(CompatiblePreTrainedModel):
 
 
 # Arguments that callers pass to every model and that change nothing in an encoder: those of a decoder's cache, what is
-# known from `cu_seq_lens_q`, what only a loss reads, and what sentence-transformers keeps beside a call's arguments: its
-# results, when the same arguments are passed again.
+# known from `cu_seq_lens_q`, what only a loss reads, and the results that sentence-transformers writes beside a call's
+# arguments, which it passes on where these serve twice.
 HARMLESS_ARGUMENTS = {"use_cache", "cache_position", "cu_seq_lens_k", "max_length_k", "seq_idx", "num_items_in_batch"}
 HARMLESS_ARGUMENTS |= {"token_embeddings", "all_layer_embeddings", "sentence_embedding"}
 
