@@ -312,7 +312,10 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line, or its type where it has none; the middle of an endless one is left out."""
-    return shortened(" ".join(str(error).split())) or type(error).__name__
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", text):  # with the traceback of that process
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return shortened(" ".join(text.split())) or type(error).__name__
 
 
 def shortened(text: str) -> str:

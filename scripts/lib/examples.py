@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Optional
 
@@ -141,8 +140,8 @@ def load_examples(
     if all(kind_of(source) == ".csv" for source in sources):
         found.labels = numbers_of(found.labels)
     for place, label in zip(found.places, found.labels):
-        if isinstance(label, float) and not math.isfinite(label):
-            raise ValueError(f"{place}: expected a finite number in {options.label_field!r}, got {label}")
+        if isinstance(label, float) and not abs(label) <= LARGEST:
+            raise ValueError(f"{place}: expected a number that float32 holds in {options.label_field!r}, got {label}")
     return found
 
 

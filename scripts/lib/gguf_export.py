@@ -8,6 +8,8 @@ import numpy
 import torch
 from gguf.quants import dequantize, quantize
 
+from .cli import one_line
+
 # llama.cpp's name for this very architecture: symmetric ALiBi, gate and value apart, post-LayerNorm.
 ARCHITECTURE = "jina-bert-v2"
 # Types to the format's for matrices, and to the one that the metadata states for the file. Vectors stay float32.
@@ -107,6 +109,7 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
 
     Raises:
         ValueError: the format or llama.cpp does not support the model.
+        OSError: the file cannot be written.
     """
     check_tokenizer(tokenizer)
     config, (matrix_type, file_type) = encoder.config, TYPES[kind]
@@ -151,6 +154,8 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:  # of a full disk NumPy only tells how much it has written
+        raise OSError(f"{path.name} cannot be written, {one_line(error)}") from error
     finally:
         writer.close()
 

@@ -5,6 +5,7 @@ documents into sequences and packing sequences into rows only handles indices; t
 stream is tokenized while it is read.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -444,14 +445,17 @@ def stream_sequences(
         raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
     import datasets
 
+    # Else the library looks for the first text, and stumbles where there is none.
+    features = datasets.Features({"text": datasets.Value("string")})
+    stream = functools.partial(datasets.IterableDataset.from_generator, features=features)
     parts = []
     for source in sources:
         if _is_text_file(source):
             settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
-            parts.append(datasets.IterableDataset.from_generator(_examples_of_files, gen_kwargs=settings))
+            parts.append(stream(_examples_of_files, gen_kwargs=settings))
         elif os.path.isdir(source):
             settings = {"folders": [source], "text_field": text_field}
-            parts.append(datasets.IterableDataset.from_generator(_examples_of_shards, gen_kwargs=settings))
+            parts.append(stream(_examples_of_shards, gen_kwargs=settings))
         else:
             parts.append(_load_dataset(source, text_field, streaming=True))
     dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"

@@ -88,6 +88,7 @@ NO_NETWORK = HTTP_LIBRARY.ConnectError("no such host") if HTTP_LIBRARY else OSEr
     [
         (ValueError("a\n  b"), "a b"),
         (ValueError(), "ValueError"),
+        (ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Trace\nValueError: a: b\n"), "a: b"),
         (FileNotFoundError(2, "No such file or directory", "x.json"), "[Errno 2] No such file or directory: 'x.json'"),
         (Refused(), "Invalid token"),
         (SafetensorError("no space left"), "no space left"),

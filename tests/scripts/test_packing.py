@@ -122,6 +122,16 @@ def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, t
     assert (passes[0][:200] != passes[1][:200]).any()
 
 
+def test_a_stream_without_text_is_named_and_one_beside_others_is_passed_over(corpus, tokenizer, tmp_path):
+    """The library once looked for the first text, and raised StopIteration."""
+    (tmp_path / "empty.txt").write_text("\n\n")
+    empty = packing.stream_sequences([str(tmp_path / "empty.txt")], tokenizer, [32], [1.0], 0)
+    with pytest.raises(ValueError, match="^the data holds no document of at least 8 tokens"):
+        next(iter(packing.StreamedRows(empty, tokenizer, 64, 0.3, 0)))
+    both = packing.stream_sequences([str(tmp_path / "empty.txt"), str(corpus)], tokenizer, [32], [1.0], 0)
+    assert len(next(iter(packing.StreamedRows(both, tokenizer, 64, 0.3, 0)))["input_ids"]) > 32
+
+
 def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokenizer):
     pytest.importorskip("datasets")
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)

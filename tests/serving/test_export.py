@@ -221,6 +221,17 @@ def test_rows_without_a_token_get_names_of_their_own(tmp_path):
     assert types[4:] == [kinds.CONTROL, kinds.NORMAL, kinds.NORMAL, kinds.UNUSED, kinds.UNUSED]
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("2304 requested and 404 written")
+
+    model = write_complete_repository(tmp_path)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="^a.gguf cannot be written, 2304 requested and 404 written"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        gguf_export.to_gguf(model.base_model, tokenizer, tmp_path / "a.gguf", "float32", "a")
+
+
 def test_a_file_that_answers_otherwise_never_appears(tmp_path, run_script, monkeypatch, exported):
     source, _, whole = exported
     monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: whole)
