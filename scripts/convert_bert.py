@@ -21,10 +21,13 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 from pathlib import Path
 
 from lib.cards import write_card
-from lib.cli import Parser, command, not_negative, positive_integer, run, say_end
-from lib.common import find_checkpoint
-from lib.records import find_files
+from lib.cli import LICENSE, Parser, command, not_negative, positive_integer, run, say_end
+from lib.common import find_checkpoint, weight_files
+from lib.records import check_texts
 from lib.staging import staged_folder
+
+# Options for a first training on a CPU, as in the README.
+TEN_MINUTES = "--max_seconds 600 --tokens_per_row 4096 --global_batch_size 32 --learning_rate 3e-4".split()
 
 
 def main() -> None:
@@ -47,14 +50,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive_integer, default=25_000, help="tokens to fit and report on")
     parser.add_argument("--ridge", type=not_negative, default=1e-6, help="keeps v short; 0 is exact, but v may be long")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
+    parser.add_argument("--license", **LICENSE)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     args = parser.parse_args()
-    files = find_files(args.data)
-    from lib.bert_conversion import convert
-
+    files = check_texts(args.data)
     with staged_folder(args.target, args.overwrite, source=args.source, data=args.data) as stage:
         folder, commit = find_checkpoint(args.source, args.revision)
+        weight_files(folder)
+        from lib.bert_conversion import convert  # after all that needs no torch
+
         reports = convert(folder, stage, files, args.layers, args.pad_vocab, args.max_length, args.tokens, args.ridge)
         report = "\n".join(map(str, reports))
         made = "`scripts/convert_bert.py`: a warm start, not trained since"
@@ -75,6 +79,7 @@ def main() -> None:
             args.target,
             "--train_data",
             *args.data,
+            *TEN_MINUTES,
             "--output_dir",
             f"{args.target}-trained",
         ),

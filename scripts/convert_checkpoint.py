@@ -16,7 +16,9 @@ import argparse
 import re
 from pathlib import Path
 
-from lib.cli import Parser, command, old_file, positive_integer, run, say_end
+from lib.cli import LICENSE, Parser, command, old_file, positive_integer, run, say_end
+from lib.common import check_checkpoint
+from lib.records import check_texts
 from lib.staging import staged_folder
 
 
@@ -39,15 +41,18 @@ def main() -> None:
         "--pad_vocab", type=positive_integer, metavar="N", help="pad the vocabulary to a multiple of N, such as 64"
     )
     parser.add_argument("--max_shard_size", type=size, default="5GB", metavar="SIZE", help="largest weight file")
-    parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
+    parser.add_argument("--license", **LICENSE)
     parser.add_argument("--verify", action="store_true", help="compare outputs before and after")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="verify on this text instead of random tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     args = parser.parse_args()
-    from lib.checkpoint_conversion import convert
-
     inputs = {"source": args.source, "config": args.config, "tokenizer": args.tokenizer, "data": args.data}
     with staged_folder(args.target, args.overwrite, **inputs) as stage:
+        check_checkpoint(args.source)
+        if args.data is not None:
+            check_texts(args.data)
+        from lib.checkpoint_conversion import convert  # after all that needs no torch
+
         lines = convert(
             args.source,
             stage,

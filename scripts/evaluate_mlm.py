@@ -10,6 +10,9 @@ the same text. A model with learned positions is only measured up to the length 
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
 
 from lib import cli
 from lib.common import REPOSITORY
@@ -63,12 +66,39 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line and read the data that it names; what is wrong there is told before torch is imported.
+
+    Returns:
+        The options, with a name for each model, and the documents.
+
+    Raises:
+        ValueError: options that contradict each other, a folder without a model, or see `read_texts`.
+    """
+    options = make_parser().parse_args(words)
+    from lib.common import check_model  # after the parser, so that --help stays fast
+    from lib.records import read_texts
+    from lib.sources import SHORTEST
+    from lib.staging import check_apart
+
+    for argument in ("csv", "png"):
+        check_apart(getattr(options, argument), argument, data=options.data, model=options.model)
+    for model in options.model:
+        check_model(model)
+    options.name = options.name or [Path(model).resolve().name for model in options.model]
+    if len(options.name) != len(options.model):
+        raise ValueError(f"name: expected {len(options.model)} names, got {len(options.name)}")
+    if min(options.max_length) < SHORTEST + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
+    return options, list(read_texts(options.data, options.text_field))
+
+
 def main() -> None:
     """Parse the command line, measure, print the table, and write the files requested."""
-    options = make_parser().parse_args()
+    options, texts = parse()
     from lib import evaluation  # after the parser, so that --help stays fast
 
-    evaluation.evaluate(options)
+    evaluation.evaluate(options, texts)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ their outputs are.
 
 from pathlib import Path
 
-from lib.cli import Parser, run
+from lib.cli import LICENSE, Parser, run, say_end
+from lib.common import check_checkpoint
 from lib.staging import staged_folder
 
 
@@ -39,15 +40,16 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--license", help="licence for the card (default: what the source's card says)")
+    parser.add_argument("--license", **LICENSE)
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     args = parser.parse_args()
     if args.chunked and args.format != "onnx":
         parser.error("--chunked is for --format onnx: llama.cpp makes its own attention")
-    from lib.exporting import export
-
     inputs = {"source": args.source, "tokenizer": args.tokenizer}
     with staged_folder(args.target, args.overwrite, own=("onnx",), **inputs) as stage:
+        check_checkpoint(args.source)
+        from lib.exporting import export  # after all that needs no torch
+
         lines = export(
             args.source,
             stage,
@@ -61,6 +63,7 @@ def main() -> None:
             args.license,
         )
     print("\n".join(lines))
+    say_end(f"saved in {args.target}: the files above and README.md (its card), which shows how an engine reads them")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,16 @@
 python scripts/fill_mask.py "The capital of France is [MASK]."
 """
 
+from pathlib import Path
+
 from lib import cli
-from lib.common import REPOSITORY, check_special, count_tokens, load_model, load_words
+from lib.common import REPOSITORY, check_model, check_special, count_tokens, load_model, load_words, read_json
+
+
+def check_text(text: str, mask: str) -> None:
+    """Raise ValueError if a text does not hold the mask once."""
+    if text.count(mask) != 1:
+        raise ValueError(f"text must contain {mask} once, got {text!r}")
 
 
 def main() -> None:
@@ -14,12 +22,16 @@ def main() -> None:
     parser.add_argument("--model", default=str(REPOSITORY), help="folder or Hub id (default: this repository)")
     parser.add_argument("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
+    check_model(options.model)
+    settings = Path(options.model, "tokenizer_config.json")
+    mask = read_json(settings).get("mask_token") if settings.is_file() else None
+    if isinstance(mask, str):
+        check_text(options.text, mask)
     from transformers import pipeline
 
     tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
     check_special(tokenizer, "mask_token")
-    if options.text.count(tokenizer.mask_token) != 1:
-        raise ValueError(f"text must contain {tokenizer.mask_token} once, got {options.text!r}")
+    check_text(options.text, tokenizer.mask_token)
     model = load_model("ForMaskedLM", options.model, options.trust_remote_code)
     count_tokens(tokenizer, model.config.vocab_size)
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")

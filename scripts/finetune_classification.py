@@ -55,7 +55,8 @@ def make_parser() -> cli.TrainingParser:
         nargs="+",
         default=[],
         metavar="DATA",
-        help="the same, with the default split `validation` (default: a tenth of the training data)",
+        help="the same, with the default split `validation` (default: a tenth of the training data, of less than 1,000 "
+        "texts up to a fifth)",
     )
     data.add_argument(
         "--test_data",
@@ -115,17 +116,20 @@ def make_parser() -> cli.TrainingParser:
         "--num_train_epochs",
         type=cli.positive_number,
         metavar="X",
-        help="maximum number of passes over the training data (default: 4 below 50 million weights, otherwise 3)",
+        help="maximum number of passes over the training data (default: 4 below 50 million weights, otherwise "
+        "3; of few texts up to 20, for 200 steps)",
     )
     training.add_argument(
         "--patience",
         type=cli.positive_integer,
-        default=2,
         metavar="N",
-        help="stop a training after this many epochs without a better score",
+        help="stop after this many epochs without a better score (default: a third of the epochs, at least 2)",
     )
     training.add_argument(
-        "--per_device_train_batch_size", type=cli.positive_integer, default=32, metavar="N", help="texts per step"
+        "--per_device_train_batch_size",
+        type=cli.positive_integer,
+        metavar="N",
+        help="texts per step (default: 32, of less than 1,600 texts a fiftieth, at least 8)",
     )
     training.add_argument(
         "--per_device_eval_batch_size",
@@ -139,6 +143,12 @@ def make_parser() -> cli.TrainingParser:
         type=cli.positive_number,
         metavar="N",
         help="steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
+    )
+    training.add_argument(
+        "--classifier_pooling",
+        choices=["cls", "mean"],
+        help="what the head reads: the first token through a pooler, or the mean over all (default: the mean where the "
+        "model is a masked language model, whose pooler is new)",
     )
     training.add_argument("--use_cpu", **cli.FLAG, default=False, help="train on the CPU even where there is a GPU")
     training.add_argument("--baseline", **cli.FLAG, default=False, help="also fit and score TF-IDF with a linear model")
@@ -161,8 +171,9 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
     parser = make_parser()
     options, rest = parser.parse_own(words)
     from lib.common import check_model  # after the parser, so that --help stays fast
-    from lib.examples import inputs, read_task
+    from lib.examples import read_task
     from lib.runs import check_output
+    from lib.sources import inputs
 
     check_output(Path(options.output_dir), options.overwrite, **inputs(options))
     if options.model is not None:

@@ -15,8 +15,10 @@ MosaicBERT's published recipe; every option of transformers' TrainingArguments w
 """
 
 import argparse
+import json
 from collections.abc import Sequence
-from typing import Optional
+from pathlib import Path
+from typing import Any, Optional
 
 from lib import cli
 
@@ -42,6 +44,17 @@ REFUSED = {
     "torch_compile_mode": "--torch_compile compiles in the default mode",
     "include_num_input_tokens_seen": "tokens are always counted",
 }
+
+
+def config_field(text: str) -> tuple[str, Any]:
+    """Type of an option that takes NAME=VALUE; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def make_parser() -> cli.TrainingParser:
@@ -122,6 +135,7 @@ def make_parser() -> cli.TrainingParser:
     model.add_argument(
         "--config_fields",
         nargs="+",
+        type=config_field,
         default=[],
         metavar="NAME=VALUE",
         help="config fields to set, for example num_hidden_layers=4 hidden_dropout_prob=0",
@@ -217,10 +231,45 @@ def make_parser() -> cli.TrainingParser:
     return parser
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse what can be seen in the options and the files that they name, before torch is imported.
+
+    Raises:
+        ValueError: options that contradict each other, or files and folders that cannot be used.
+    """
+    from lib.common import TOKENIZER_FILES, check_model  # after the parser, so that --help stays fast
+    from lib.runs import check_output
+    from lib.sources import SHORTEST, check_sources, holds_documents, inputs
+    from lib.staging import check_target
+
+    if options.model is not None and options.config is not None:
+        raise ValueError("config must not be given with model, which brings its own")
+    if options.length_shares and len(options.length_shares) != len(options.max_length):
+        raise ValueError(f"length_shares must be one positive number for each max_length, got {options.length_shares}")
+    if min(options.max_length) < SHORTEST + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
+    if options.streaming and options.num_train_epochs:
+        raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
+    folder = Path(options.output_dir)
+    if options.tokenize_only:
+        folder = check_target(folder, "output_dir", **inputs(options))
+        if folder.exists() and any(folder.iterdir()) and not (options.overwrite and holds_documents(folder)):
+            raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
+    else:
+        check_output(folder, options.overwrite, options.resume_from_checkpoint, True, **inputs(options))
+    if options.model is not None:
+        check_model(options.model)
+    if options.tokenizer is not None:
+        check_model(options.tokenizer, "tokenizer", TOKENIZER_FILES)
+    for argument in ("train_data", "validation_data"):
+        check_sources(getattr(options, argument), options.text_field, argument)
+
+
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments"]:  # noqa: F821
     """Parse a command line into the own options and transformers' `TrainingArguments`."""
     parser = make_parser()
     options, rest = parser.parse_own(words)
+    check(options)
     return options, parser.parse_others(options, rest)
 
 

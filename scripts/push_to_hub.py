@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Optional
 from urllib.parse import unquote
 
-from lib.cli import Parser, one_line, run
+from lib.cli import Parser, command, one_line, run, say_end
 from lib.common import (
     CODE_FILES,
     LARGEST_CARD,
@@ -92,14 +92,15 @@ def files_to_push(folder: Path) -> list[str]:
         foreign = list(foreign_references(read_json(folder / name), modules)) if (folder / name).is_file() else []
         if foreign:
             raise ValueError(f"folder: {name} leads to code or files outside of the repository: {', '.join(foreign)}")
-    classes = sys.modules[repository_class("BertConfig").__module__].AUTO_MAP
-    unknown = [f"{name} {value!r}" for name, value in auto_map.items() if classes.get(name) != value]
-    if unknown:
-        raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which is no class of this code")
     optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if (folder / name).is_file()]
     files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_files(folder)}
     for name in files:
         file_inside(folder, name)
+    # From here on torch is needed.
+    classes = sys.modules[repository_class("BertConfig").__module__].AUTO_MAP
+    unknown = [f"{name} {value!r}" for name, value in auto_map.items() if classes.get(name) != value]
+    if unknown:
+        raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which is no class of this code")
     check_model(folder)
     return sorted(files)
 
@@ -271,6 +272,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
+    api = connect(token, anonymous=dry_run)
     files = files_to_push(folder)
     sizes = {name: (folder / name).stat().st_size for name in files}
     for name, size in sizes.items():
@@ -278,7 +280,6 @@ def push(
     print(f"total   {sum(sizes.values()):>14,} bytes  {len(files)} files")
     if dry_run:
         print(f"\nhead of the card, README.md:\n{card_head(folder)}\n")
-    api = connect(token, anonymous=dry_run)
     try:
         if not dry_run:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -318,7 +319,11 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="list what would be pushed and deleted, and stop")
     args = parser.parse_args()
     commit = push(args.folder, args.repo_id, args.private, args.branch, args.message, dry_run=args.dry_run)
-    print("nothing was pushed" if commit is None else f'pushed; pin it with revision="{commit}"')
+    if commit is None:
+        words = [word for word in sys.argv[1:] if word != "--dry_run"]
+        say_end("nothing was pushed", command("push_to_hub.py", *words))
+    else:
+        say_end(f'pushed to {args.repo_id}; pin it with revision="{commit}"')
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from .common import LARGEST_CARD, LICENSE_NAME, file_inside, read_json
+from .cli import LICENSE_NAME
+from .common import LARGEST_CARD, file_inside, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -114,15 +115,10 @@ def write_card(
         pairs: whether it reads pairs of texts.
         results: scores, for the card's head.
         **fields: what else the template asks for.
-
-    Raises:
-        ValueError: `license` is no identifier.
     """
     import yaml
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    if license is not None and not LICENSE_NAME.fullmatch(license):
-        raise ValueError(f"license: expected an identifier such as apache-2.0, got {license!r}")
     is_hub_id = source is not None and not Path(source).exists()
     name = "random weights" if source is None else source if is_hub_id else Path(source).resolve().name
     name = re.sub(r"[^\w .+/-]", "_", name)  # foreign names must stay plain text in Markdown and YAML

@@ -5,11 +5,13 @@ that `--help` answers at once.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import importlib.util
 import math
 import os
 import re
@@ -26,6 +28,7 @@ OTHER_PACKAGES = {
     "streaming": "mosaicml-streaming",
     **dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), '".[export]"'),
 }
+LICENSE_NAME = re.compile(r"\w[\w.+-]*")
 # Characters of a message: a value from elsewhere may have a megabyte.
 LONGEST_MESSAGE = 1000
 
@@ -60,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Exit with status 2 and one line, about a misspelt option if there is one."""
         strange = [flag for flag in self._flags() if flag not in self._option_string_actions]
-        known = self._known_flags() if strange else []  # transformers' options take seconds to import
+        known = self._known_flags() if strange else []
         unknown = next((flag for flag in strange if flag not in known), None)
         if unknown is not None:
             near = difflib.get_close_matches(unknown, known, n=1)
@@ -129,6 +132,13 @@ def new_file(text: str) -> str:
     return text
 
 
+def license_name(text: str) -> str:
+    """Type of an option that names a licence as the Hub does."""
+    if not LICENSE_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected an identifier such as apache-2.0, got {text!r}")
+    return text
+
+
 def _number(text: str, accept: Callable[[float], bool], expected: str) -> float:
     with contextlib.suppress(ValueError):
         if accept(float(text)):
@@ -159,7 +169,12 @@ CHECKED = {
 # Arguments that let a true/false option also work as a flag.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
-# What makes `--trust_remote_code`.
+# What makes `--license` and `--trust_remote_code`.
+LICENSE = {
+    "type": license_name,
+    "metavar": "NAME",
+    "help": "licence for the card (default: what the source's card says)",
+}
 TRUST = {"action": "store_true", "help": "run the Python code that a model brings which is no MosaicBERT"}
 
 
@@ -197,8 +212,8 @@ class TrainingParser(Parser):
         for flag in self._flags():
             if flag.lstrip("-") in self.refused:
                 self.exit(2, f"{self.prog}: {flag}: {self.refused[flag.lstrip('-')]}\n")
-            if flag not in self._option_string_actions and "-" in flag[2:]:
-                self.error("unrecognized")  # transformers would accept it
+            if flag not in self._option_string_actions and flag not in trainer_flags():  # transformers takes dashes too
+                self.error("unrecognized")
         return options, rest
 
     def parse_others(self, options: argparse.Namespace, rest: list[str]):
@@ -224,8 +239,7 @@ class TrainingParser(Parser):
         return arguments
 
     def _known_flags(self) -> list[str]:
-        others = [flag for flag in self._others()._option_string_actions if "-" not in flag[2:]]
-        return [*self._option_string_actions, *others]
+        return [*self._option_string_actions, *trainer_flags()]
 
     def _others(self) -> argparse.ArgumentParser:
         import accelerate  # noqa: F401  (Trainer needs it; importing it here names it if it is missing)
@@ -238,6 +252,20 @@ class TrainingParser(Parser):
             if action.dest in self.refused or f"--{action.dest}" in self._option_string_actions:
                 action.help = argparse.SUPPRESS
         return others
+
+
+@functools.cache
+def trainer_flags() -> list[str]:
+    """The options of `TrainingArguments`, read from its source, as its import takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    (body,) = (part.body for part in tree.body if isinstance(part, ast.ClassDef) and part.name == "TrainingArguments")
+    fields = [part for part in body if isinstance(part, ast.AnnAssign) and not part.target.id.startswith("_")]
+    # Those that are true by default also have the opposite.
+    opposites = [f"--no_{part.target.id}" for part in fields if "bool" in ast.unparse(part.annotation)]
+    return [f"--{part.target.id}" for part in fields] + opposites
 
 
 def run(main: Callable[[], None], memory_hint: str = "") -> None:

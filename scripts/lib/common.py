@@ -44,7 +44,6 @@ REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.j
 LARGEST_FILE = 2**26
 # Bytes that are read of a card.
 LARGEST_CARD = 2**20
-LICENSE_NAME = re.compile(r"\w[\w.+-]*")
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
@@ -244,10 +243,11 @@ def own_config(source: str, argument: str = "model", **changes):
     Raises:
         ValueError: there is no config, or a field has an invalid value.
     """
-    return _own_config(_config_fields(source, argument), source, argument, changes)
+    return _own_config(config_fields(source, argument), source, argument, changes)
 
 
-def _config_fields(source: str, argument: str) -> dict:
+def config_fields(source: str, argument: str = "model") -> dict:
+    """The fields of the config.json of a folder or a Hub id."""
     from transformers import PretrainedConfig
 
     return load_from(PretrainedConfig.get_config_dict, source, argument)[0]
@@ -281,7 +281,7 @@ def load_model(head: str, source: str, trust_remote_code: bool = False, **change
     auto_class = getattr(transformers, f"AutoModel{head}")
     if trust_remote_code:
         return load_from(auto_class.from_pretrained, source, trust_remote_code=True, **changes)
-    fields = _config_fields(source, "model")
+    fields = config_fields(source)
     if is_family(fields):
         return own_model(head, source, _own_config(fields, source, "model", changes))
     foreign = next(foreign_references(fields), None)
@@ -326,6 +326,14 @@ def check_model(source: str, argument: str = "model", files: tuple[str, ...] = (
     check_source(source, argument)
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
         raise ValueError(f"{argument}: the folder {source!r} holds no {' or '.join(files)}")
+
+
+def check_checkpoint(source: str) -> None:
+    """Raise ValueError if the source of a conversion is no file, no folder with weights and no possible Hub id."""
+    if not Path(source).is_file():
+        check_source(source, "source")
+        if Path(source).is_dir():
+            weight_files(Path(source))
 
 
 def check_source(source: str, argument: str) -> None:

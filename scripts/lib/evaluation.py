@@ -1,5 +1,6 @@
 """Measure masked language models by sequence length: the work behind evaluate_mlm.py."""
 
+import argparse
 import contextlib
 import csv
 import math
@@ -13,11 +14,12 @@ from tqdm import tqdm
 
 from .cli import one_line, say_end
 from .common import check_special, count_tokens, load_model, load_words
-from .records import pieces, read_texts
-from .staging import check_apart, staged_file
+from .records import pieces
+from .sources import SHORTEST
+from .staging import staged_file
 
 MASKED_SHARE = 0.15
-SHORTEST_DOCUMENT, SHORTEST_WINDOW = 16, 8  # tokens
+SHORTEST_DOCUMENT = 16  # tokens
 COLUMNS = ("model", "length", "windows", "masked", "loss", "perplexity", "top1", "tokens_per_second", "peak_mib")
 
 
@@ -74,7 +76,7 @@ def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tok
     for ids in documents:
         chosen = torch.rand(len(ids), generator=generator) < MASKED_SHARE
         windows += zip(torch.tensor(ids).split(body), chosen.split(body))
-    windows = [(ids, chosen) for ids, chosen in windows if len(ids) >= SHORTEST_WINDOW]
+    windows = [(ids, chosen) for ids, chosen in windows if len(ids) >= SHORTEST]
     size = max(1, batch_tokens // length)
     for start in range(0, len(windows), size):
         chunk = windows[start : start + size]
@@ -221,23 +223,20 @@ def find_device(name: Optional[str]) -> torch.device:
     return device
 
 
-def evaluate(options) -> list[dict]:
+def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
     """Measure the models named by the options of evaluate_mlm.py, and print and write the table.
+
+    Args:
+        options: of the command line.
+        texts: the documents.
 
     Returns:
         One dict a row of the table, see `COLUMNS`.
 
     Raises:
-        ValueError: options that contradict each other, the data or a model.
+        ValueError: the device or a model cannot be used, or no document is long enough.
         OSError: a file cannot be read or written.
     """
-    for argument in ("csv", "png"):
-        check_apart(getattr(options, argument), argument, data=options.data, model=options.model)
-    names = options.name or [Path(model).resolve().name for model in options.model]
-    if len(names) != len(options.model):
-        raise ValueError(f"name: expected {len(options.model)} names, got {len(names)}")
-    if min(options.max_length) < SHORTEST_WINDOW + 2:
-        raise ValueError(f"max_length must be at least {SHORTEST_WINDOW + 2}, got {min(options.max_length)}")
     device = find_device(options.device)
     tokenizers = [load_words(source, trust_remote_code=options.trust_remote_code) for source in options.model]
     for tokenizer in tokenizers:
@@ -245,9 +244,9 @@ def evaluate(options) -> list[dict]:
     if options.png:
         import matplotlib  # noqa: F401  (so that it is missed before the measurements)
 
-    texts, rows = list(read_texts(options.data, options.text_field)), []
+    rows = []
     print(",".join(COLUMNS))
-    for name, source, tokenizer in zip(names, options.model, tokenizers):
+    for name, source, tokenizer in zip(options.name, options.model, tokenizers):
         model = load_model("ForMaskedLM", source, options.trust_remote_code)
         count_tokens(tokenizer, model.config.vocab_size)
         model.to(device, getattr(torch, options.dtype)).eval()

@@ -13,9 +13,7 @@ from typing import Optional
 
 import numpy as np
 
-from .common import REPOSITORY
 from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_records
-from .staging import Input
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # What --problem calls them.
@@ -66,12 +64,6 @@ class Task:
     def judged(self) -> str:
         """The part that says how good a model is: the test data, or else the validation data."""
         return "test" if "test" in self.parts else "validation"
-
-
-def inputs(options: argparse.Namespace) -> dict[str, Input]:
-    """What a run reads, by the names that the user calls it, as `check_apart` takes them."""
-    names = ("train_data", "validation_data", "test_data", "predict")
-    return {**{name: getattr(options, name) for name in names}, "model": options.model or REPOSITORY}
 
 
 def read_task(options: argparse.Namespace) -> Task:
@@ -305,7 +297,7 @@ def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndar
 
 
 def split_examples(examples: Examples) -> tuple[Examples, Examples]:
-    """Hold out a seeded tenth of the examples for validation.
+    """Hold out a seeded tenth of the examples for validation, or as near to 100 of them as a fifth allows.
 
     Returns:
         The examples to train on, and those that are held out.
@@ -317,5 +309,5 @@ def split_examples(examples: Examples) -> tuple[Examples, Examples]:
     if count < 2:
         raise ValueError("train_data: a single example cannot be split, give validation_data")
     order = np.random.default_rng(0).permutation(count).tolist()
-    held_out = max(1, count // 10)
+    held_out = max(1, count // 10, min(100, count // 5))
     return examples.part(order[held_out:]), examples.part(order[:held_out])

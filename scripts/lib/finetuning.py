@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import math
 import os
 import shutil
 import time
@@ -18,19 +19,31 @@ from transformers import (
     set_seed,
 )
 
-from .cards import in_markdown, write_card
+from .cards import in_markdown, task_of, write_card
 from .cli import command, say_end
-from .common import REPOSITORY, count_tokens, load_model, load_words, say_float32, write_json
-from .examples import REGRESSION, SINGLE, Task, inputs
+from .common import (
+    REPOSITORY,
+    config_fields,
+    count_tokens,
+    is_family,
+    load_model,
+    load_words,
+    say_float32,
+    write_json,
+)
+from .examples import REGRESSION, SINGLE, Task
 from .pictures import draw_confusion, draw_losses
 from .prediction import predict, tokenize
 from .records import is_file_name
 from .runs import STAGE, Run, is_finite, open_run
 from .scores import DECIDING, class_scores, decide, fit_baseline, interval, score, write_errors, write_predictions
+from .sources import inputs
 from .training import LOG_SECONDS, CarefulTrainer, Divergence, tell_time
 
 # Below this many weights a model needs larger steps and one more epoch.
 SMALL_MODEL = 50_000_000
+# Steps that few texts get in smaller batches and more epochs, down to so many texts a batch and up to so many epochs.
+STEPS, SMALLEST_BATCH, MOST_EPOCHS = 200, 8, 20
 # What the Hub calls our metrics, where the names differ.
 METRIC_TYPES = {
     "macro_f1": "f1",
@@ -43,13 +56,42 @@ METRIC_TYPES = {
 SHOWN_CLASSES = 20
 
 
-def default_rates(weights: int) -> tuple[float, float]:
-    """The learning rate and the number of epochs for a model of this many weights.
+def default_batch_size(texts: int) -> int:
+    """Texts in a batch for a training set of this many: 32, or as many as make `STEPS` steps of four epochs.
 
-    Source: ours for small models, measured with the checkpoint of this repository; for others what
+    Source: ours, see docs/checkpoint.md.
+    """
+    return min(32, max(SMALLEST_BATCH, 4 * texts // STEPS))
+
+
+def default_rates(weights: int, steps: int) -> tuple[float, float]:
+    """The learning rate and the number of epochs.
+
+    Args:
+        weights: of the model.
+        steps: in an epoch.
+
+    Source: ours for small models and few texts, see docs/checkpoint.md; for others what
         https://arxiv.org/abs/1810.04805, appendix A.3, recommends.
     """
-    return (3e-4, 4.0) if weights < SMALL_MODEL else (5e-5, 3.0)
+    rate, epochs = (3e-4, 4) if weights < SMALL_MODEL else (5e-5, 3)
+    return rate, float(max(epochs, min(MOST_EPOCHS, math.ceil(STEPS / steps))))
+
+
+def pooling(options: argparse.Namespace, model_name: str) -> dict[str, str]:
+    """What the head of a MosaicBERT reads, as a field of its config.
+
+    A masked language model has no trained pooler, so that the mean over tokens learns sooner than a new one.
+
+    Raises:
+        ValueError: it was asked for, and the model is no MosaicBERT.
+    """
+    fields, wanted = config_fields(model_name), options.classifier_pooling
+    if is_family(fields):
+        wanted = wanted or ("mean" if task_of(fields) == "fill-mask" else None)
+    elif wanted:
+        raise ValueError(f"classifier_pooling: {model_name!r} is no MosaicBERT, and has a pooling of its own")
+    return {"classifier_pooling": wanted} if wanted else {}
 
 
 def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Task) -> dict:
@@ -78,17 +120,27 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Ta
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)
+    arguments.per_device_train_batch_size = options.per_device_train_batch_size or default_batch_size(
+        len(task.truth["train"])
+    )
+    changes = pooling(options, model_name)
     with open_run(Path(arguments.output_dir), options.overwrite, **inputs(options)) as run:
         arguments.output_dir = str(run.work)
-        return _finetune(options, arguments, task, run, model_name, tokenizer)
+        return _finetune(options, arguments, task, run, model_name, tokenizer, changes)
 
 
 def _finetune(
-    options: argparse.Namespace, arguments: TrainingArguments, task: Task, run: Run, model_name: str, tokenizer
+    options: argparse.Namespace,
+    arguments: TrainingArguments,
+    task: Task,
+    run: Run,
+    model_name: str,
+    tokenizer,
+    changes: dict,
 ) -> dict:
     """Do what `finetune` does, in the folder of a run."""
     sets, max_length = tokenize(
-        task.parts, tokenizer, options.max_length, options.per_device_train_batch_size, options.tokens_per_batch
+        task.parts, tokenizer, options.max_length, arguments.per_device_train_batch_size, options.tokens_per_batch
     )
     for name, labels in task.truth.items():
         sets[name] = [{**row, "labels": label} for row, label in zip(sets[name], labels.tolist())]
@@ -107,7 +159,7 @@ def _finetune(
     stage, best, histories, began = run.work / STAGE, None, {}, time.perf_counter()
     for seed in options.seeds:
         try:
-            trainer = train_seed(seed, model_name, tokenizer, sets, task, options, arguments)
+            trainer = train_seed(seed, model_name, tokenizer, sets, task, options, arguments, changes)
         except Divergence as error:
             print(f"seed {seed}: {error}", flush=True)
             results["diverged"][str(seed)] = error.step
@@ -156,7 +208,7 @@ def _finetune(
     write_model_card(stage, run.folder.name, model_name, results, options)
     say_float32(stage)
     run.publish(stage, options.keep_checkpoints)
-    say_results(results, run.folder)
+    say_results(results, run.folder, options.text_fields)
     return results
 
 
@@ -168,6 +220,7 @@ def train_seed(
     task: Task,
     options: argparse.Namespace,
     arguments: TrainingArguments,
+    changes: dict,
 ) -> CarefulTrainer:
     """Train one model; the trainer that comes back holds the one of the best epoch.
 
@@ -177,6 +230,7 @@ def train_seed(
         tokenizer: of the model.
         sets: tokenized examples with their labels, by part.
         task, options, arguments: as `finetune` takes them.
+        changes: fields of the model's config to set.
 
     Raises:
         ValueError: the model's weights hold NaN or infinity.
@@ -191,22 +245,27 @@ def train_seed(
         problem_type=task.problem,
         num_labels=max(1, len(task.names)),
         **(classes if task.names else {}),
+        **changes,
     ).float()
     count_tokens(tokenizer, model.config.vocab_size)
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {model_name!r} hold NaN or infinity")
     weights = sum(parameter.numel() for parameter in model.parameters())
-    learning_rate, epochs = default_rates(weights)
     own = copy.copy(arguments)
+    own.gradient_accumulation_steps = max(1, arguments.gradient_accumulation_steps)
+    texts_a_step = own.train_batch_size * own.gradient_accumulation_steps
+    steps = math.ceil(len(sets["train"]) / texts_a_step)
+    learning_rate, epochs = default_rates(weights, steps)
     own.learning_rate = options.learning_rate or learning_rate
     own.num_train_epochs = options.num_train_epochs or epochs
-    own.gradient_accumulation_steps = max(1, arguments.gradient_accumulation_steps)
     own.seed, own.output_dir = seed, os.path.join(arguments.output_dir, f"seed-{seed}")
     own.eval_strategy = own.save_strategy = "epoch"
     own.load_best_model_at_end = True
     own.metric_for_best_model, own.greater_is_better = DECIDING[task.problem], True
-    rates = f"learning rate {own.learning_rate:g}, at most {own.num_train_epochs:g} epochs"
-    print(f"seed {seed}: {weights:,} weights, {rates}", flush=True)
+    patience = options.patience or max(2, math.ceil(own.num_train_epochs / 3))
+    chosen = f"learning rate {own.learning_rate:g}, at most {own.num_train_epochs:g} epochs of {steps:,} steps"
+    head = f", {changes['classifier_pooling']} pooling" if changes else ""
+    print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts, patience {patience}{head}", flush=True)
     trainer = CarefulTrainer(
         seconds_between_logs=LOG_SECONDS if options.logging_steps is None else None,
         model=model,
@@ -216,7 +275,7 @@ def train_seed(
         eval_dataset=sets["validation"],
         processing_class=tokenizer,
         compute_metrics=lambda p: score(task.problem, decide(task.problem, p.predictions), p.label_ids),
-        callbacks=[EarlyStoppingCallback(options.patience)],
+        callbacks=[EarlyStoppingCallback(patience)],
     )
     trainer.train()
     trainer.check_weights()
@@ -232,7 +291,7 @@ def tell(problem: str, scores: dict[str, float], ends: Optional[list[float]] = N
     return ", ".join(parts)
 
 
-def say_results(results: dict, folder: Path) -> None:
+def say_results(results: dict, folder: Path, text_fields: list[str]) -> None:
     """Print the scores of a finished run, what it left where, and what to do next."""
     judged, problem = results["judged"], results["problem"]
     count = results["examples"][judged["data"]]
@@ -248,9 +307,10 @@ def say_results(results: dict, folder: Path) -> None:
     errors = "all texts by their error" if problem == REGRESSION else f"{judged['errors']:,} wrong answers"
     files = ["the model", "README.md (its card)", "metrics.json", "loss.png", f"errors.csv ({errors})"]
     files += [name for name in ("confusion.png", "predictions.csv") if (folder / name).is_file()]
+    fields = [] if text_fields == ["text"] else ["--text_fields", *text_fields]
     say_end(
         f"saved in {folder}: {', '.join(files)}",
-        command("predict.py", folder, "new.csv", "predictions.csv"),
+        command("predict.py", folder, "new.csv", "predictions.csv", *fields),
         command("push_to_hub.py", folder, f"YOUR-NAME/{folder.resolve().name}", "--dry_run"),
     )
 

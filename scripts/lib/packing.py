@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .cli import one_line
 from .common import check_special, read_json, vocabulary_size
-from .records import TEXT_FILES, find_files, is_file_name, load_dataset, pieces, read_texts
+from .records import TEXT_FILES, find_files, load_dataset, pieces, read_texts
+from .sources import SHORTEST, holds_documents, is_text_file
 
 IGNORED = -100  # label of a token that is not predicted
-SHORTEST = 8  # tokens without [CLS] and [SEP]: a shorter rest of a document is dropped
 SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
 BATCH_CHARACTERS = 4_000_000  # text handed to the tokenizer at once, enough to occupy all cores
 MOST_COPIES = 1000  # of a tokenized text: as often as its source is named
@@ -76,11 +76,6 @@ class Documents:
 
     def __reduce__(self):  # a worker process opens the files itself
         return Documents, (self.folder,)
-
-    @staticmethod
-    def is_in(folder: str) -> bool:
-        """Whether a folder holds tokenized documents."""
-        return os.path.isfile(os.path.join(folder, "documents.json"))
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -130,7 +125,7 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
         try:
             os.rename(stage, folder)
         except OSError:
-            if not Documents.is_in(folder):  # another process was faster
+            if not holds_documents(folder):  # another process was faster
                 raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -206,37 +201,13 @@ def open_sources(sources: Sequence[str], text_field: str, argument: str = "data"
     opened = {}
     found = []
     for source in sources:
-        is_file = _is_text_file(source, argument)
+        is_file = is_text_file(source, argument)
         names = find_files([source], TEXT_FILES, argument) if is_file else [source]
         for name in names:
             if name not in opened:
                 opened[name] = _open_source(name, text_field)
             found.append(opened[name])
     return found
-
-
-def check_sources(sources: Sequence[str], argument: str) -> None:
-    """Raise ValueError early if a source is a file or folder that `load_documents` cannot read.
-
-    Args:
-        sources: as `load_documents` takes them.
-        argument: their name on the command line.
-    """
-    for source in sources:
-        if not Documents.is_in(source) and _is_text_file(source, argument):
-            find_files([source], TEXT_FILES, argument)
-
-
-def _is_text_file(source: str, argument: str = "data") -> bool:
-    if not source:
-        raise ValueError(f"{argument}: expected names of files, folders or `datasets` ids, got ''")
-    if os.path.isfile(os.path.join(source, "index.json")):
-        return False
-    if os.path.isdir(source):
-        raise ValueError(
-            f"{argument}: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'"
-        )
-    return is_file_name(source)
 
 
 def _open_source(name: str, text_field: str) -> _Source:
@@ -292,14 +263,14 @@ def load_documents(
         ValueError: see `open_sources`, `tokenize` and `Documents`.
     """
     check_special(tokenizer, "cls_token", "sep_token", "mask_token")
-    documents = [Documents(source, tokenizer) for source in sources if Documents.is_in(source)]
-    parts = open_sources([source for source in sources if not Documents.is_in(source)], text_field)
+    documents = [Documents(source, tokenizer) for source in sources if holds_documents(source)]
+    parts = open_sources([source for source in sources if not holds_documents(source)], text_field)
     if parts:
         vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         state = json.dumps([[part.identity for part in parts], vocabulary])
         name = hashlib.sha256(state.encode()).hexdigest()[:32]
         folder = Path(cache_dir or Path(HF_HOME, "mosaicbert")) / name
-        if not Documents.is_in(folder):
+        if not holds_documents(folder):
             tokenize(parts, tokenizer, folder)
         documents.append(Documents(folder, tokenizer))
     return documents
@@ -441,7 +412,7 @@ def stream_sequences(
         ValueError: see `open_sources`, or the tokenizer lacks a token that is needed.
     """
     check_special(tokenizer, "cls_token", "sep_token", "mask_token")
-    for source in filter(Documents.is_in, sources):
+    for source in filter(holds_documents, sources):
         raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
     import datasets
 
@@ -450,7 +421,7 @@ def stream_sequences(
     stream = functools.partial(datasets.IterableDataset.from_generator, features=features)
     parts = []
     for source in sources:
-        if _is_text_file(source):
+        if is_text_file(source):
             settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
             parts.append(stream(_examples_of_files, gen_kwargs=settings))
         elif os.path.isdir(source):

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -30,11 +31,8 @@ from .common import (
 )
 from .packing import (
     IGNORED,
-    SHORTEST,
-    Documents,
     PackedRows,
     StreamedRows,
-    check_sources,
     flatten_rows,
     load_sequences,
     open_sources,
@@ -43,9 +41,11 @@ from .packing import (
 )
 from .pictures import draw_losses
 from .recipe import LinearSchedule, count_flops, measure_matmul_flops
+from .records import is_file_name
 from .references import without_references
 from .runs import STAGE, Run, is_finite, open_run
-from .staging import Input, check_target, staged_file, staged_folder
+from .sources import inputs
+from .staging import staged_file, staged_folder
 from .training import LOG_SECONDS, CarefulTrainer
 
 
@@ -166,24 +166,6 @@ def make_agreement():
     return agree
 
 
-def parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value is JSON, or else a string.
-
-    Raises:
-        ValueError: a pair has no name or no equals sign.
-    """
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise ValueError(f"config_fields must be NAME=VALUE, got {pair!r}")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
-
-
 def build_model(options: argparse.Namespace, vocabulary: int):
     """Make or load the model to train, in float32.
 
@@ -196,12 +178,9 @@ def build_model(options: argparse.Namespace, vocabulary: int):
         A `BertForMaskedLM` of this repository's code, whatever code its source brings.
 
     Raises:
-        ValueError: both `model` and `config` are given, a field is malformed or its value is refused, the vocabulary
-            does not fit, or the weights hold NaN or infinity.
+        ValueError: a field is unknown or its value is refused, the vocabulary does not fit, or the weights hold NaN or
+            infinity.
     """
-    fields = parse_fields(options.config_fields)
-    if options.model is not None and options.config is not None:
-        raise ValueError("config must not be given with model, which brings its own")
     argument = "config" if options.model is None else "model"
     source = options.config if options.model is None else options.model
     if source is None:
@@ -212,6 +191,7 @@ def build_model(options: argparse.Namespace, vocabulary: int):
         config = own_config(source, argument)
     if options.model is None:
         config.vocab_size = math.ceil(vocabulary / 64) * 64
+    fields = dict(options.config_fields)
     for name in fields:
         if not hasattr(config, name):
             raise ValueError(f"config_fields: the config has no field {name!r}")
@@ -240,25 +220,20 @@ def load_tokenizer(options: argparse.Namespace):
     return load_words(str(REPOSITORY) if options.model is None else options.model)
 
 
-def inputs(options: argparse.Namespace) -> dict[str, Input]:
-    """What a run reads, as `check_apart` takes it."""
-    named = {name: getattr(options, name) for name in ("train_data", "validation_data", "config", "tokenizer")}
-    return {**named, "model": options.model or REPOSITORY}
-
-
 def tokenize_only(options: argparse.Namespace) -> None:
     """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`.
 
     Raises:
-        ValueError: the folder is there already and `overwrite` is not set, or see `open_sources` and `tokenize`.
+        ValueError: see `open_sources`, `staged_folder` and `tokenize`.
     """
-    folder = check_target(Path(options.output_dir), "output_dir", **inputs(options))
-    if folder.exists() and any(folder.iterdir()) and not (options.overwrite and Documents.is_in(folder)):
-        raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
     parts = open_sources(options.train_data, options.text_field, "train_data")
     tokenizer = load_tokenizer(options)
-    with staged_folder(folder, options.overwrite, "output_dir", **inputs(options)) as new:
+    with staged_folder(Path(options.output_dir), options.overwrite, "output_dir", **inputs(options)) as new:
         tokenize(parts, tokenizer, new)
+    named = ((f"--{name}", getattr(options, name)) for name in ("model", "config", "tokenizer"))
+    words = [word for option, value in named if value is not None for word in (option, value)]
+    words += ["--train_data", options.output_dir, "--output_dir", f"{options.output_dir}-trained"]
+    say_end(f"saved in {options.output_dir}: the tokenized text", command("pretrain_mlm.py", *words))
 
 
 def train(options: argparse.Namespace, arguments: TrainingArguments) -> PretrainingTrainer:
@@ -277,21 +252,13 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     """
     if arguments.n_gpu > 1:
         raise ValueError(f"one process drives one GPU, got {arguments.n_gpu}: start with torchrun --nproc-per-node")
-    shares = options.length_shares or [1.0] * len(options.max_length)
-    if len(shares) != len(options.max_length):
-        raise ValueError(f"length_shares must be one positive number for each max_length, got {shares}")
-    if min(options.max_length) < SHORTEST + 2:
-        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
-    if options.streaming and arguments.num_train_epochs:
-        raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
     if options.max_seconds and arguments.lr_scheduler_type != "linear":
         raise ValueError(f"max_seconds needs lr_scheduler_type linear, got {arguments.lr_scheduler_type}")
     backends = torch.compiler.list_backends(exclude_tags=())
     if options.compile_backend and options.compile_backend not in backends:
         raise ValueError(f"torch_compile must be one of {', '.join(backends)}, got {options.compile_backend!r}")
+    shares = options.length_shares or [1.0] * len(options.max_length)
     shares = [share / sum(shares) for share in shares]
-    for argument in ("train_data", "validation_data"):
-        check_sources(getattr(options, argument), argument)
     with contextlib.ExitStack() as stack:
         run = None
         if arguments.process_index == 0:  # which holds the lock for all
@@ -404,10 +371,17 @@ def save(trainer: PretrainingTrainer, run: Run, options: argparse.Namespace) -> 
         say_end(
             f"saved in {run.folder}: the model, README.md (its card), log_history.json"
             + (", loss.png" if has_picture else "; without loss.png, as matplotlib is missing"),
-            command("fill_mask.py", "One word is a [MASK].", "--model", run.folder),
-            command("evaluate_mlm.py", "--model", options.model or ".", run.folder, "--data", "FILE"),
+            command("fill_mask.py", f"One word is a {trainer.processing_class.mask_token}.", "--model", run.folder),
+            command("evaluate_mlm.py", *evaluation_words(options, run.folder)),
             command("push_to_hub.py", run.folder, f"YOUR-NAME/{run.folder.name}", "--dry_run"),
         )
+
+
+def evaluation_words(options: argparse.Namespace, folder: Path) -> list:
+    """Arguments for evaluate_mlm.py that compare a trained model with the one that it started from."""
+    files = [name for name in options.validation_data if is_file_name(name) and not os.path.isdir(name)]
+    words = ["--model", *filter(None, [options.model]), folder, "--data", *(files or ["FILE"])]
+    return words if options.text_field == "text" else [*words, "--text_field", options.text_field]
 
 
 def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:

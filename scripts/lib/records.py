@@ -52,6 +52,24 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     return found
 
 
+def check_texts(sources: Sequence[str], text_field: str = "text", argument: str = "data") -> list[str]:
+    """Find files of documents, and read the first document of the first, so that a wrong name is told early.
+
+    Args:
+        sources, text_field: as `read_texts` takes them.
+        argument: what the user calls the sources.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: see `read_texts`.
+    """
+    files = find_files(sources, TEXT_FILES, argument)
+    next(read_texts(files[:1], text_field), None)
+    return files
+
+
 def load_dataset(source: str, split: str, argument: str = "data", **options):
     """Load a part of a `datasets` dataset.
 

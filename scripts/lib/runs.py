@@ -110,9 +110,7 @@ def open_run(
         ValueError: the folder is a file, cannot be written, or holds an input, another run, or results and neither is
             given; both are given, the run is over already, or the checkpoint is not whole.
     """
-    if overwrite and resume:
-        raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
-    folder = check_target(folder, "output_dir", **inputs)
+    folder = _check_folder(folder, overwrite, resume, inputs)
     beside = stage_of(folder) / RUN
     with contextlib.ExitStack() as stack:
         if stage_of(folder).exists():  # what a killed run had moved away is put back first
@@ -155,11 +153,25 @@ def open_run(
         yield Run(folder, work, checkpoint)
 
 
-def check_output(folder: Path, overwrite: bool, **inputs: Input) -> None:
-    """Refuse early what `open_run` would refuse for a run that cannot be resumed, without a change to any folder."""
-    folder = check_target(folder, "output_dir", **inputs)
-    if not overwrite:
-        _refuse_results(folder, resumable=False)
+def check_output(
+    folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False, **inputs: Input
+) -> None:
+    """Refuse early what `open_run` would refuse, as far as it is seen without a lock or a change to any folder.
+
+    Args:
+        folder, overwrite, resume, resumable, **inputs: as `open_run` takes them.
+    """
+    folder = _check_folder(folder, overwrite, resume, inputs)
+    if not overwrite and not resume:
+        _refuse_results(folder, resumable)
+    if resume not in (None, "last") and not os.path.isdir(resume):
+        raise ValueError(f"resume_from_checkpoint: {resume}: there is no such folder")
+
+
+def _check_folder(folder: Path, overwrite: bool, resume: Optional[str], inputs: dict[str, Input]) -> Path:
+    if overwrite and resume:
+        raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
+    return check_target(folder, "output_dir", **inputs)
 
 
 def _refuse_results(folder: Path, resumable: bool) -> None:

@@ -43,7 +43,8 @@ def score(problem: str, predicted: np.ndarray, truth: np.ndarray) -> dict[str, f
     }
     if problem == MULTI:
         return {**result, "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0))}
-    return {**result, "matthews": float(matthews_corrcoef(truth, predicted))}
+    varies = len({*truth.tolist(), *predicted.tolist()}) > 1  # else scikit-learn warns, and says 0
+    return {**result, "matthews": float(matthews_corrcoef(truth, predicted)) if varies else 0.0}
 
 
 def _rank_correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -92,7 +93,7 @@ def class_scores(predicted: np.ndarray, truth: np.ndarray, names: list[str]) -> 
     from sklearn.metrics import precision_recall_fscore_support
 
     columns = precision_recall_fscore_support(truth, predicted, labels=range(len(names)), zero_division=0)
-    rows = zip(*(column.tolist() for column in columns))
+    rows = zip(*(column.tolist() for column in columns[:3]), columns[3].astype(int).tolist())
     return {name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, row in zip(names, rows)}
 
 

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
 from .cli import one_line
 from .common import unpickling_problem
@@ -46,6 +47,7 @@ class CarefulTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        logging.disable_progress_bar()  # one for the files of each checkpoint
         if not self.args.disable_tqdm:
             self.add_callback(Bars(self, max_seconds))
         self.add_callback(LogLines(seconds_between_logs, max_seconds))
@@ -185,7 +187,7 @@ class Bars(ProgressCallback):
             self.training_bar.total = self.max_seconds
             self.training_bar.bar_format = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         else:
-            self.training_bar.unit = " steps"
+            self.training_bar.unit = "step"
             self.training_bar.initial = self.training_bar.n = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -196,7 +198,10 @@ class Bars(ProgressCallback):
             self.refreshed = now
             speed = int(self.trainer.tokens_trained) * args.world_size / (now - self.began)
             self.training_bar.set_postfix_str(f"{shorten(speed)} tok/s", refresh=False)
-        done = now - self.began - self.training_bar.n if self.max_seconds else state.global_step - self.current_step
+        if self.max_seconds:  # a bar beyond its end loses its length
+            done = min(now - self.began, self.max_seconds) - self.training_bar.n
+        else:
+            done = state.global_step - self.current_step
         self.training_bar.update(done)
         self.current_step = state.global_step
 
@@ -237,7 +242,8 @@ class LogLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.logged = time.perf_counter()
-        line = format_log(state.global_step, state.max_steps, logs or {})
+        # A run limited by time does not know its number of steps.
+        line = format_log(state.global_step, None if self.max_seconds else state.max_steps, logs or {})
         if line is not None:
             _write_line(state, line)
 
@@ -257,14 +263,14 @@ def tell_time(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def format_log(step: int, max_steps: int, logs: dict[str, float]) -> Optional[str]:
+def format_log(step: int, max_steps: Optional[int], logs: dict[str, float]) -> Optional[str]:
     """One entry of the log as a line, such as `step 120/3000  loss 3.41  lr 4.9e-04  142k tok/s`.
 
     Returns:
         The line; None unless it is a training loss or an evaluation.
     """
-    # A run limited by time does not know its number of steps.
-    parts = [f"step {step}  {logs['progress']:.0%}" if "progress" in logs else f"step {step}/{max_steps}"]
+    parts = [f"step {step}" if max_steps is None else f"step {step}/{max_steps}"]
+    parts += [f"{logs['progress']:.0%}"] if "progress" in logs else []
     if "loss" in logs:
         parts.append(f"loss {logs['loss']:.3f}")
         if "learning_rate" in logs:

@@ -2,6 +2,7 @@
 
 import argparse
 import configparser
+import dataclasses
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lib import cli
 from processes import run_python
 from safetensors import SafetensorError
+from transformers import HfArgumentParser, TrainingArguments
 
 
 def parser():
@@ -172,6 +174,20 @@ finally:
 """
     shown = run_python(program, cwd=ROOT / "scripts")
     assert "--traceback" in shown and shown.endswith("heavy: []\n")
+
+
+def test_the_options_of_the_trainer_are_those_of_its_dataclass():
+    fields = {f"--{field.name}" for field in dataclasses.fields(TrainingArguments) if field.init}
+    found = set(cli.trainer_flags())
+    assert fields == {flag for flag in found if not flag.startswith("--no_")}
+    taken = HfArgumentParser(TrainingArguments)._option_string_actions
+    assert {flag for flag in taken if flag.startswith("--") and "-" not in flag[2:]} - {"--help"} <= found
+
+
+def test_options_need_transformers(monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="transformers"):
+        cli.trainer_flags.__wrapped__()
 
 
 @pytest.mark.parametrize("kind", [cli.positive_integer, cli.whole_number, cli.seed])

@@ -93,11 +93,11 @@ def test_too_short_documents_are_named():
         (["--model", "."], "model: the folder '.' holds no config.json"),
         (["--device", "quantum"], "device: 'quantum' cannot be used, Expected one of cpu"),
         (["--max_length", "9"], "max_length must be at least 10, got 9"),
-        ([], "data: no file matches 'missing.jsonl'"),
+        (["--data", "missing.jsonl"], "data: no file matches 'missing.jsonl'"),
     ],
 )
 def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    options = evaluate_mlm.make_parser().parse_args(["--data", "missing.jsonl", *flags])
-    with pytest.raises((ValueError, OSError), match=message):
-        evaluation.evaluate(options)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(*evaluate_mlm.parse(["--data", "short.txt", *flags]))

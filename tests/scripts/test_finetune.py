@@ -11,7 +11,7 @@ import push_to_hub
 import pytest
 import yaml
 from corpora import WORDS, make_tokenizer
-from folders import set_fields
+from folders import set_fields, stock_bert
 from lib import examples, finetuning, runs, scores, training
 from models import tiny_model
 from repositories import write_repository
@@ -263,19 +263,44 @@ def test_labels_that_may_mean_something_else_get_a_hint(labels, problem, wanted,
     assert (hint in found[0]) if hint else (found == [])
 
 
-def test_one_tenth_is_held_out_where_no_validation_data_is_given():
-    train, held_out = examples.split_examples(labelled(list(range(50))))
-    assert len(held_out.labels) == 5 and sorted(train.labels + held_out.labels) == list(range(50))
+@pytest.mark.parametrize(("count", "expected"), [(2, 1), (9, 1), (50, 10), (120, 24), (700, 100), (5000, 500)])
+def test_some_texts_are_held_out_where_no_validation_data_is_given(count, expected):
+    train, held_out = examples.split_examples(labelled(list(range(count))))
+    assert len(held_out.labels) == expected and sorted(train.labels + held_out.labels) == list(range(count))
     assert all(text == (str(label),) for text, label in zip(train.texts, train.labels))
 
 
 def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, train, tmp_path, capsys):
-    assert finetuning.default_rates(21_000_000) == (3e-4, 4.0) and finetuning.default_rates(137_000_000) == (5e-5, 3.0)
+    for texts, batch in ((10, 8), (400, 8), (800, 16), (1600, 32), (10**6, 32)):
+        assert finetuning.default_batch_size(texts) == batch
+    assert finetuning.default_rates(21_000_000, 60) == (3e-4, 4.0)
+    assert finetuning.default_rates(137_000_000, 5000) == (5e-5, 3.0)
+    assert finetuning.default_rates(137_000_000, 14) == (5e-5, 15.0)
+    assert finetuning.default_rates(21_000_000, 1) == (3e-4, 20.0)
     flags = ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
     finetuning.finetune(*finetune_classification.parse(flags))
     shown = capsys.readouterr().out
-    assert "single_label_classification with 2 classes (left, right); 15 train and 1 validation examples" in shown
-    assert "weights, learning rate 0.0003, at most 4 epochs" in shown
+    assert "single_label_classification with 2 classes (left, right); 13 train and 3 validation examples" in shown
+    line = "weights, learning rate 0.0003, at most 20 epochs of 2 steps of 8 texts, patience 7, mean pooling\n"
+    assert line in shown
+
+
+def test_the_head_of_a_masked_language_model_reads_the_mean_unless_it_is_told_otherwise(start, train, tmp_path):
+    for name, model, flags, pooling in (
+        ("mean", start, {}, "mean"),
+        ("cls", start, {"classifier_pooling": "cls"}, "cls"),
+        ("again", tmp_path / "cls/out", {}, "cls"),  # which has a trained pooler
+    ):
+        run(model, tmp_path / name, train_data=train, num_train_epochs=1, **flags)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "out", trust_remote_code=True)
+        assert model.config.classifier_pooling == pooling and (model.bert.pooler is None) == (pooling == "mean")
+
+
+def test_a_stock_bert_keeps_its_pooling(start, train, tmp_path):
+    stock_bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match="classifier_pooling: '.*bert' is no MosaicBERT, and has a pooling of its own"):
+        run(tmp_path / "bert", tmp_path, train_data=train, classifier_pooling="mean")
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_of_another_run_are_kept_until_new_ones_replace_them(start, train, tmp_path, monkeypatch):
@@ -342,6 +367,11 @@ def test_several_processes_are_refused(start, train, tmp_path, monkeypatch):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="model: the folder '.*' holds no config.json"):
         run(tmp_path, tmp_path, train_data=tmp_path / "unread.csv")
+
+
+def test_one_class_alone_has_no_correlation(recwarn):
+    found = scores.score(examples.SINGLE, np.ones(3, dtype=int), np.ones(3, dtype=int))
+    assert found == {"accuracy": 1.0, "macro_f1": 1.0, "matthews": 0.0} and not recwarn.list
 
 
 def test_constant_predictions_of_a_regression_have_no_correlation():

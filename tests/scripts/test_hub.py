@@ -224,7 +224,7 @@ def test_a_push_without_login_or_network_ends_in_one_line(tmp_path):
     total = sum((tmp_path / "model" / name).stat().st_size for name in files)
     assert re.search(rf"^total +{total:,} bytes  {len(files)} files$", last, re.M)
     assert f"{hub.url} cannot be reached, so it is unknown what a push would delete there: " in last
-    assert last.endswith("nothing was pushed\n")
+    assert "nothing was pushed; next:\n  python " in last and last.endswith(f" {tmp_path}/model tester/other\n")
 
 
 OLD = {"pytorch_model.bin", "adapter_config.json", "preprocessor_config.json"}
@@ -356,7 +356,9 @@ def test_a_dry_run_lists_files_and_changes_nothing(tmp_path):
     assert hub.repositories["tester/new"].private and len(hub.repositories["tester/new"].commits) == 2
     size = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"^add +{size:,} bytes  model.safetensors$", first, re.M)
-    assert first.endswith("nothing was pushed\n") and "pin it with" in pushed and last.endswith("nothing was pushed\n")
+    script = os.path.relpath(push_to_hub.__file__, tmp_path / "nobody")
+    last_words = f"nothing was pushed; next:\n  python {script} {folder} tester/new\n"
+    assert first.endswith(last_words) and "pin it with" in pushed and last.endswith(last_words)
     assert re.search(r"^delete +special_tokens_map.json$", last, re.M)
 
 

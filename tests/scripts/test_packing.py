@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from corpora import WORDS
-from lib import packing
+from lib import packing, sources
 from models import tiny_model
 from numerics import SAME, assert_same
 from transformers import BertTokenizerFast, DataCollatorWithFlattening
@@ -39,12 +39,12 @@ def test_documents_are_cut_without_losing_or_mixing_anything(tokenizer, tmp_path
 def test_cuts_tile_every_document(tokenizer):
     sizes = np.random.default_rng(1).integers(0, 5000, 300)
     owners, begins, taken = packing.cut_documents(sizes, [16, 64, 128], [0.2, 0.3, 0.5], seed=0)
-    assert (taken >= packing.SHORTEST).all() and (taken <= 126).all()
+    assert (taken >= sources.SHORTEST).all() and (taken <= 126).all()
     for document, size in enumerate(sizes):
         own = owners == document
         ends = (begins + taken)[own]
         assert (begins[own] == np.concatenate([[0], ends])[: own.sum()]).all()
-        assert size - (ends[-1] if len(ends) else 0) < packing.SHORTEST
+        assert size - (ends[-1] if len(ends) else 0) < sources.SHORTEST
 
 
 def test_lengths_are_mixed_by_their_share_of_tokens():
@@ -285,7 +285,7 @@ def test_a_text_of_any_length_has_the_tokens_that_it_has_at_once(tokenizer):
 
 def test_a_source_without_a_name_is_named():
     with pytest.raises(ValueError, match="^train_data: expected names of files, folders or `datasets` ids, got ''"):
-        packing.check_sources([""], "train_data")
+        sources.check_sources([""], "text", "train_data")
 
 
 def test_tokenizing_that_fails_leaves_nothing(tokenizer, tmp_path):

@@ -276,6 +276,10 @@ def test_arguments_that_cannot_work_together_are_named(corpus, tokenizer, tmp_pa
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (
+            {"config": "x", "config_fields": "hidden_size"},
+            "argument --config_fields: expected NAME=VALUE, got 'hidden_s",
+        ),
         ({"learning_rate": 0}, "argument --learning_rate: expected a positive number, got '0'"),
         ({"mask_probability": 30}, "argument --mask_probability: expected a number above 0 and up to 1, got '30'"),
         ({"mask_token_share": -0.1}, "argument --mask_token_share: expected a number from 0 to 1, got '-0.1'"),
@@ -319,7 +323,6 @@ def test_help_all_shows_the_options_of_the_trainer_too(capsys):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (["hidden_size"], "config_fields must be NAME=VALUE, got 'hidden_size'"),
         (["size=1"], "the config has no field 'size'"),
         (["vocab_size=40"], "vocab_size must be at least the tokenizer's 45 entries, got 40"),
         (["hidden_size=100"], "hidden_size"),
@@ -597,10 +600,10 @@ def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenize
             "step 120/3000  loss 3.414  lr 4.9e-04  142k tok/s  mfu 31%",
         ),
         ({"eval_128_loss": 3.25, "eval_128_runtime": 3.0, "epoch": 1.0}, "step 120/3000  eval_128_loss 3.25"),
-        ({"loss": 3.4142, "progress": 0.314}, "step 120  31%  loss 3.414"),
         ({"train_runtime": 3.0}, None),
     ],
 )
 def test_the_log_is_readable_as_lines(logs, line):
     assert training.format_log(120, 3000, logs) == line
+    assert training.format_log(120, None, {"loss": 3.4142, "progress": 0.314}) == "step 120  31%  loss 3.414"
     assert [training.shorten(number) for number in (0, 7, 999, 1500, 2_500_000)] == ["0", "7", "999", "1.5k", "2.5M"]

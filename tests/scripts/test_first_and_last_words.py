@@ -1,0 +1,185 @@
+"""The first words of a script that refuses come before torch; the last words of one that ends are true and run."""
+
+import csv
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_bert
+import convert_checkpoint
+import export
+import finetune_classification
+import pretrain_mlm
+import push_to_hub
+import pytest
+from conftest import ROOT
+from folders import stock_bert, write_complete_repository
+from lib import pretraining, sources
+
+TRAINED = "--max_length 16 --tokens_per_row 64 --max_steps 2 --global_batch_size 4 --use_cpu --peak_tflops 1e-3".split()
+
+
+@pytest.fixture
+def folder(tmp_path, text, monkeypatch):
+    """A folder to work in, with a model, a BERT, documents and two tables with labels, one of them with a fault."""
+    write_complete_repository(tmp_path / "model")
+    stock_bert(tmp_path / "bert")
+    os.rename(text, tmp_path / "documents.jsonl")
+    rows = [[f"the {animal} sat on the mat", animal] for animal in ("cat", "dog") * 12]
+    for name, table in (("topics.csv", [["body", "label"], *rows]), ("hole.csv", [["text", "label"], ["the", ""]])):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+REFUSALS = [
+    ("convert_bert", "bert new --data gone.txt", "data: no file matches 'gone.txt'"),
+    ("convert_bert", "broken new --data documents.jsonl", "broken: expected model.safetensors or pytorch_model.bin"),
+    ("convert_bert", "bert new --data topics.csv", "data: expected .jsonl, .json, .txt files, .* got 'topics.csv'"),
+    ("convert_bert", "bert model --data documents.jsonl", "target: .*model exists and is not an empty folder"),
+    ("convert_checkpoint", "./gone new", r"source: expected a folder or a Hub id \(owner/name\), got './gone'"),
+    ("convert_checkpoint", "broken new", "broken: expected model.safetensors or pytorch_model.bin"),
+    ("convert_checkpoint", "model new --license a|b", "--license: expected an identifier such as apache"),
+    ("convert_checkpoint", "model model", "target: .*model is model, which source reads; name a folder apart"),
+    ("evaluate_mlm", "--model model --data gone.txt", "data: no file matches 'gone.txt'"),
+    ("evaluate_mlm", "--model . --data documents.jsonl", "model: the folder '.' holds no config.json"),
+    ("evaluate_mlm", "--model model --data documents.jsonl --text_field body", "text_field must be one of .*'text'"),
+    ("export", "broken new --format gguf", "broken: expected model.safetensors or pytorch_model.bin"),
+    ("fill_mask", "no_mask", r"text must contain \[MASK\] once, got 'no_mask'"),
+    ("fill_mask", "[MASK] --model ./gone", "model: expected a folder or a Hub id .* got './gone'"),
+    ("finetune_classification", "--train_data topics.csv --output_dir new", "text_fields must be among .*'body'"),
+    ("finetune_classification", "--train_data hole.csv --output_dir new", "hole.csv, line 2: 'label' is empty"),
+    ("finetune_classification", "--train_data a.csv --output_dir new --epochs 3", "there is no option --epochs"),
+    ("predict", "model gone.csv new.csv", "data: no file matches 'gone.csv'"),
+    ("pretrain_mlm", "--train_data gone.txt --output_dir new", "train_data: no file matches 'gone.txt'"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --text_field x", "text_field must be one of"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir model", "output_dir: .*model holds model.safetensors"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --model .", "the folder '.' holds no config"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --learningrate 1", "did you mean --learning_rate"),
+    ("push_to_hub", "bert me/bert --dry_run", "folder: missing .*bert_layers.py"),
+    ("push_to_hub", "model me/model", "not logged in to the Hub; run `hf auth login` or set HF_TOKEN"),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "message"), REFUSALS, ids=lambda part: part if " " not in part else "")
+def test_a_refusal_waits_for_no_torch_and_leaves_nothing(script, line, message, folder):
+    before = sorted(folder.rglob("*"))
+    program = f"""
+import runpy, sys
+sys.argv = [{script + ".py"!r}, *{line.split()!r}]
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+try:
+    runpy.run_path({str(ROOT / "scripts" / script)!r} + ".py", run_name="__main__")
+finally:
+    print("heavy:", sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode in (1, 2) and result.stderr.count("\n") == 1, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stdout.endswith("heavy: []\n")
+    assert sorted(folder.rglob("*")) == before
+
+
+def last_words(capsys):
+    """What a script printed last: what it made, and the commands that it names."""
+    made, *commands = re.split(r"\n  (?=python )", capsys.readouterr().out.rstrip("\n").rpartition("saved in ")[2])
+    return made, commands
+
+
+def follow(commands, run_script, **words):
+    """Run commands that a script has printed, with some words replaced; returns the names of their scripts."""
+    names = []
+    for line in commands:
+        python, script, *rest = shlex.split(line)
+        assert python == "python" and Path(script).resolve() == ROOT / "scripts" / Path(script).name
+        run_script(importlib.import_module(Path(script).stem), *(words.get(word, word) for word in rest))
+        names.append(Path(script).stem)
+    return names
+
+
+def test_a_pretrained_model_is_filled_compared_and_pushed_next(folder, run_script, capsys):
+    data = ["--train_data", "documents.jsonl", "--validation_data", "documents.jsonl", "--output_dir", "runs/adapted"]
+    run_script(pretrain_mlm, "--model", "model", *data, *TRAINED)
+    made, commands = last_words(capsys)
+    assert made == f"{folder}/runs/adapted: the model, README.md (its card), log_history.json, loss.png; next:"
+    assert all((folder / "runs/adapted" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
+    assert follow(commands, run_script) == ["fill_mask", "evaluate_mlm", "push_to_hub"]
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^ *\d\.\d{3}  ", shown, re.MULTILINE)) == 5
+    assert {line.split(",")[0] for line in shown.splitlines() if ",128," in line} == {"model", "adapted"}
+    assert "nothing was pushed; next:" in shown
+
+
+def test_tokenized_text_is_trained_on_next(folder, run_script, capsys):
+    run_script(
+        pretrain_mlm, "--train_data", "documents.jsonl", "--tokenizer", "bert", "--tokenize_only", "--output_dir", "a b"
+    )
+    made, (line,) = last_words(capsys)
+    assert made == "a b: the tokenized text; next:"
+    options, _ = pretrain_mlm.parse(shlex.split(line)[2:])
+    assert (options.train_data, options.tokenizer, options.output_dir) == (["a b"], "bert", "a b-trained")
+
+
+def test_the_commands_after_pretraining_fit_what_was_trained(capsys, folder):
+    words = ["--train_data", "documents.jsonl", "--output_dir", "new", "--text_field", "text"]
+    options = pretrain_mlm.make_parser().parse_own(words)[0]
+    assert pretraining.evaluation_words(options, Path("new")) == ["--model", Path("new"), "--data", "FILE"]
+    options.validation_data, options.text_field, options.model = ["bert", "documents.jsonl"], "body", "model"
+    assert pretraining.evaluation_words(options, Path("new")) == [
+        *("--model", "model", Path("new"), "--data", "documents.jsonl", "--text_field", "body")
+    ]
+
+
+def test_a_classifier_predicts_and_is_pushed_next(folder, run_script, capsys):
+    flags = ["--text_fields", "body", "--num_train_epochs", 1, "--use_cpu", "--output_dir", "runs/topics"]
+    run_script(finetune_classification, "--model", "model", "--train_data", "topics.csv", *flags)
+    made, commands = last_words(capsys)
+    files = "the model, README.md (its card), metrics.json, loss.png, errors.csv (1 wrong answers), confusion.png"
+    assert re.sub(r"\(\d", "(1", made) == f"{folder}/runs/topics: {files}; next:"
+    assert all((folder / "runs/topics" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
+    assert follow(commands, run_script, **{"new.csv": "topics.csv"}) == ["predict", "push_to_hub"]
+    assert "saved in predictions.csv: 24 predictions (single_label_classification)\n" in capsys.readouterr().out
+
+
+def test_a_warm_start_is_trained_next(folder, run_script, capsys):
+    run_script(convert_bert, "bert", "start", "--data", "documents.jsonl", "--tokens", 800)
+    made, commands = last_words(capsys)
+    assert made == "start: a warm start with its card; next:"
+    assert follow(commands, run_script, **{"600": "2"}) == ["pretrain_mlm"]
+    assert (folder / "start-trained/model.safetensors").is_file()
+
+
+def test_a_converted_model_is_pushed_next(folder, run_script, capsys):
+    run_script(convert_checkpoint, "model", "new")
+    made, commands = last_words(capsys)
+    assert made == "new: the model with its code, tokenizer and card; next:"
+    assert follow(commands, run_script) == ["push_to_hub"]
+
+
+def test_an_export_says_where_its_use_is_shown(folder, run_script, capsys):
+    run_script(export, "model", "new", "--format", "gguf", "--types", "float32")
+    made, commands = last_words(capsys)
+    assert made.startswith("new: the files above and README.md (its card)") and commands == []
+    assert (folder / "new/README.md").is_file()
+
+
+def test_a_dry_run_ends_with_the_push(folder, run_script, capsys):
+    run_script(push_to_hub, "model", "me/model", "--dry_run", "--branch", "long texts")
+    line = capsys.readouterr().out.rpartition("nothing was pushed; next:\n  ")[2]
+    script = os.path.relpath(push_to_hub.__file__)
+    assert line == f"python {script} model me/model --branch 'long texts'\n"
+
+
+def test_what_a_training_reads_is_named_as_its_options_are(folder):
+    parser = finetune_classification.make_parser()
+    options = parser.parse_own(["--train_data", "topics.csv", "--output_dir", "new", "--predict", "hole.csv"])[0]
+    found = {name: value for name, value in sources.inputs(options).items() if value}
+    assert found == {"train_data": ["topics.csv"], "predict": "hole.csv", "model": ROOT}
