@@ -73,50 +73,19 @@ RAGGED = (208, 512, 48, 272, 112, 384, 80, 160)
 SHORT = shuffled(round(5 + n * 27 / 63) for n in range(64))
 LONG = (2048,)
 EIGHT = (128,) * 8
+MODERN = {"ModernBERT": None}
 
 CPU_CASES = (
-    Case(
-        "C1-2",
-        "model",
-        "encoder, 8 texts of 48 to 512 tokens",
-        RAGGED,
-        {"published": 3.3, "BERT": 3.2, "ModernBERT": None},
-    ),
-    Case("C3", "model", "encoder, one text of 2,048", LONG, {"published": 3.2, "BERT": 1.3, "ModernBERT": None}),
-    Case(
-        "C4-ragged",
-        "model",
-        "encoder, 8 texts of 48 to 512 tokens, bfloat16",
-        RAGGED,
-        {"published": 1.0, "BERT": 2.3},
-        dtype="bfloat16",
-    ),
-    Case(
-        "C4-long",
-        "model",
-        "encoder, one text of 2,048, bfloat16",
-        LONG,
-        {"published": 1.0, "BERT": 1.1},
-        dtype="bfloat16",
-    ),
-    Case(
-        "C4-full",
-        "model",
-        "encoder, 8 texts of 128 tokens, bfloat16",
-        EIGHT,
-        {"published": 1.0, "BERT": 0.85},
-        dtype="bfloat16",
-    ),
+    Case("C1-2", "model", "encoder, 8 texts of 48 to 512 tokens", RAGGED, {"published": 3.3, "BERT": 3.2, **MODERN}),
+    Case("C3", "model", "encoder, one text of 2,048", LONG, {"published": 3.2, "BERT": 1.3, **MODERN}),
     *(
-        Case(
-            f"C4-{length}",
-            "model",
-            f"encoder, one text of {length:,}, bfloat16",
-            (length,),
-            {"published": 1.0},
-            dtype="bfloat16",
+        Case(f"C4-{name}", "model", f"encoder, {what}, bfloat16", lengths, {"published": 1.0, **goal}, dtype="bfloat16")
+        for name, what, lengths, goal in (
+            ("ragged", "8 texts of 48 to 512 tokens", RAGGED, {"BERT": 2.3}),
+            ("long", "one text of 2,048", LONG, {"BERT": 1.1}),
+            ("full", "8 texts of 128 tokens", EIGHT, {"BERT": 0.85}),
+            *((f"{length}", f"one text of {length:,}", (length,), {}) for length in (16, 64, 256, 512, 1024, 4096)),
         )
-        for length in (16, 64, 256, 512, 1024, 4096)
     ),
     Case("C5-4096", "attention", "attention, 4,096 tokens", (4096,), {"one SDPA call": 2.0, "eager": None}),
     Case("C5-8192", "attention", "attention, 8,192 tokens", (8192,), {"one SDPA call": 3.2}),
@@ -125,19 +94,12 @@ CPU_CASES = (
     Case("C7-full", "model", "encoder, 8 texts of 128 tokens", EIGHT, {"BERT": 1.4, "published": None}),
     Case("C8", "train", "MLM step, 8 texts of 48 to 512 tokens", RAGGED, {"published": 2.0, "BERT": None}, mode="step"),
     Case("C9", "startup", "`python` to the answer of fill-mask, shipped checkpoint", (9,), {"BERT": 1 / 1.1}),
-    Case(
-        "law-512",
-        "model",
-        "encoder, 16 texts, lengths N(256, 64)",
-        normal_law(512, 16),
-        {"BERT": None, "published": None},
-    ),
-    Case(
-        "validation-512",
-        "model",
-        "encoder, 16 texts, lengths of validation documents cut at 512",
-        validation_law(512, 16),
-        {"BERT": None, "published": None},
+    *(
+        Case(f"{name}-512", "model", f"encoder, 16 texts, {what}", lengths, {"BERT": None, "published": None})
+        for name, what, lengths in (
+            ("law", "lengths N(256, 64)", normal_law(512, 16)),
+            ("validation", "lengths of validation documents cut at 512", validation_law(512, 16)),
+        )
     ),
     *(
         Case(
@@ -208,6 +170,7 @@ LENGTH_CASES = tuple(
     for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 )
 
+FLASH_4 = {"FlashAttention 4, no bias": None}
 GPU = {"dtype": "bfloat16", "device": "cuda"}
 PRETRAINING = {"mode": "step", "dtype": "float32", "device": "cuda"}
 GPU_CASES = (
@@ -217,62 +180,31 @@ GPU_CASES = (
             "attention",
             f"attention without skipping, {8192 // length} × {length:,} tokens",
             (length,) * (8192 // length),
-            {"SDPA flash, no bias": 1.1, "SDPA cuDNN, no bias": 0.85, "FlashAttention 4, no bias": None},
+            {"SDPA flash, no bias": 1.1, "SDPA cuDNN, no bias": 0.85, **FLASH_4},
             ours="ours, skipping off",
             **GPU,
         )
         for length in (1024, 2048, 8192)
     ),
-    Case("G3", "attention", "attention, 8 × 2,048 tokens", (2048,) * 8, {"SDPA, dense bias": 2.5}, **GPU),
-    Case("G4-forward", "attention", "attention, 32 texts, N(512, 128)", normal_law(1024, 32), {"Flex": 2.0}, **GPU),
-    Case(
-        "G4-backward",
-        "attention",
-        "attention backward, 32 texts, N(512, 128)",
-        normal_law(1024, 32),
-        {"Flex": 1.8},
-        mode="backward",
-        **GPU,
-    ),
-    Case(
-        "G5",
-        "attention",
-        "attention backward, 4 × 2,048 tokens",
-        (2048,) * 4,
-        {"SDPA flash, no bias": 1.25, "FlashAttention 4, no bias": None},
-        mode="backward",
-        **GPU,
-    ),
-    Case(
-        "G6-2048",
-        "attention",
-        "attention step, 4 × 2,048 tokens",
-        (2048,) * 4,
-        {"ours, skipping off": 1.6},
-        mode="step",
-        **GPU,
-    ),
-    Case(
-        "G6-8192", "attention", "attention step, 8,192 tokens", (8192,), {"ours, skipping off": 3.0}, mode="step", **GPU
+    *(
+        Case(name, "attention", f"attention{what}", lengths, against, mode=mode, **GPU)
+        for name, what, lengths, mode, against in (
+            ("G3", ", 8 × 2,048 tokens", (2048,) * 8, "forward", {"SDPA, dense bias": 2.5}),
+            ("G4-forward", ", 32 texts, N(512, 128)", normal_law(1024, 32), "forward", {"Flex": 2.0}),
+            ("G4-backward", " backward, 32 texts, N(512, 128)", normal_law(1024, 32), "backward", {"Flex": 1.8}),
+            ("G5", " backward, 4 × 2,048 tokens", (2048,) * 4, "backward", {"SDPA flash, no bias": 1.25, **FLASH_4}),
+            ("G6-2048", " step, 4 × 2,048 tokens", (2048,) * 4, "step", {"ours, skipping off": 1.6}),
+            ("G6-8192", " step, 8,192 tokens", (8192,), "step", {"ours, skipping off": 3.0}),
+        )
     ),
     Case("G7", "model", "encoder, 64 texts, lengths N(256, 64)", normal_law(512, 64), {"ours, full rows": 0.97}, **GPU),
     Case("G8", "model", "encoder, 64 × 512 tokens", (512,) * 64, {"its matrix products": 1 / 1.5}, **GPU),
-    Case(
-        "G9-10",
-        "model",
-        "encoder, 8 × (8 texts of 48 to 512 tokens)",
-        RAGGED * 8,
-        {"BERT": 1.6, "published": 5.0, "ModernBERT": None},
-        **GPU,
-    ),
-    Case(
-        "G10-step",
-        "train",
-        "MLM step, 8 × (8 texts of 48 to 512 tokens)",
-        RAGGED * 8,
-        {"published": 4.5, "BERT": 2.4},
-        mode="step",
-        **GPU,
+    *(
+        Case(name, command, f"{what}, 8 × (8 texts of 48 to 512 tokens)", RAGGED * 8, against, mode=mode, **GPU)
+        for name, command, what, mode, against in (
+            ("G9-10", "model", "encoder", "forward", {"BERT": 1.6, "published": 5.0, **MODERN}),
+            ("G10-step", "train", "MLM step", "step", {"published": 4.5, "BERT": 2.4}),
+        )
     ),
     Case(
         "G11",
@@ -339,23 +271,12 @@ GPU_CASES = (
         for count, length in ((8, 128), (32, 512), (1, 8192))
     ),
     # Last, because a capture that fails may leave the device unusable.
-    Case(
-        "G13",
-        "model",
-        "encoder, 8 × 128 tokens, captured in a CUDA graph",
-        EIGHT,
-        {"ours, no mask": 4.0},
-        ours="ours, CUDA graph",
-        **GPU,
-    ),
-    Case(
-        "G13-compiled",
-        "model",
-        'the same by torch.compile(mode="reduce-overhead")',
-        EIGHT,
-        {"ours, no mask": None},
-        ours="ours, reduce-overhead",
-        **GPU,
+    *(
+        Case(name, "model", what, EIGHT, {"ours, no mask": goal}, ours=ours, **GPU)
+        for name, what, goal, ours in (
+            ("G13", "encoder, 8 × 128 tokens, captured in a CUDA graph", 4.0, "ours, CUDA graph"),
+            ("G13-compiled", 'the same by torch.compile(mode="reduce-overhead")', None, "ours, reduce-overhead"),
+        )
     ),
 )
 
