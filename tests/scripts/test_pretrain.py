@@ -57,6 +57,15 @@ def run(arguments):
     return pretraining.train(*pretrain_mlm.parse(arguments))
 
 
+def torchrun(script, *words):
+    """Run a script in two processes on the CPU; returns what they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def losses(folder):
     history = json.loads((folder / "log_history.json").read_text())
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
@@ -196,14 +205,7 @@ def test_two_processes_train_like_one(corpus, tokenizer, tmp_path):
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "scripts/pretrain_mlm.py"), *flags, *no_dropout],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    torchrun("scripts/pretrain_mlm.py", *flags, *no_dropout)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
@@ -218,15 +220,11 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout, "--keep_checkpoints"])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += [str(ROOT / "tests/support/sharded_pretraining.py"), *flags, *no_dropout]
-    launch += ["--keep_checkpoints", "--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
+    flags += [*no_dropout, "--keep_checkpoints", "--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
 
     def run_sharded(*more):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "scripts")}
-        done = subprocess.run([*launch, *more], env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-2000:]
-        parts = {int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("parts")}
+        printed = torchrun("tests/support/sharded_pretraining.py", *flags, *more)
+        parts = {int(line.split()[1]) for line in printed.splitlines() if line.startswith("parts")}
         return parts, losses(tmp_path / "two")
 
     parts, two = run_sharded()
