@@ -35,23 +35,17 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", help="folder or Hub id of a BERT")
     parser.add_argument("target", type=Path, help="folder to create")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".txt, .json or .jsonl files (also .gz), or quoted patterns",
+    parser.option(
+        "--data", ".txt, .json or .jsonl files (also .gz), or quoted patterns", nargs="+", required=True, metavar="FILE"
     )
-    parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="encoder layers to keep (default: all)")
-    parser.add_argument(
-        "--pad_vocab", type=positive_integer, default=64, metavar="N", help="make the vocabulary a multiple of N"
-    )
-    parser.add_argument("--max_length", type=positive_integer, default=128, help="tokens in a window of text")
-    parser.add_argument("--tokens", type=positive_integer, default=25_000, help="tokens to fit and report on")
-    parser.add_argument("--ridge", type=not_negative, default=1e-6, help="keeps v short; 0 is exact, but v may be long")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--license", **LICENSE)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    parser.option("--layers", "encoder layers to keep (default: all)", int, nargs="+", metavar="N")
+    parser.option("--pad_vocab", "make the vocabulary a multiple of N", positive_integer, 64)
+    parser.option("--max_length", "tokens in a window of text", positive_integer, 128)
+    parser.option("--tokens", "tokens to fit and report on", positive_integer, 25_000)
+    parser.option("--ridge", "keeps v short; 0 is exact, but v may be long", not_negative, 1e-6)
+    parser.option("--revision", "branch, tag or commit of a Hub id")
+    parser.option("--license", **LICENSE)
+    parser.option("--overwrite", "replace an existing target", action="store_true")
     args = parser.parse_args()
     files = check_texts(args.data)
     with staged_folder(args.target, args.overwrite, source=args.source, data=args.data) as stage:

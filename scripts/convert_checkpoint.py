@@ -34,17 +34,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
     parser.add_argument("target", type=Path, help="folder to create")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--config", type=old_file, metavar="FILE", help="config.json to use instead of the source's")
-    parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
-    parser.add_argument(
-        "--pad_vocab", type=positive_integer, metavar="N", help="pad the vocabulary to a multiple of N, such as 64"
-    )
-    parser.add_argument("--max_shard_size", type=size, default="5GB", metavar="SIZE", help="largest weight file")
-    parser.add_argument("--license", **LICENSE)
-    parser.add_argument("--verify", action="store_true", help="compare outputs before and after")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="verify on this text instead of random tokens")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    parser.option("--revision", "branch, tag or commit of a Hub id")
+    parser.option("--config", "config.json to use instead of the source's", old_file, metavar="FILE")
+    parser.option("--tokenizer", "Hub id or folder of a tokenizer, instead of the source's", metavar="ID")
+    parser.option("--pad_vocab", "pad the vocabulary to a multiple of N, such as 64", positive_integer)
+    parser.option("--max_shard_size", "largest weight file", size, "5GB", metavar="SIZE")
+    parser.option("--license", **LICENSE)
+    parser.option("--verify", "compare outputs before and after", action="store_true")
+    parser.option("--data", "verify on this text instead of random tokens", nargs="+", metavar="FILE")
+    parser.option("--overwrite", "replace an existing target", action="store_true")
     args = parser.parse_args()
     inputs = {"source": args.source, "config": args.config, "tokenizer": args.tokenizer, "data": args.data}
     with staged_folder(args.target, args.overwrite, **inputs) as stage:

@@ -32,37 +32,26 @@ def file_of_kind(suffix: str):
 def make_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--model", nargs="+", default=[str(REPOSITORY)], metavar="MODEL", help="folders or Hub ids")
-    parser.add_argument(
-        "--name", nargs="+", metavar="NAME", help="name of each model in the table (default: the folder's name)"
+    parser.option("--model", "folders or Hub ids", default=[str(REPOSITORY)], nargs="+", metavar="MODEL")
+    parser.option("--name", "name of each model in the table (default: the folder's name)", nargs="+", metavar="NAME")
+    parser.option(
+        "--data", ".jsonl, .json or .txt files (also .gz), or quoted patterns", nargs="+", required=True, metavar="FILE"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".jsonl, .json or .txt files (also .gz), or quoted patterns",
-    )
-    parser.add_argument("--text_field", default="text", metavar="NAME", help="field that holds the text")
-    parser.add_argument(
+    parser.option("--text_field", "field that holds the text", default="text", metavar="NAME")
+    parser.option(
         "--max_length",
+        "tokens per window, [CLS] and [SEP] included; each length is a row of the table",
+        cli.positive_integer,
+        [128],
         nargs="+",
-        type=cli.positive_integer,
-        default=[128],
-        metavar="N",
-        help="tokens per window, [CLS] and [SEP] included; each length is a row of the table",
     )
-    parser.add_argument(
-        "--tokens", type=cli.positive_integer, default=65_536, metavar="N", help="approximate number of tokens to read"
-    )
-    parser.add_argument(
-        "--batch_tokens", type=cli.positive_integer, default=8192, metavar="N", help="approximate tokens per batch"
-    )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--trust_remote_code", **cli.TRUST)
-    parser.add_argument("--csv", type=file_of_kind(".csv"), metavar="FILE", help="write the table to this file")
-    parser.add_argument("--png", type=file_of_kind(".png"), metavar="FILE", help="draw the table to this file")
+    parser.option("--tokens", "approximate number of tokens to read", cli.positive_integer, 65_536)
+    parser.option("--batch_tokens", "approximate tokens per batch", cli.positive_integer, 8192)
+    parser.option("--dtype", "of the model", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.option("--device", "such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.option("--trust_remote_code", **cli.TRUST)
+    parser.option("--csv", "write the table to this file", file_of_kind(".csv"), metavar="FILE")
+    parser.option("--png", "draw the table to this file", file_of_kind(".png"), metavar="FILE")
     return parser
 
 

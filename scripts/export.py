@@ -24,27 +24,27 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
     parser.add_argument("target", type=Path, help="folder to make")
-    parser.add_argument("--format", required=True, choices=("onnx", "gguf"), help="of the files")
-    parser.add_argument(
+    parser.option("--format", "of the files", required=True, choices=("onnx", "gguf"))
+    parser.option(
         "--types",
+        "one file for each; int8 is for weights alone, Q8_0 in GGUF",
+        default=["float32", "float16", "int8"],
         nargs="+",
         choices=("float32", "float16", "int8"),
-        default=["float32", "float16", "int8"],
-        help="one file for each; int8 is for weights alone, Q8_0 in GGUF",
     )
-    parser.add_argument("--features", action="store_true", help="export the encoder without its head, for embeddings")
-    parser.add_argument(
+    parser.option("--features", "export the encoder without its head, for embeddings", action="store_true")
+    parser.option(
         "--chunked",
+        "ONNX: attention over a few queries at a time, so that memory does not grow with the square of the length",
         action="store_true",
-        help="ONNX: attend from some queries at a time, so that memory does not grow with the square of the length",
     )
-    parser.add_argument("--tokenizer", metavar="ID", help="Hub id or folder of a tokenizer, instead of the source's")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--license", **LICENSE)
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    parser.option("--tokenizer", "Hub id or folder of a tokenizer, instead of the source's", metavar="ID")
+    parser.option("--revision", "branch, tag or commit of a Hub id")
+    parser.option("--license", **LICENSE)
+    parser.option("--overwrite", "replace a target that exists", action="store_true")
     args = parser.parse_args()
     if args.chunked and args.format != "onnx":
-        parser.error("--chunked is for --format onnx: llama.cpp makes its own attention")
+        parser.error("--chunked is for --format onnx: llama.cpp computes attention itself")
     inputs = {"source": args.source, "tokenizer": args.tokenizer}
     with staged_folder(args.target, args.overwrite, own=("onnx",), **inputs) as stage:
         check_checkpoint(args.source)
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "a text of 2,048 tokens is compared, for which attention needs 200 MB a head")
+    run(main, "the comparison includes a text of 2,048 tokens, whose attention needs 200 MB per head")

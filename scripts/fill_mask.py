@@ -19,8 +19,8 @@ def main() -> None:
     """Parse the command line and print the five likeliest words with their probabilities."""
     parser = cli.Parser(__doc__)
     parser.add_argument("text", help="a sentence with one [MASK]")
-    parser.add_argument("--model", default=str(REPOSITORY), help="folder or Hub id (default: this repository)")
-    parser.add_argument("--trust_remote_code", **cli.TRUST)
+    parser.option("--model", "folder or Hub id (default: this repository)", default=str(REPOSITORY))
+    parser.option("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
     check_model(options.model)
     settings = Path(options.model, "tokenizer_config.json")

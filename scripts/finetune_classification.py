@@ -42,123 +42,98 @@ REFUSED = {
 def make_parser() -> cli.TrainingParser:
     """The command line."""
     parser = cli.TrainingParser(__doc__, RECIPE, REFUSED, "%(prog)s --train_data DATA --output_dir DIR")
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    data = parser.section("data")
+    data(
         "--train_data",
+        ".jsonl, .json or .csv files (also .gz), quoted patterns, or a `datasets` id as id[:config[:split]]",
         nargs="+",
         required=True,
         metavar="DATA",
-        help=".jsonl, .json or .csv files (also .gz), quoted patterns, or a `datasets` id as id[:config[:split]]",
     )
-    data.add_argument(
+    data(
         "--validation_data",
-        nargs="+",
-        default=[],
-        metavar="DATA",
-        help="the same, with the default split `validation` (default: a tenth of the training data, of less than 1,000 "
+        "the same, with the default split `validation` (default: a tenth of the training data, of less than 1,000 "
         "texts up to a fifth)",
-    )
-    data.add_argument(
-        "--test_data",
-        nargs="+",
         default=[],
+        nargs="+",
         metavar="DATA",
-        help="the same, with the default split `test`: held-out data that the best model is scored on",
     )
-    data.add_argument("--predict", metavar="FILE", help="texts without labels, whose predictions go to predictions.csv")
-    data.add_argument(
+    data(
+        "--test_data",
+        "the same, with the default split `test`: held-out data that the best model is scored on",
+        default=[],
+        nargs="+",
+        metavar="DATA",
+    )
+    data("--predict", "texts without labels, whose predictions go to predictions.csv", metavar="FILE")
+    data(
         "--text_fields",
-        nargs="+",
+        "field that holds the text, or two fields for pairs of texts",
         default=["text"],
-        metavar="NAME",
-        help="field that holds the text, or two fields for pairs of texts",
-    )
-    data.add_argument(
-        "--label_field", default="label", metavar="NAME", help="field that holds the label, or the list of labels"
-    )
-    data.add_argument(
-        "--label_separator", metavar="TEXT", help="split strings of labels at this text, for files without lists"
-    )
-    data.add_argument("--problem", choices=["classification", "multi_label", "regression"], help="what the labels are")
-    data.add_argument(
-        "--max_length",
-        type=cli.positive_integer,
-        metavar="N",
-        help="truncate longer texts to this many tokens (default: what the longest text needs, as far as the longest "
-        "texts fit into --tokens_per_batch)",
-    )
-    data.add_argument(
-        "--tokens_per_batch",
-        type=cli.positive_integer,
-        default=16_384,
-        metavar="N",
-        help="most tokens in a batch; decides memory use where --max_length is not given",
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--model", help="folder or Hub id to start from (default: this repository)")
-    training.add_argument("--trust_remote_code", **cli.TRUST)
-    training.add_argument(
-        "--seeds",
         nargs="+",
-        type=cli.seed,
-        default=[0],
-        metavar="N",
-        help="train once per seed and keep the best model",
+        metavar="NAME",
     )
-    training.add_argument(
-        "--learning_rate",
-        type=cli.positive_number,
-        metavar="X",
-        help="peak learning rate (default: 3e-4 below 50 million weights, otherwise 5e-5)",
+    data("--label_field", "field that holds the label, or the list of labels", default="label", metavar="NAME")
+    data("--label_separator", "split strings of labels at this text, for files without lists", metavar="TEXT")
+    data("--problem", "what the labels are", choices=["classification", "multi_label", "regression"])
+    data(
+        "--max_length",
+        "truncate longer texts to this many tokens (default: what the longest text needs, as far as the longest "
+        "texts fit into --tokens_per_batch)",
+        cli.positive_integer,
     )
-    training.add_argument(
-        "--num_train_epochs",
-        type=cli.positive_number,
-        metavar="X",
-        help="maximum number of passes over the training data (default: 4 below 50 million weights, otherwise "
-        "3; of few texts up to 20, for 200 steps)",
+    data(
+        "--tokens_per_batch",
+        "most tokens in a batch; decides memory use where --max_length is not given",
+        cli.positive_integer,
+        16_384,
     )
-    training.add_argument(
-        "--patience",
-        type=cli.positive_integer,
-        metavar="N",
-        help="stop after this many epochs without a better score (default: a third of the epochs, at least 2)",
-    )
-    training.add_argument(
-        "--per_device_train_batch_size",
-        type=cli.positive_integer,
-        metavar="N",
-        help="texts per step (default: 32, of less than 1,600 texts a fiftieth, at least 8)",
-    )
-    training.add_argument(
-        "--per_device_eval_batch_size",
-        type=cli.positive_integer,
-        default=64,
-        metavar="N",
-        help="texts per batch in evaluation",
-    )
-    training.add_argument(
-        "--logging_steps",
-        type=cli.positive_number,
-        metavar="N",
-        help="steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
-    )
-    training.add_argument(
-        "--classifier_pooling",
-        choices=["cls", "mean"],
-        help="what the head reads: the first token through a pooler, or the mean over all (default: the mean where the "
-        "model is a masked language model, whose pooler is new)",
-    )
-    training.add_argument("--use_cpu", **cli.FLAG, default=False, help="train on the CPU even where there is a GPU")
-    training.add_argument("--baseline", **cli.FLAG, default=False, help="also fit and score TF-IDF with a linear model")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the results and the best model")
-    output.add_argument("--overwrite", **cli.FLAG, default=False, help="replace the results of an earlier run")
-    output.add_argument(
-        "--keep_checkpoints", **cli.FLAG, default=False, help="keep the model of each seed's best epoch"
+    training = parser.section("training")
+    training("--model", "folder or Hub id to start from (default: this repository)")
+    training("--trust_remote_code", **cli.TRUST)
+    training("--seeds", "train once per seed and keep the best model", cli.seed, [0], nargs="+")
+    training(
+        "--learning_rate",
+        "peak learning rate (default: 3e-4 below 50 million weights, otherwise 5e-5)",
+        cli.positive_number,
     )
+    training(
+        "--num_train_epochs",
+        "maximum number of passes over the training data (default: 4 below 50 million weights, otherwise "
+        "3; of few texts up to 20, for 200 steps)",
+        cli.positive_number,
+    )
+    training(
+        "--patience",
+        "stop after this many epochs without a better score (default: a third of the epochs, at least 2)",
+        cli.positive_integer,
+    )
+    training(
+        "--per_device_train_batch_size",
+        "texts per step (default: 32, of less than 1,600 texts a fiftieth, at least 8)",
+        cli.positive_integer,
+    )
+    training("--per_device_eval_batch_size", "texts per batch in evaluation", cli.positive_integer, 64)
+    training(
+        "--logging_steps",
+        "steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
+        cli.positive_number,
+        metavar="N",
+    )
+    training(
+        "--classifier_pooling",
+        "what the head reads: the first token through a pooler, or the mean over all (default: the mean where the "
+        "model is a masked language model, whose pooler is new)",
+        choices=["cls", "mean"],
+    )
+    training("--use_cpu", "train on the CPU even where there is a GPU", bool, False)
+    training("--baseline", "also fit and score TF-IDF with a linear model", bool, False)
+
+    output = parser.section("output")
+    output("--output_dir", "folder of the results and the best model", required=True, metavar="DIR")
+    output("--overwrite", "replace the results of an earlier run", bool, False)
+    output("--keep_checkpoints", "keep the model of each seed's best epoch", bool, False)
     return parser
 
 

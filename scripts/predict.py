@@ -14,24 +14,15 @@ def main() -> None:
     parser.add_argument("model", help="folder or Hub id of the model")
     parser.add_argument("data", help=".jsonl, .json or .csv file with texts (also .gz), or a `datasets` id")
     parser.add_argument("output", type=cli.new_file, help="CSV file to write: texts, predictions, probabilities")
-    parser.add_argument(
-        "--text_fields", nargs="+", default=["text"], metavar="NAME", help="one field with texts, or two with pairs"
+    parser.option(
+        "--text_fields", "one field with texts, or two with pairs", default=["text"], nargs="+", metavar="NAME"
     )
-    parser.add_argument(
-        "--max_length",
-        type=cli.positive_integer,
-        metavar="N",
-        help="truncate longer texts to this many tokens (default: --tokens_per_batch)",
+    parser.option(
+        "--max_length", "truncate longer texts to this many tokens (default: --tokens_per_batch)", cli.positive_integer
     )
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=cli.positive_integer,
-        default=16_384,
-        metavar="N",
-        help="approximate tokens per batch",
-    )
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--trust_remote_code", **cli.TRUST)
+    parser.option("--tokens_per_batch", "approximate tokens per batch", cli.positive_integer, 16_384)
+    parser.option("--device", "such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.option("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
     from lib.common import check_model, count_tokens, load_model, load_words
     from lib.examples import load_examples

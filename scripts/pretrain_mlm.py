@@ -60,173 +60,127 @@ def config_field(text: str) -> tuple[str, Any]:
 def make_parser() -> cli.TrainingParser:
     """The command line."""
     parser = cli.TrainingParser(__doc__, RECIPE, REFUSED, "%(prog)s --train_data DATA ... --output_dir DIR")
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    data = parser.section("data")
+    data(
         "--train_data",
+        ".jsonl, .json or .txt files (also .gz; a paragraph of .txt is a document), quoted patterns, `datasets` "
+        "ids (id or id:config), folders of MDS shards, or folders that --tokenize_only wrote",
         nargs="+",
         required=True,
         metavar="DATA",
-        help=".jsonl, .json or .txt files (also .gz; a paragraph of .txt is a document), quoted patterns, `datasets` "
-        "ids (id or id:config), folders of MDS shards, or folders that --tokenize_only wrote",
     )
-    data.add_argument("--validation_data", nargs="+", default=[], metavar="DATA", help="the same, for evaluation")
-    data.add_argument("--text_field", default="text", metavar="NAME", help="field that holds the text")
-    data.add_argument("--streaming", **cli.FLAG, default=False, help="tokenize while training instead of before")
-    data.add_argument(
-        "--tokenize_only", **cli.FLAG, default=False, help="write the tokenized --train_data to --output_dir and stop"
-    )
-    data.add_argument(
-        "--cache_dir", metavar="DIR", help="where tokenized text is kept (default: in the cache of Hugging Face)"
-    )
-    data.add_argument(
+    data("--validation_data", "the same, for evaluation", default=[], nargs="+", metavar="DATA")
+    data("--text_field", "field that holds the text", default="text", metavar="NAME")
+    data("--streaming", "tokenize while training instead of before", bool, False)
+    data("--tokenize_only", "write the tokenized --train_data to --output_dir and stop", bool, False)
+    data("--cache_dir", "where tokenized text is kept (default: in the cache of Hugging Face)", metavar="DIR")
+    data(
         "--max_length",
+        "tokens per sequence, [CLS] and [SEP] included; several lengths are mixed",
+        cli.positive_integer,
+        [128],
         nargs="+",
-        type=cli.positive_integer,
-        default=[128],
-        metavar="N",
-        help="tokens per sequence, [CLS] and [SEP] included; several lengths are mixed",
     )
-    data.add_argument(
+    data(
         "--length_shares",
+        "share of the tokens that is cut to each --max_length (default: equal shares)",
+        cli.positive_number,
+        [],
         nargs="+",
-        type=cli.positive_number,
-        default=[],
-        metavar="X",
-        help="share of the tokens that is cut to each --max_length (default: equal shares)",
     )
-    data.add_argument(
+    data(
         "--tokens_per_row",
-        type=cli.positive_integer,
-        default=16_384,
-        metavar="N",
-        help="maximum number of tokens in a packed row; decides memory use and speed",
+        "maximum number of tokens in a packed row; decides memory use and speed",
+        cli.positive_integer,
+        16_384,
     )
-    data.add_argument(
+    data(
         "--global_batch_size",
-        type=cli.positive_integer,
-        default=4096,
-        metavar="N",
-        help="sequences of the first --max_length per optimizer step over all processes, by gradient accumulation",
+        "sequences of the first --max_length per optimizer step over all processes, by gradient accumulation",
+        cli.positive_integer,
+        4096,
     )
-    data.add_argument(
-        "--mask_probability", type=cli.positive_share, default=0.3, metavar="X", help="share of tokens to predict"
-    )
-    data.add_argument(
+    data("--mask_probability", "share of tokens to predict", cli.positive_share, 0.3)
+    data(
         "--mask_token_share",
-        type=cli.share,
-        default=0.8,
-        metavar="X",
-        help="share of these replaced by [MASK]; half of the rest is replaced by a random token, half is kept",
+        "share of these replaced by [MASK]; half of the rest is replaced by a random token, half is kept",
+        cli.share,
+        0.8,
     )
-    data.add_argument(
-        "--eval_mask_probability",
-        type=cli.positive_share,
-        default=0.15,
-        metavar="X",
-        help="share of tokens to predict in evaluation",
-    )
-    data.add_argument(
-        "--eval_tokens", type=cli.positive_integer, default=262_144, metavar="N", help="evaluation tokens per length"
-    )
+    data("--eval_mask_probability", "share of tokens to predict in evaluation", cli.positive_share, 0.15)
+    data("--eval_tokens", "evaluation tokens per length", cli.positive_integer, 262_144)
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="folder or Hub id of a checkpoint to start from (default: random weights)")
-    model.add_argument("--config", help="folder or config.json for random weights (default: MosaicBERT-Base)")
-    model.add_argument(
+    model = parser.section("model")
+    model("--model", "folder or Hub id of a checkpoint to start from (default: random weights)")
+    model("--config", "folder or config.json for random weights (default: MosaicBERT-Base)")
+    model(
         "--config_fields",
+        "config fields to set, for example num_hidden_layers=4 hidden_dropout_prob=0",
+        config_field,
+        [],
         nargs="+",
-        type=config_field,
-        default=[],
         metavar="NAME=VALUE",
-        help="config fields to set, for example num_hidden_layers=4 hidden_dropout_prob=0",
     )
-    model.add_argument("--tokenizer", help="folder or Hub id (default: that of --model, or this repository's)")
+    model("--tokenizer", "folder or Hub id (default: that of --model, or this repository's)")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--max_steps", type=cli.positive_integer, default=70_000, metavar="N", help="optimizer steps")
-    training.add_argument(
-        "--num_train_epochs",
-        type=cli.not_negative,
-        default=0.0,
-        metavar="X",
-        help="passes over the data, instead of --max_steps",
-    )
-    training.add_argument(
+    training = parser.section("training")
+    training("--max_steps", "optimizer steps", cli.positive_integer, 70_000)
+    training("--num_train_epochs", "passes over the data, instead of --max_steps", cli.not_negative, 0.0)
+    training(
         "--max_seconds",
-        type=cli.positive_number,
+        "end the training after this many seconds, checkpoints and evaluation included, schedule complete",
+        cli.positive_number,
         metavar="S",
-        help="end the training after this many seconds, checkpoints and evaluation included, schedule complete",
     )
-    training.add_argument(
-        "--learning_rate", type=cli.positive_number, default=5e-4, metavar="X", help="peak learning rate"
-    )
-    training.add_argument(
-        "--warmup_share", type=cli.share, default=0.06, metavar="X", help="share of the steps used for warmup"
-    )
-    training.add_argument(
-        "--final_lr_share", type=cli.share, default=0.02, metavar="X", help="final learning rate relative to the peak"
-    )
-    training.add_argument(
+    training("--learning_rate", "peak learning rate", cli.positive_number, 5e-4)
+    training("--warmup_share", "share of the steps used for warmup", cli.share, 0.06)
+    training("--final_lr_share", "final learning rate relative to the peak", cli.share, 0.02)
+    training(
         "--decoupled_weight_decay",
-        type=cli.not_negative,
-        default=1e-5,
-        metavar="X",
-        help="weight decay per step at the peak, whatever --learning_rate is (AdamW's own is this divided by it)",
+        "weight decay per step at the peak, whatever --learning_rate is (AdamW's own is this divided by it)",
+        cli.not_negative,
+        1e-5,
     )
-    training.add_argument(
-        "--max_grad_norm",
-        type=cli.not_negative,
-        default=0.0,
-        metavar="X",
-        help="clip gradients to this norm (default: no clipping)",
-    )
-    training.add_argument("--bf16", **cli.FLAG, default=True, help="autocast to bfloat16")
-    training.add_argument(
+    training("--max_grad_norm", "clip gradients to this norm (default: no clipping)", cli.not_negative, 0.0)
+    training("--bf16", "autocast to bfloat16", bool, True)
+    training(
         "--torch_compile",
+        "compile each layer of the encoder with torch.compile",
         dest="compile_backend",
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile each layer of the encoder with torch.compile",
     )
-    training.add_argument("--use_cpu", **cli.FLAG, default=False, help="train on the CPU even where there is a GPU")
-    training.add_argument(
+    training("--use_cpu", "train on the CPU even where there is a GPU", bool, False)
+    training(
         "--dataloader_num_workers",
-        type=cli.whole_number,
-        metavar="N",
-        help="processes that prepare batches (default: 2 with a GPU, otherwise none)",
+        "processes that prepare batches (default: 2 with a GPU, otherwise none)",
+        cli.whole_number,
     )
-    training.add_argument("--seed", type=cli.seed, default=42, metavar="N", help="of weights, order, masks and dropout")
-    training.add_argument(
+    training("--seed", "of weights, order, masks and dropout", cli.seed, 42)
+    training(
         "--logging_steps",
-        type=cli.positive_number,
+        "steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
+        cli.positive_number,
         metavar="N",
-        help="steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
     )
-    training.add_argument(
-        "--save_steps", type=cli.positive_number, default=1000, metavar="N", help="steps between two checkpoints"
-    )
-    training.add_argument(
+    training("--save_steps", "steps between two checkpoints", cli.positive_number, 1000, metavar="N")
+    training(
         "--peak_tflops",
-        type=cli.positive_number,
-        metavar="X",
-        help="TFLOP/s of one device, for the model FLOPs utilization in the log (default: measured at the start)",
+        "TFLOP/s of one device, for the model FLOPs utilization in the log (default: measured at the start)",
+        cli.positive_number,
     )
 
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="folder of the run, and of the trained model at its end"
-    )
-    output.add_argument("--resume_from_checkpoint", metavar="DIR", help="`last`, or the folder of a checkpoint")
-    output.add_argument("--overwrite", **cli.FLAG, default=False, help="replace the results of an earlier run")
-    output.add_argument(
-        "--keep_checkpoints", **cli.FLAG, default=False, help="keep the checkpoints when the run is over"
-    )
-    output.add_argument(
+    output = parser.section("output")
+    output("--output_dir", "folder of the run, and of the trained model at its end", required=True, metavar="DIR")
+    output("--resume_from_checkpoint", "`last`, or the folder of a checkpoint", metavar="DIR")
+    output("--overwrite", "replace the results of an earlier run", bool, False)
+    output("--keep_checkpoints", "keep the checkpoints when the run is over", bool, False)
+    output(
         "--save_dtype",
+        "dtype of the weights in the final file",
         default="float32",
         choices=["float32", "bfloat16", "float16"],
-        help="dtype of the weights in the final file",
     )
     return parser
 

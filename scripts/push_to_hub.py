@@ -84,7 +84,7 @@ def files_to_push(folder: Path) -> list[str]:
         if os.path.lexists(folder / name) and not (folder / name).is_file()
     ]
     if odd:
-        raise ValueError(f"folder: expected a file, {odd[0]} is none")
+        raise ValueError(f"folder: expected {odd[0]} to be a file")
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ValueError(f"folder: expected {' or '.join(VOCABULARIES)}")
     for name in REFERRING_FILES:
@@ -100,7 +100,7 @@ def files_to_push(folder: Path) -> list[str]:
     classes = sys.modules[repository_class("BertConfig").__module__].AUTO_MAP
     unknown = [f"{name} {value!r}" for name, value in auto_map.items() if classes.get(name) != value]
     if unknown:
-        raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which is no class of this code")
+        raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which this code does not define")
     check_model(folder)
     return sorted(files)
 
@@ -156,7 +156,7 @@ def card_files(folder: Path) -> set[str]:
     """Paths of the files of its own repository that the card shows (images) or links to (JSON).
 
     Raises:
-        ValueError: one is not there, is no image, or lies outside of the folder, or the card is not UTF-8.
+        ValueError: one is missing, is not an image, or lies outside the folder, or the card is not UTF-8.
     """
     files = set()
     try:
@@ -172,9 +172,9 @@ def card_files(folder: Path) -> set[str]:
         name = unquote(link).removeprefix("./")
         plain = not name.startswith("/") and ".." not in Path(name).parts and "\\" not in name
         if match.re is IMAGE and not (plain and name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()):
-            raise ValueError(f"folder: README.md shows {link}, which is no image in the folder")
+            raise ValueError(f"folder: README.md shows {link}, which is not an image in the folder")
         if not plain or not (folder / name).is_file():
-            raise ValueError(f"folder: README.md links to {link}, which is no file in the folder")
+            raise ValueError(f"folder: README.md links to {link}, which is not a file in the folder")
         files.add(Path(name).as_posix())
     return files
 
@@ -313,10 +313,10 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="model folder to push")
     parser.add_argument("repo_id", help="owner/name on the Hub; created if missing")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--branch", help="branch to push to; created if missing (default: main)")
-    parser.add_argument("--message", default="Upload MosaicBERT", help="commit message")
-    parser.add_argument("--dry_run", action="store_true", help="list what would be pushed and deleted, and stop")
+    parser.option("--private", "make a new repository private", action="store_true", default=None)
+    parser.option("--branch", "branch to push to; created if missing (default: main)")
+    parser.option("--message", "commit message", default="Upload MosaicBERT")
+    parser.option("--dry_run", "list what would be pushed and deleted, and stop", action="store_true")
     args = parser.parse_args()
     commit = push(args.folder, args.repo_id, args.private, args.branch, args.message, dry_run=args.dry_run)
     if commit is None:

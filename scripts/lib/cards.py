@@ -157,7 +157,7 @@ def write_card(
 
 
 def stated_metadata(folder: Path) -> dict[str, str]:
-    """What the card in a folder says of `license` and `base_model`; what is no identifier is left out."""
+    """What the card in a folder says of `license` and `base_model`; values that are not identifiers are left out."""
     import yaml
     from huggingface_hub import metadata_load
 

@@ -55,6 +55,29 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **kwargs)
         self.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
 
+    def option(self, flag: str, help: str, kind=None, default=None, group=None, **more) -> None:
+        """Add an option.
+
+        Args:
+            flag: with its dashes.
+            help: what it means.
+            kind: its type; `bool` for true, false, or the flag alone.
+            default: where the option is not given.
+            group: where `--help` shows it; None: with the other options.
+            **more: as `add_argument` takes them.
+        """
+        if kind is bool:
+            more = {**FLAG, **more}
+        elif kind is not None:
+            more = {"type": kind, "metavar": METAVARS.get(kind), **more}
+        if default is not None:
+            more["default"] = default
+        (group or self).add_argument(flag, help=help, **more)
+
+    def section(self, title: str) -> Callable[..., None]:
+        """A function like `option`, whose options `--help` shows under a title."""
+        return functools.partial(self.option, group=self.add_argument_group(title))
+
     def parse_known_args(self, args=None, namespace=None):
         """Parse arguments, and keep them so that `error` can look for a misspelt flag."""
         self.words = sys.argv[1:] if args is None else list(args)
@@ -128,7 +151,7 @@ def old_file(text: str) -> Path:
 def new_file(text: str) -> str:
     """Type of an option that names a file to write; its folder must exist."""
     if os.path.isdir(text) or not os.access(os.path.dirname(text) or ".", os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a file in a writable folder, got {text!r}")
     return text
 
 
@@ -166,8 +189,14 @@ CHECKED = {
     "per_device_train_batch_size": positive_integer,
     "weight_decay": not_negative,
 }
-# Arguments that let a true/false option also work as a flag.
+# What lets a true/false option also work as a flag.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+
+# What `--help` shows for the value of an option.
+METAVARS = {
+    **dict.fromkeys((positive_integer, whole_number, seed), "N"),
+    **dict.fromkeys((positive_number, not_negative, share, positive_share), "X"),
+}
 
 # What makes `--license` and `--trust_remote_code`.
 LICENSE = {
@@ -175,7 +204,7 @@ LICENSE = {
     "metavar": "NAME",
     "help": "licence for the card (default: what the source's card says)",
 }
-TRUST = {"action": "store_true", "help": "run the Python code that a model brings which is no MosaicBERT"}
+TRUST = {"action": "store_true", "help": "run the Python code of a model that is not a MosaicBERT"}
 
 
 class TrainingParser(Parser):
@@ -186,7 +215,7 @@ class TrainingParser(Parser):
 
     Args:
         description: what the script does.
-        recipe: defaults of `TrainingArguments` that are no own options.
+        recipe: defaults of `TrainingArguments` that the script has no option of its own for.
         refused: options of `TrainingArguments` that the script cannot serve, and why.
         usage: the shortest command line.
     """
@@ -319,7 +348,7 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if type(error).__name__ == "PanicException":  # of a Rust library, and no Exception
+    if type(error).__name__ == "PanicException":  # of a Rust library, and not an Exception
         return f"a library failed: {one_line(error)}"
     # importlib.metadata puts a sentence into the name
     if isinstance(error, ModuleNotFoundError) and re.fullmatch(r"[\w.]+", error.name or ""):

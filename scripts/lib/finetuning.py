@@ -116,7 +116,7 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Ta
         raise ValueError(f"fine-tuning runs in one process, got {arguments.world_size}: start it without torchrun")
     if arguments.label_smoothing_factor and task.problem != SINGLE:
         raise ValueError(f"label_smoothing_factor works with single-label problems, this is {task.problem}")
-    for package in ("sklearn", "matplotlib"):  # so that they are missed before training
+    for package in ("sklearn", "matplotlib"):  # so that a missing one is noticed before training
         importlib.import_module(package)
     model_name = str(REPOSITORY) if options.model is None else options.model
     tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)

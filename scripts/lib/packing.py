@@ -56,7 +56,9 @@ class Documents:
         if about.get("dtype") not in ("uint16", "int32") or not isinstance(about.get("tokens"), int):
             raise ValueError(f"{self.folder / 'documents.json'}: expected what --tokenize_only writes, got {about}")
         if tokenizer is not None and about.get("vocabulary") != hash_vocabulary(tokenizer):
-            raise ValueError(f"{self.folder} was tokenized with another vocabulary than {tokenizer.name_or_path!r} has")
+            raise ValueError(
+                f"{self.folder} was tokenized with another vocabulary than that of {tokenizer.name_or_path!r}"
+            )
         path = self.folder / "tokens.bin"
         wanted = about["tokens"] * np.dtype(about["dtype"]).itemsize
         if not path.is_file() or path.stat().st_size != wanted:
@@ -413,7 +415,7 @@ def stream_sequences(
     """
     check_special(tokenizer, "cls_token", "sep_token", "mask_token")
     for source in filter(holds_documents, sources):
-        raise ValueError(f"streaming: {source!r} is tokenized already, leave out --streaming")
+        raise ValueError(f"streaming: {source!r} is already tokenized; leave out --streaming")
     import datasets
 
     # Else the library looks for the first text, and stumbles where there is none.

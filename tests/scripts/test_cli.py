@@ -42,8 +42,8 @@ def parser():
         (["x", "--seed", "4294967296"], "argument --seed: expected an integer from 0 to 4294967295, got"),
         (["x", "--workers", "-1"], "argument --workers: expected 0 or a positive integer, got '-1'"),
         (["x", "--config", "gone.json"], "argument --config: expected a file, got 'gone.json'"),
-        (["x", "--csv", "gone/x.csv"], "argument --csv: expected a file in a folder that can be written, got 'gone/x"),
-        (["x", "--csv", "."], "argument --csv: expected a file in a folder that can be written, got '.'"),
+        (["x", "--csv", "gone/x.csv"], "argument --csv: expected a file in a writable folder, got 'gone/x"),
+        (["x", "--csv", "."], "argument --csv: expected a file in a writable folder, got '.'"),
     ],
 )
 def test_a_wrong_call_ends_in_one_line(arguments, message, capsys):

@@ -475,7 +475,7 @@ def test_a_tokenizer_config_that_leads_elsewhere_is_not_pushed(folder):
 def test_a_class_that_this_code_has_not_is_not_pushed(folder, changes):
     set_fields(folder / "config.json", auto_map={**AUTO_MAP, **changes})
     ((name, value),) = changes.items()
-    assert_refused(folder, f"auto_map in config.json names {name} '{value}', which is no class of this code")
+    assert_refused(folder, f"auto_map in config.json names {name} '{value}', which this code does not define")
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "LICENSE"])
@@ -485,7 +485,7 @@ def test_a_class_that_this_code_has_not_is_not_pushed(folder, changes):
 def test_what_is_no_file_is_not_pushed_over(folder, name, make):
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    assert_refused(folder, f"expected a file, {name} is none")
+    assert_refused(folder, f"expected {name} to be a file")
 
 
 NORM = "bert.embeddings.LayerNorm.weight"
@@ -594,7 +594,7 @@ def test_a_card_that_shows_what_is_no_image_in_the_folder_is_not_pushed(folder, 
     for path in (folder / "key.bin", folder.parent / "key.png"):
         path.write_bytes(b"secret")
     (folder / "README.md").write_text(image, encoding="utf-8")
-    assert_refused(folder, f"README.md shows {link}, which is no image in the folder")
+    assert_refused(folder, f"README.md shows {link}, which is not an image in the folder")
 
 
 def test_scores_that_the_card_links_to_are_pushed(folder):
@@ -605,7 +605,7 @@ def test_scores_that_the_card_links_to_are_pushed(folder):
     for link in ("gone.json", "../key.json"):
         (folder.parent / "key.json").write_text("{}", encoding="utf-8")
         (folder / "README.md").write_text(f"[all]({link})", encoding="utf-8")
-        assert_refused(folder, f"README.md links to {link}, which is no file in the folder")
+        assert_refused(folder, f"README.md links to {link}, which is not a file in the folder")
 
 
 def test_a_card_that_is_not_utf8_is_not_pushed(folder):

@@ -194,9 +194,9 @@ def test_a_changed_file_is_tokenized_again(tokenizer, tmp_path):
 def test_tokenized_documents_that_do_not_fit_are_named(corpus, tokenizer, tmp_path):
     packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
     other = BertTokenizerFast(str(ROOT / "vocab.txt"))
-    with pytest.raises(ValueError, match="tokens was tokenized with another vocabulary than"):
+    with pytest.raises(ValueError, match="tokens was tokenized with another vocabulary than that of"):
         sequences_of(tmp_path / "tokens", other)
-    with pytest.raises(ValueError, match="streaming: '.*tokens' is tokenized already"):
+    with pytest.raises(ValueError, match="streaming: '.*tokens' is already tokenized"):
         packing.stream_sequences([str(tmp_path / "tokens")], tokenizer, [32], [1.0], seed=0)
     with open(tmp_path / "tokens/tokens.bin", "r+b") as file:
         file.truncate(100)
@@ -251,7 +251,7 @@ def test_damaged_bounds_are_named(corpus, tokenizer, tmp_path, bounds):
         ({"dtype": "object"}, "documents.json: expected what --tokenize_only writes"),
         ({"tokens": "9" * 10}, "documents.json: expected what --tokenize_only writes"),
         ({"tokens": 10**30}, r"tokens.bin: expected 20+ bytes"),
-        ({"vocabulary": None}, "another vocabulary than"),
+        ({"vocabulary": None}, "another vocabulary than that of"),
     ],
 )
 def test_damaged_facts_about_tokenized_documents_are_named(corpus, tokenizer, tmp_path, change, message):
