@@ -224,6 +224,8 @@ def _load_words(source, trust_remote_code: bool = False):
     for path in sorted(Path(folder).glob(pattern)):  # before it is loaded, as its own words go through it then
         check_growth(read_json(path))
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:  # what is trained from here saves these
+        tokenizer.init_kwargs = without_references(tokenizer.init_kwargs)
     check_backend(tokenizer)
     tokenizer("A word, and ☃.")
     return tokenizer

@@ -95,7 +95,8 @@ def test_a_mosaicbert_needs_no_code_of_its_own(tmp_path, run, command, capsys):
     run(command, tmp_path / "model")
     assert not mark.exists()
     if command == "finetune_classification":
-        assert "modeling_other" not in (tmp_path / "out" / "config.json").read_text()
+        for name in ("config.json", "tokenizer_config.json"):
+            assert "modeling_other" not in (tmp_path / "out" / name).read_text()
         assert "OtherConfig" not in (tmp_path / "out" / "bert_layers.py").read_text()
 
 
@@ -123,6 +124,7 @@ def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script
         out = tmp_path / f"out{number}"
         run_script(pretrain_mlm, *source, "--output_dir", out, "--gradient_accumulation_steps", 1, *flags.split())
         assert "someone" not in (out / "config.json").read_text()
+        assert "modeling_other" not in (out / "tokenizer_config.json").read_text()
         assert "OtherConfig" not in (out / "bert_layers.py").read_text()
     assert not mark.exists()
 
