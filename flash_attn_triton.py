@@ -22,6 +22,7 @@ up to a power of two.
 """
 
 import bisect
+import functools
 import re
 from typing import Optional
 
@@ -426,8 +427,6 @@ def _query_gradient_kernel(
     gradient,
     lse,
     delta,
-    out_gradient_stride,
-    out_gradient_head_stride,
     qkv,
     cu_seqlens,
     slopes,
@@ -462,14 +461,14 @@ def _query_gradient_kernel(
     key = query + part_stride
     value = key + part_stride
     out += head * HEAD_DIM
-    out_gradient += head * out_gradient_head_stride
+    out_gradient += head * HEAD_DIM
     out_stride = tl.num_programs(1) * HEAD_DIM
     factor = scale * LOG2E
     offs_m = start_m + tl.arange(0, BLOCK_M)
     valid = offs_m < length
     pos_m = _positions(positions, seq_start, offs_m, length)
     q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
-    do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+    do = _read(out_gradient, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
     o = _read(out, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
     delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
     tl.store(delta + head * total + seq_start + offs_m, delta_i, mask=valid)
@@ -505,8 +504,6 @@ def _key_value_gradient_kernel(
     gradient,
     lse,
     delta,
-    out_gradient_stride,
-    out_gradient_head_stride,
     qkv,
     cu_seqlens,
     slopes,
@@ -540,11 +537,11 @@ def _key_value_gradient_kernel(
     query = qkv + head * head_stride
     key = query + part_stride
     value = key + part_stride
-    out_gradient += head * out_gradient_head_stride
+    out_gradient += head * HEAD_DIM
     lse += head * total + seq_start
     delta += head * total + seq_start
-    part = tl.num_programs(1) * HEAD_DIM
-    gradient += head * HEAD_DIM + part
+    out_stride = tl.num_programs(1) * HEAD_DIM
+    gradient += head * HEAD_DIM + out_stride
     factor = scale * LOG2E
     offs_n = start_n + tl.arange(0, BLOCK_N)
     pos_n = _positions(positions, seq_start, offs_n, length)
@@ -558,7 +555,7 @@ def _key_value_gradient_kernel(
             start_m, near = _visit(step, start_n, begin, diagonal, leave, BLOCK_M, is_far)
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
-            do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+            do = _read(out_gradient, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
             # Queries beyond the sequence need no mask: they weigh exp2(bias), at most 1, and multiply zeros.
             extra = -tl.load(lse + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
             s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -580,8 +577,8 @@ def _key_value_gradient_kernel(
             ds = p * (dp - delta_m[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    _write(dk * scale, gradient, 3 * part, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
-    _write(dv, gradient + part, 3 * part, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+    _write(dk * scale, gradient, 3 * out_stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
+    _write(dv, gradient + out_stride, 3 * out_stride, seq_start, start_n, length, BLOCK_N, HEAD_DIM, BLOCK_DIM)
 
 
 # Tile sizes to try, by what they are for. The first of each is safe on any card, and runs where nothing can be timed.
@@ -613,8 +610,6 @@ _TILES = {
 }
 # A tile size is chosen for each of four ranges of lengths.
 _LENGTHS = (256, 1024, 4096)
-# Names of the strides of `qkv`: between tokens; between query, key and value; between heads.
-_STRIDES = ("stride", "part_stride", "head_stride")
 _chosen = {}
 
 
@@ -647,9 +642,9 @@ def _block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def constants_of(kernel, num_heads: int, head_dim: int, tile: Tile) -> dict:
-    """The constexpr arguments of an attention kernel: its program owns BLOCK_M queries, or BLOCK_N keys."""
-    owns_keys = kernel is _key_value_gradient_kernel
+@functools.cache
+def constants_of(owns_keys: bool, num_heads: int, head_dim: int, tile: Tile) -> dict:
+    """The constexpr arguments of an attention kernel, whose program owns BLOCK_N keys or else BLOCK_M queries."""
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": _block_dim(head_dim),
@@ -659,32 +654,40 @@ def constants_of(kernel, num_heads: int, head_dim: int, tile: Tile) -> dict:
     }
 
 
+def _strides(qkv) -> dict:
+    """The strides of `qkv` as arguments of a kernel: of tokens, of query, key and value, and of heads."""
+    stride, part_stride, head_stride, _ = qkv.stride()
+    return {"stride": stride, "part_stride": part_stride, "head_stride": head_stride}
+
+
 def _run(
     kernel, own, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen: int
 ) -> None:
     """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind.
 
     Args:
-        own: the arguments that this kernel takes before those that all three share, by name.
+        own: the tensors that this kernel takes before those that all three share, by name.
         peaks: see `_empty_results`; the other arguments are those of `_forward`.
     """
     total, _, heads, head_dim = qkv.shape
-    arguments = {
+    tensors = {
         **own,
         "qkv": qkv,
         "cu_seqlens": cu_seqlens,
         "slopes": slopes,
-        "peaks": peaks if len(peaks) else None,
+        "peaks": peaks if peaks.numel() else None,
         "positions": positions,
         "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
         "seed": seed,
-        **dict(zip(_STRIDES, qkv.stride())),
     }
+    strides = _strides(qkv)
     numbers = {"scale": scale, "dropout_p": dropout_p, "num_sequences": cu_seqlens.shape[0] - 1, "total": total}
+
+    owns_keys = kernel is _key_value_gradient_kernel
 
     def run(tile):
         grid = (total // tile.rows + numbers["num_sequences"], heads, 1)
-        launch(kernel, grid, tile, arguments, numbers, constants_of(kernel, heads, head_dim, tile))
+        launch(kernel, grid, tile, tensors, strides, numbers, constants_of(owns_keys, heads, head_dim, tile))
 
     has_dropout = seed is not None
     key = (kernel.fn, qkv.device, qkv.dtype, head_dim, has_dropout, bisect.bisect_left(_LENGTHS, max_seqlen))
@@ -749,13 +752,14 @@ def _forward(
     if out.numel() == 0:
         return out, lse, peaks
     heads, head_dim = out.shape[1:]
-    if len(peaks):
+    if peaks.numel():
         rows, step = _MEASURING.rows, _MEASURING.step
         launch(
             _measure_kernel,
-            grid=(len(peaks), heads, 1),
+            grid=(peaks.shape[0], heads, 1),
             tile=_MEASURING,
-            arguments={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens, **dict(zip(_STRIDES, qkv.stride()))},
+            tensors={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens},
+            strides=_strides(qkv),
             numbers={"scale": scale, "num_sequences": cu_seqlens.shape[0] - 1},
             constants={"HEAD_DIM": head_dim, "BLOCK_DIM": _block_dim(head_dim), "ROWS": rows, "STEP": step},
         )
@@ -789,18 +793,15 @@ def _backward(
     Returns:
         The gradient of `qkv`, [T, 3, H, D] in its dtype.
     """
-    qkv, out_gradient = with_channels(qkv), with_channels(out_gradient)
+    qkv = with_channels(qkv)
     gradient = qkv.new_empty(qkv.shape)
     if out.numel() == 0:
         return gradient
-    out_gradient_stride, out_gradient_head_stride, _ = out_gradient.stride()
     own = {
-        "out_gradient": out_gradient,
+        "out_gradient": out_gradient.contiguous(),
         "gradient": gradient,
         "lse": lse,
         "delta": torch.empty_like(lse),
-        "out_gradient_stride": out_gradient_stride,
-        "out_gradient_head_stride": out_gradient_head_stride,
     }
     shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
     # The query gradient comes first, because it writes `delta`.

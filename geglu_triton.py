@@ -38,14 +38,14 @@ def _forward_kernel(out, gated, stride, features, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(out_gradient, gradient, out_gradient_stride, gated, stride, features, BLOCK: tl.constexpr):
+def _backward_kernel(out_gradient, gradient, gated, stride, features, BLOCK: tl.constexpr):
     """Writes the gradient of `gated`, [T, 2 F], for `out_gradient` [T, F]."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = channels < features
     gate = tl.load(gated + row * stride + channels, mask=exists, other=0.0).to(tl.float32)  # [BLOCK]
     value = tl.load(gated + row * stride + features + channels, mask=exists, other=0.0).to(tl.float32)
-    dout = tl.load(out_gradient + row * out_gradient_stride + channels, mask=exists, other=0.0).to(tl.float32)
+    dout = tl.load(out_gradient + row * features + channels, mask=exists, other=0.0).to(tl.float32)
     normal = 0.5 * (1.0 + tl.erf(gate * INV_SQRT_2))  # distribution function
     density = tl.exp(-0.5 * gate * gate) * INV_SQRT_TAU
     dgate = dout * value * (normal + gate * density)
@@ -56,12 +56,12 @@ def _backward_kernel(out_gradient, gradient, out_gradient_stride, gated, stride,
 
 
 def _run(kernel, gated: torch.Tensor, **own) -> None:
-    """Launch a kernel for `gated` [T, 2 F], channels contiguous; `own`: what it takes before what both kernels take."""
+    """Launch a kernel for `gated` [T, 2 F], channels contiguous; `own`: the tensors that it takes before `gated`."""
     if gated.numel():
         total, features = gated.shape[0], gated.shape[1] // 2
-        arguments = {**own, "gated": gated, "stride": gated.stride(0), "features": features}
         grid = (total, triton.cdiv(features, TILE.step), 1)
-        launch(kernel, grid, TILE, arguments, numbers={}, constants={"BLOCK": TILE.step})
+        strides = {"stride": gated.stride(0), "features": features}
+        launch(kernel, grid, TILE, {**own, "gated": gated}, strides, numbers={}, constants={"BLOCK": TILE.step})
 
 
 def _forward(gated: torch.Tensor) -> torch.Tensor:
@@ -80,10 +80,8 @@ class _GeGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, out_gradient):
         (gated,) = ctx.saved_tensors
-        out_gradient = with_channels(out_gradient)
         gradient = gated.new_empty(gated.shape)
-        own = {"out_gradient": out_gradient, "gradient": gradient, "out_gradient_stride": out_gradient.stride(0)}
-        _run(_backward_kernel, gated, **own)
+        _run(_backward_kernel, gated, out_gradient=out_gradient.contiguous(), gradient=gradient)
         return gradient
 
 

@@ -42,7 +42,7 @@ _RUNS_COMPILED = _runs_compiled(triton.__version__)
 _compiled = {}
 
 
-def launch(kernel, grid, tile: Tile, arguments: dict, numbers: dict, constants: dict) -> None:
+def launch(kernel, grid, tile: Tile, tensors: dict, strides: dict, numbers: dict, constants: dict) -> None:
     """Run a kernel on the current stream of the first tensor's device.
 
     Triton's dispatch takes 13 to 14 µs of Python for the attention kernels (Triton 3.7.1, without the driver);
@@ -52,34 +52,33 @@ def launch(kernel, grid, tile: Tile, arguments: dict, numbers: dict, constants: 
         kernel: a triton.jit function; `numbers` must not be specialized (floats never are).
         grid: three integers.
         tile: gives the warps and the stages.
-        arguments: by name, in the kernel's order: tensors, the first of them present, None for an optional one that is
-            absent; and strides and sizes, integers that the kernel is compiled for (whether they are 1 or divisible
-            by 16).
+        tensors: the kernel's arguments by name, in its order: the tensors, None where an optional one is absent.
+        strides: then integers that the kernel is compiled for (whether they are 1 or divisible by 16).
         numbers: then integers and floats that change from call to call.
         constants: then values of its constexpr arguments.
 
     Raises:
         TypeError: names or order are not those of the kernel.
     """
-    values = (*arguments.values(), *numbers.values(), *constants.values())
-    device = values[0].get_device()
+    arguments = (*tensors.values(), *strides.values(), *numbers.values(), *constants.values())
+    device = arguments[0].get_device()
     with torch.cuda.device(device):
-        key = _key(kernel, device, tile, arguments, constants)
+        key = _key(kernel, device, tile, tensors, strides, constants)
         compiled = _compiled.get(key)
         if compiled is not None:
-            compiled[grid](*values)
+            compiled[grid](*arguments)
             return
-        names = [*arguments, *numbers, *constants]
+        names = [*tensors, *strides, *numbers, *constants]
         if names != list(kernel.arg_names):
             raise TypeError(f"the kernel takes {', '.join(kernel.arg_names)}, got {', '.join(names)}")
         # Multiply and add in one instruction: Triton's default up to 3.9, its option from 3.10 on.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-        compiled = kernel[grid](*values, **options)
+        compiled = kernel[grid](*arguments, **options)
         if key is not None and compiled is not None:  # the interpreter compiles nothing
             _compiled[key] = compiled
 
 
-def _key(kernel, device, tile, arguments, constants) -> Optional[tuple]:
+def _key(kernel, device, tile, tensors, strides, constants) -> Optional[tuple]:
     """All that decides what Triton compiles, or None where only its own dispatch can tell; arguments of `launch`.
 
     Beside types, alignment and options, the key of Triton's own cache (`JITFunction.run`, 3.7.1) holds the knobs for
@@ -88,16 +87,12 @@ def _key(kernel, device, tile, arguments, constants) -> Optional[tuple]:
     knobs = triton.knobs if _RUNS_COMPILED else None
     if knobs is None or knobs.runtime.add_stages_inspection_hook is not None:
         return None
-    is_hip = torch.version.hip  # Triton addresses what lies within 2 GiB by 32 bits there
-    kinds = [
-        (x.dtype, x.data_ptr() % 16, is_hip and x.untyped_storage().nbytes() < 2**31)
-        if isinstance(x, torch.Tensor)
-        else x
-        for x in arguments.values()
-    ]
+    kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors.values()]
+    if torch.version.hip:  # Triton addresses what lies within 2 GiB by 32 bits there
+        kinds += [x is not None and x.untyped_storage().nbytes() < 2**31 for x in tensors.values()]
     modes = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
     # The function, as a kernel computes its hash at every look-up.
-    return (kernel.fn, device, tile, *modes, *kinds, *constants.values())
+    return (kernel.fn, device, tile, *modes, *kinds, *strides.values(), *constants.values())
 
 
 def is_observed(tensor: torch.Tensor) -> bool:
@@ -162,7 +157,7 @@ def _device_declines(device: torch.device) -> Optional[str]:
         out = torch.empty(16, 16, device=device)
         for _ in range(2):  # by Triton's dispatch, then without it
             out.fill_(float("nan"))
-            launch(_product_kernel, (1, 1, 1), Tile(16, 16, 4, 1), {"out": out}, {}, {"SIZE": 16})
+            launch(_product_kernel, (1, 1, 1), Tile(16, 16, 4, 1), {"out": out}, {}, {}, {"SIZE": 16})
             if not (out == 16).all():
                 raise RuntimeError(f"a matrix product of ones must be 16 everywhere, got {out[0, 0].item()}")
     except Exception as error:  # Drivers, compilers and cards fail in more ways than can be named.

@@ -84,7 +84,6 @@ def _backward_kernel(
     x_gradient,
     residual_gradient,
     sums,
-    out_gradient_stride,
     x,
     residual,
     weight,
@@ -112,7 +111,7 @@ def _backward_kernel(
         values, factor = _sum_of_row(x, residual, seed, stride, residual_stride, row, size, dropout_p, BLOCK)
         normal, inverse = _normalize(values, size, eps, BLOCK)
         offset = row.to(tl.int64)
-        dout = tl.load(out_gradient + offset * out_gradient_stride + channels, mask=exists, other=0.0).to(tl.float32)
+        dout = tl.load(out_gradient + offset * size + channels, mask=exists, other=0.0).to(tl.float32)
         weight_sum += dout * normal
         bias_sum += dout
         dnormal = dout * w
@@ -138,20 +137,17 @@ def _tile(size: int) -> Tile:
 
 
 def _run(kernel, programs: int, own: dict, x, residual, weight, seed, eps, dropout_p, **numbers) -> None:
-    """Launch a kernel; `own` and `numbers` are the arguments that it takes before and after those that both share."""
+    """Launch a kernel; `own` and `numbers` are what it takes beside the tensors and numbers that both kernels take."""
     tile = _tile(x.shape[1])
-    arguments = {
-        **own,
-        "x": x,
-        "residual": residual,
-        "weight": weight,
-        "seed": seed,
-        "stride": x.stride(0),
-        "residual_stride": residual.stride(0),
-        "size": x.shape[1],
-    }
-    numbers = {"eps": eps, "dropout_p": dropout_p, **numbers}
-    launch(kernel, (programs, 1, 1), tile, arguments, numbers, {"BLOCK": tile.step})
+    launch(
+        kernel,
+        grid=(programs, 1, 1),
+        tile=tile,
+        tensors={**own, "x": x, "residual": residual, "weight": weight, "seed": seed},
+        strides={"stride": x.stride(0), "residual_stride": residual.stride(0), "size": x.shape[1]},
+        numbers={"eps": eps, "dropout_p": dropout_p, **numbers},
+        constants={"BLOCK": tile.step},
+    )
 
 
 def _forward(x, residual, weight, bias, seed, eps: float, dropout_p: float, dtype: torch.dtype) -> torch.Tensor:
@@ -172,18 +168,16 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, out_gradient):
         x, residual, weight, seed = ctx.saved_tensors
-        out_gradient = with_channels(out_gradient)
         total, size = x.shape
         residual_gradient = residual.new_empty(residual.shape)
         x_gradient = None if seed is None and x.dtype == residual.dtype else x.new_empty(x.shape)
         sums = x.new_empty(min(total, PARTS), 2, size, dtype=torch.float32)
         if total:
             own = {
-                "out_gradient": out_gradient,
+                "out_gradient": out_gradient.contiguous(),
                 "x_gradient": x_gradient,
                 "residual_gradient": residual_gradient,
                 "sums": sums,
-                "out_gradient_stride": out_gradient.stride(0),
             }
             shared = (x, residual, weight, seed, ctx.eps, ctx.dropout_p)
             _run(_backward_kernel, len(sums), own, *shared, total=total)

@@ -112,7 +112,7 @@ def compile_kernel(name: str, tile, target: str, dtype: torch.dtype, head_dim: i
         What `compile_function` returns.
     """
     kernel = getattr(kernels, name)
-    constants = kernels.constants_of(kernel, 12, head_dim, tile)
+    constants = kernels.constants_of(kernel is kernels._key_value_gradient_kernel, 12, head_dim, tile)
     return compile_function(kernel, constants, target, dtype, tile.warps, tile.stages, extras)
 
 

@@ -56,8 +56,8 @@ def launches(monkeypatch):
     """(kernel, grid, tile) of what `launch` is asked for; nothing runs."""
     recorded = []
 
-    def record(kernel, grid, tile, arguments, numbers, constants):
-        assert [*arguments, *numbers, *constants] == kernel.arg_names
+    def record(kernel, grid, tile, tensors, strides, numbers, constants):
+        assert [*tensors, *strides, *numbers, *constants] == kernel.arg_names
         recorded.append((kernel, grid, tile))
 
     monkeypatch.setattr(leaf, "launch", record)
@@ -157,12 +157,12 @@ def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its
     monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
     monkeypatch.setattr(launch_triton, "_compiled", {})
     kernel, x = CompiledKernel(), torch.zeros(64)
-    same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"arguments": {"x": x[4:], "y": None, "stride": 16}}]
+    same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"tensors": {"x": x[4:], "y": None}}]
     other = [
-        {"arguments": {"x": x[1:], "y": None, "stride": 16}},  # not aligned to 16 bytes
-        {"arguments": {"x": x.half(), "y": None, "stride": 16}},
-        {"arguments": {"x": x, "y": x, "stride": 16}},
-        {"arguments": {"x": x, "y": None, "stride": 8}},
+        {"tensors": {"x": x[1:], "y": None}},  # not aligned to 16 bytes
+        {"tensors": {"x": x.half(), "y": None}},
+        {"tensors": {"x": x, "y": x}},
+        {"strides": {"stride": 8}},
         {"constants": {"BLOCK": 32}},
         {"tile": launch_triton.Tile(32, 32, 8, 2)},
     ]
@@ -177,7 +177,8 @@ def usual_arguments(x):
     """Arguments of `launch` for a `CompiledKernel`."""
     return {
         "tile": launch_triton.Tile(32, 32, 4, 2),
-        "arguments": {"x": x, "y": None, "stride": 16},
+        "tensors": {"x": x, "y": None},
+        "strides": {"stride": 16},
         "numbers": {"total": 1, "scale": 0.5},
         "constants": {"BLOCK": 64},
     }

@@ -3,7 +3,7 @@
 import numerics
 import pytest
 import torch
-from heads import SAME
+from heads import HEADS, SAME, call_of, head, name_of
 from models import holed_batch, random_labels, tiny_model
 
 from mosaicbert.bert_layers import ATTENTION_BACKENDS
@@ -27,6 +27,25 @@ def test_eval_ignores_dropout_rates_and_train_obeys_them(backend):
         first = model(ids, mask).logits
         torch.manual_seed(3)
         numerics.assert_same(model(ids, mask).logits, first, 0.0)
+
+
+@pytest.mark.parametrize("model_class", HEADS, ids=name_of)
+def test_every_dropout_layer_drops_its_share_once_in_a_training_call(model_class):
+    shares = {}
+
+    def record(name):
+        def hook(module, arguments, output):
+            shares.setdefault(name, []).append((output == 0).float().mean().item())
+
+        return hook
+
+    model = head(model_class, hidden_dropout_prob=0.5).train()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Dropout)}
+    for name, layer in layers.items():
+        layer.register_forward_hook(record(name))
+    model(**call_of(model_class, lengths=[60] * 8))
+    assert shares.keys() == layers.keys() and len(layers) >= 1 + 2 * 2  # of the embedding, and two in each layer
+    assert all(len(found) == 1 and 0.3 < found[0] < 0.7 for found in shares.values()), shares
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

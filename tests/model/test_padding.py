@@ -74,6 +74,13 @@ def test_a_batch_that_keeps_padding_marks_it():
     assert pack_rows(None, (2, 3), CPU).attended(0, 3) is None
 
 
+def test_the_first_token_comes_after_left_padding():
+    mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]])
+    tokens = torch.arange(1, 10).view(3, 3, 1)
+    for packed in (pack_padded(mask, (3, 3), CPU), pack_rows(mask, (3, 3), CPU)):
+        assert packed.first_tokens(packed.pack(tokens)).tolist() == [[2], [0], [7]]
+
+
 def test_sequences_in_one_row_attend_to_themselves_where_padding_is_kept():
     expected = [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     bounds = pack_flattened(torch.tensor([0, 2, 3]), None, (1, 3), keep_padding=True)
