@@ -231,7 +231,7 @@ def choose_kernels(dtype: torch.dtype, group: HeadGroup, trained: bool) -> tuple
 
     Args:
         dtype: of query, key and value.
-        group: whose calls.
+        group: the heads and sequences of the calls.
         trained: whether there will be a backward pass.
 
     Returns:
@@ -316,7 +316,7 @@ def products_backward(grad, query, key, value, context, logsumexp, dropout_p, is
 
 
 def attend_by_plan(qkv, bias, scale, plan, reversal, trained):
-    """The planned calls of attention, forward.
+    """Compute the planned calls of attention.
 
     Args:
         qkv: floating [T, 3, H, D].

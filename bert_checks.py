@@ -96,7 +96,7 @@ def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
     """Raise ValueError when one of some integers lies outside [0, size) and is not `ignored`; the message names it.
 
-    Only on the CPU, where it costs little beside the model; on an accelerator this would force a synchronization.
+    Values are checked on the CPU only: on an accelerator this would force a synchronization.
     """
     if ids.device.type != "cpu" or ids.numel() == 0 or is_traced():
         return
@@ -112,7 +112,7 @@ def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = 
 
 
 def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], total: int) -> None:
-    """Raise ValueError unless `cu_seq_lens_q` and `max_length_q` describe `total` tokens; values on the CPU only."""
+    """Raise ValueError unless `cu_seq_lens_q` and `max_length_q` describe `total` tokens; values as for `check_ids`."""
     if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point() or cu_seq_lens_q.shape[0] < 1:
         raise ValueError(
             f"cu_seq_lens_q must be integers of shape [N + 1], got {cu_seq_lens_q.dtype} {list(cu_seq_lens_q.shape)}"
