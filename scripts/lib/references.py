@@ -54,12 +54,12 @@ def foreign_references(content, own_modules: Collection[str] = (), place: str = 
 
 
 def without_references(content):
-    """A copy of a JSON file's content without the fields that name code or files, own code included."""
+    """A copy of what a JSON file holds, or a loader made of it, without the fields that name code or files."""
     if isinstance(content, dict):
         return {
             name: without_references(value)
             for name, value in content.items()
-            if not _is_code(name, value) and not (isinstance(value, str) and FOREIGN_CLASS.search(value))
+            if not _is_code(str(name), value) and not (isinstance(value, str) and FOREIGN_CLASS.search(value))
         }
     if isinstance(content, list):
         return [

@@ -12,7 +12,7 @@ import pytest
 from folders import set_fields, stock_bert, write_complete_repository
 from lib import common
 from tokenizers import Tokenizer, models
-from transformers import BertForMaskedLM
+from transformers import AutoTokenizer, BertForMaskedLM
 
 import mosaicbert
 
@@ -113,6 +113,7 @@ def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command, capsys):
 
 def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script):
     write_complete_repository(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")  # with its added tokens
     names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
     mark = refer(tmp_path / "model", names, "bert_layers.py", attn_implementation="someone/kernels")
     config = tmp_path / "config.json"
