@@ -1,7 +1,7 @@
 """What the model promises, measured: run tests/card, keep its results in a CSV, and write README's table from it.
 
 python benchmarks/card.py           on this machine, with its GPU where there is one
-python benchmarks/card.py --table   the table alone
+python benchmarks/card.py --table   only the table
 """
 
 import argparse

@@ -56,7 +56,7 @@ def make_parser() -> cli.Parser:
 
 
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command line and read the data that it names; what is wrong there is told before torch is imported.
+    """Parse a command line and read the data that it names; mistakes there are reported before torch is imported.
 
     Returns:
         The options, with a name for each model, and the documents.

@@ -27,7 +27,7 @@ def main() -> None:
     parser.option("--format", "of the files", required=True, choices=("onnx", "gguf"))
     parser.option(
         "--types",
-        "one file for each; int8 is for weights alone, Q8_0 in GGUF",
+        "one file for each; int8 applies to weights only, and is Q8_0 in GGUF",
         default=["float32", "float16", "int8"],
         nargs="+",
         choices=("float32", "float16", "int8"),

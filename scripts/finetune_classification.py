@@ -78,8 +78,8 @@ def make_parser() -> cli.TrainingParser:
     data("--problem", "what the labels are", choices=["classification", "multi_label", "regression"])
     data(
         "--max_length",
-        "truncate longer texts to this many tokens (default: what the longest text needs, as far as the longest "
-        "texts fit into --tokens_per_batch)",
+        "truncate longer texts to this many tokens (default: what the longest text needs, unless the longest "
+        "texts exceed --tokens_per_batch)",
         cli.positive_integer,
     )
     data(
@@ -138,7 +138,7 @@ def make_parser() -> cli.TrainingParser:
 
 
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments", "Task"]:  # noqa: F821
-    """Parse a command line and read the data that it names; what is wrong there is told before torch is imported.
+    """Parse a command line and read the data that it names; mistakes there are reported before torch is imported.
 
     Returns:
         The own options, transformers' `TrainingArguments`, and what there is to learn.

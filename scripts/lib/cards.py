@@ -103,7 +103,7 @@ def write_card(
     Args:
         target: the new model's folder; its config.json says what it is for.
         made: how it was made, one sentence of Markdown.
-        source: Hub id, folder or file of the model that it was made from; of a local path only the name is told. None:
+        source: Hub id, folder or file of the model that it was made from; of a local path only the name is shown. None:
             it was trained from random weights.
         folder: where the source's own README.md may lie.
         revision: commit of the source, None when unknown.

@@ -92,7 +92,7 @@ def read_composer(path: Path) -> Checkpoint:
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"source: {path.name} is not opened, {unpickling_problem(error)}; of a Composer checkpoint that you trust, "
-            "save state/model and state/integrations alone"
+            "save only state/model and state/integrations"
         ) from error
     model = entry(content, "state", "model")
     if not isinstance(model, dict):

@@ -100,7 +100,7 @@ def foreign_config(fields: dict, where: str = "config.json"):
 
 
 def check_labels(fields: dict, where: str = "config.json") -> None:
-    """Raise ValueError where a field of `LABELS` has a value of another kind."""
+    """Raise ValueError where a field of `LABELS` has a value of the wrong type."""
     for name, (wanted, accept) in LABELS.items():
         if fields.get(name) is not None and not accept(fields[name]):
             raise ValueError(f"{where}: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
@@ -331,7 +331,7 @@ def check_model(source: str, argument: str = "model", files: tuple[str, ...] = (
 
 
 def check_checkpoint(source: str) -> None:
-    """Raise ValueError if the source of a conversion is no file, no folder with weights and no possible Hub id."""
+    """Raise ValueError if the source of a conversion is not a file, a folder with weights or a Hub id."""
     if not Path(source).is_file():
         check_source(source, "source")
         if Path(source).is_dir():

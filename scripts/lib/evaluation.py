@@ -134,13 +134,13 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
         batch_tokens: approximate tokens per batch.
 
     Returns:
-        windows, masked (tokens scored), loss (nats), perplexity, top1 (share), tokens_per_second (the model's
-        time alone), peak_mib (see `peak_memory`).
+        windows, masked (tokens scored), loss (nats), perplexity, top1 (share), tokens_per_second (of the
+        model's time only), peak_mib (see `peak_memory`).
     """
     loss, hits, masked, windows, tokens, seconds = 0.0, 0, 0, 0, 0, 0.0
     sparse = hasattr(model.config, "sparse_prediction")
     if sparse:
-        model.config.sparse_prediction = True  # scores of the masked tokens alone
+        model.config.sparse_prediction = True  # scores of the masked tokens only
     with peak_memory(model.device) as memory:
         batches = masked_batches(documents, tokenizer, length, batch_tokens)
         for batch in tqdm(batches, desc=f"length {length}", unit=" batches", leave=False, disable=None):

@@ -1,6 +1,6 @@
 """Read labelled texts from files or the Hub, and infer the kind of problem from the labels.
 
-Neither torch nor transformers is imported, so that a mistake in the data is told at once.
+Neither torch nor transformers is imported, so that a mistake in the data is reported at once.
 """
 
 import argparse

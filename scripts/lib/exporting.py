@@ -120,7 +120,7 @@ def export(
         format: `onnx` or `gguf`.
         name: of the model, for the names of GGUF files and for the card.
         types: keys of `FARTHEST`, one file each.
-        features: leave a head out, and export the encoder alone.
+        features: export the encoder without its head.
         chunked: ONNX: attend from some queries at a time.
         tokenizer: Hub id or folder of a tokenizer to take instead of the source's.
         revision: of a Hub id.
@@ -132,7 +132,7 @@ def export(
     Raises:
         ValueError: the source cannot be exported, or a file gives other answers.
     """
-    importlib.import_module(f".{format}_export", __package__)  # a missing package is told before the work starts
+    importlib.import_module(f".{format}_export", __package__)  # a missing package is reported before the work starts
     checkpoint = read_checkpoint(source, revision)
     words = write_tokenizer(checkpoint, tokenizer, target)
     if words is None:

@@ -154,7 +154,7 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:  # of a full disk NumPy only tells how much it has written
+    except OSError as error:  # on a full disk NumPy only says how much it has written
         raise OSError(f"{path.name} cannot be written, {one_line(error)}") from error
     finally:
         writer.close()

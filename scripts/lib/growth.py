@@ -10,7 +10,7 @@ import unicodedata
 LARGEST_GROWTH = 16
 # Steps that lengthen a text again each time that they come in one part.
 GROWING = ("ByteLevel", "Precompiled", "TemplateProcessing")
-# Pieces of a template, texts and special tokens alike, that are no growth.
+# Pieces of a template, texts and special tokens alike, that are not growth.
 USUAL_PIECES = 8
 # Bytes that a table of characters makes of one: what NFKC makes of some, a half of its longest, and twice its longest.
 USUAL_BYTES, MOST_BYTES = 16, 64

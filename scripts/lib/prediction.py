@@ -108,7 +108,7 @@ def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[in
 
 @torch.inference_mode()
 def predict(model, tokenizer, rows: list[dict], tokens_per_batch: int) -> np.ndarray:
-    """Run a model over tokenized texts, which are sorted by length and batched meanwhile.
+    """Run a model over tokenized texts, sorted by length and in batches.
 
     Args:
         model: with a classification head.

@@ -92,7 +92,7 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
         """Go on from `state_dict`."""
         fits = isinstance(state, dict) and len(state.get("base_lrs", ())) == len(self.base_lrs)
         if not fits or not all(isinstance(state.get(name), int) for name in ("last_epoch", "_step_count")):
-            raise ValueError("the state of the schedule is of another kind")
+            raise ValueError("the state belongs to another kind of schedule")
         self.__dict__.update({name: state[name] for name in self.STATE if name in state})
 
 

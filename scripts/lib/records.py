@@ -53,7 +53,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
 
 
 def check_texts(sources: Sequence[str], text_field: str = "text", argument: str = "data") -> list[str]:
-    """Find files of documents, and read the first document of the first, so that a wrong name is told early.
+    """Find files of documents, and read the first document of the first, so that a wrong name is reported early.
 
     Args:
         sources, text_field: as `read_texts` takes them.

@@ -80,7 +80,7 @@ class Run:
             copy_others(self.folder, self.work)
             os.rename(self.work, stage / NEW)
             replace(self.folder, stage, "output_dir")
-            for held in (NEW, OLD):  # what was there, with what came there meanwhile
+            for held in (NEW, OLD):  # the old content, and what has appeared there since
                 copy_others(stage / held, self.folder)
             self.work = self.folder
         if not keep_checkpoints:
@@ -156,7 +156,7 @@ def open_run(
 def check_output(
     folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False, **inputs: Input
 ) -> None:
-    """Refuse early what `open_run` would refuse, as far as it is seen without a lock or a change to any folder.
+    """Refuse early what `open_run` would refuse, as far as that can be seen without a lock or a change to any folder.
 
     Args:
         folder, overwrite, resume, resumable, **inputs: as `open_run` takes them.
@@ -209,7 +209,7 @@ def _link_checkpoints(folder: Path, checkpoint: str, beside: Path) -> tuple[str,
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder; if the block raises, remove what was made, folders around it too, as far as that is empty."""
+    """Make a folder; if the block raises, remove what was made, parent folders too, where that is empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         try:

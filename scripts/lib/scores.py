@@ -105,7 +105,7 @@ def decide(problem: str, logits: np.ndarray) -> np.ndarray:
 
 
 def probabilities(problem: str, logits: np.ndarray) -> np.ndarray:
-    """Probability of each class [N, C]: they sum to one for single-label problems, and stand alone for multi-label."""
+    """Probability of each class [N, C]: they sum to one for single-label problems only."""
     from scipy.special import expit, softmax
 
     return softmax(logits, axis=-1) if problem == SINGLE else expit(logits)

@@ -170,7 +170,7 @@ def open_stage(target: Path, argument: str) -> Iterator[Path]:
     while True:
         try:
             stage.mkdir()
-        except FileExistsError:  # exist_ok would raise where a run that ends removes it meanwhile
+        except FileExistsError:  # exist_ok would raise where another run that ends removes it
             pass
         except PermissionError as error:
             raise ValueError(f"{argument}: {target.parent} cannot be written, {one_line(error)}") from error

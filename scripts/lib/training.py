@@ -31,7 +31,7 @@ class CarefulTrainer(Trainer):
 
     Args:
         seconds_between_logs: besides every `logging_steps` the loss is logged when so much time has passed, and at
-            least ten times in a training. None: every `logging_steps` alone.
+            least ten times in a training. None: only every `logging_steps`.
         max_seconds: when the training ends, where the clock ends it.
         **kwargs: as Trainer takes them.
     """

@@ -69,7 +69,7 @@ def test_an_engine_that_answers_otherwise_is_left_out(monkeypatch, tmp_path, cap
 
 
 @pytest.mark.parametrize("case", ["C1-2", "C8"])
-def test_two_checkouts_are_timed_in_turns_and_their_difference_is_told(case, monkeypatch, tmp_path, capsys):
+def test_two_checkouts_are_timed_in_turns_and_their_difference_is_shown(case, monkeypatch, tmp_path, capsys):
     other, out = tmp_path / "other", tmp_path / "rows.csv"
     other.mkdir()
     for path in ROOT.glob("*.py"):

@@ -23,7 +23,7 @@ def requirements():
 
 
 def resolve(python, platform):
-    """Resolves from metadata alone, as a machine without pip or uv settings of its own would; downloads no wheel."""
+    """Resolves from metadata only, as a machine without pip or uv settings of its own would; downloads no wheel."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     # Wheels of recent PyTorch releases start at macOS 14; the resolver assumes an older one.
     environment |= {"MACOSX_DEPLOYMENT_TARGET": "14.0", "UV_HTTP_RETRIES": "1"}

@@ -16,7 +16,7 @@ from uv import find_uv_bin
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "releases.md"
 BEFORE, AFTER = "<!-- make releases -->\n", "<!-- end -->\n"
-# Files that import torch and transformers alone: loading, running, tying, saving, and no stock BERT whatever fails.
+# Files that import only torch and transformers: loading, running, tying, saving, and no stock BERT whatever fails.
 TESTS = [f"tests/{name}" for name in ("card/test_loads.py", "loading/test_loading.py", "loading/test_architectures.py")]
 COUNTS = re.compile(r"\d+ (?:passed|failed|skipped|errors?)\b")
 

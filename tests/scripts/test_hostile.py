@@ -403,7 +403,7 @@ def test_a_full_disk_ends_in_one_line(source):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_an_error_of_safetensors_is_told_in_one_line(source, monkeypatch):
+def test_an_error_of_safetensors_is_reported_in_one_line(source, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 

@@ -46,7 +46,7 @@ def test_texts_stay_as_long_as_the_worst_batch_allows(lengths, batch_size, token
     assert worst <= tokens or limit == prediction.SHORTEST
 
 
-def test_what_a_model_will_not_see_is_told_in_one_line(tokenizer, capsys):
+def test_what_a_model_will_not_see_is_reported_in_one_line(tokenizer, capsys):
     texts = [(" ".join(WORDS[:30]),), (WORDS[0],), ("  ",), (f"{WORDS[1]} \U0001f600 {WORDS[2]}☃",)]
     parts = {"train": Examples(texts[:2], [], []), "test": Examples(texts[2:], [], [])}
     rows, limit = prediction.tokenize(parts, tokenizer, 16, 32, 1000)
@@ -60,7 +60,7 @@ def test_what_a_model_will_not_see_is_told_in_one_line(tokenizer, capsys):
     assert "none cut" in capsys.readouterr().out
 
 
-def test_words_that_no_tokenizer_splits_are_told(tokenizer, capsys):
+def test_words_that_no_tokenizer_splits_are_reported(tokenizer, capsys):
     prediction.tokenize({"test": Examples([(WORDS[0] * 200,)], [], [])}, tokenizer, None, 1, 1000)
     assert "1 with what becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
 

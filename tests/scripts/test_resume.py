@@ -1,4 +1,4 @@
-"""Resuming from an odd checkpoint ends in one line that names it, and a run removes its own checkpoints alone."""
+"""Resuming from an odd checkpoint ends in one line that names it, and a run removes only its own checkpoints."""
 
 import os
 import shutil
@@ -68,8 +68,8 @@ PICKLES = {
         "optimizer.pt does not fit the weights",
     ),
     "optimizer code": ("optimizer.pt", lambda content: {"state": os.system}, "it holds .*system, which is more than"),
-    "schedule list": ("scheduler.pt", lambda content: [1], "the state of the schedule is of another kind"),
-    "schedule empty": ("scheduler.pt", lambda content: {}, "the state of the schedule is of another kind"),
+    "schedule list": ("scheduler.pt", lambda content: [1], "the state belongs to another kind of schedule"),
+    "schedule empty": ("scheduler.pt", lambda content: {}, "the state belongs to another kind of schedule"),
     "schedule text": ("scheduler.pt", lambda content: dict.fromkeys(content, "x"), "the state of the schedule"),
     "random state": ("rng_state.pth", lambda content: {}, ""),
 }
@@ -77,7 +77,7 @@ PICKLES = {
 
 @pytest.mark.parametrize(("name", "change", "message"), PICKLES.values(), ids=PICKLES)
 def test_an_odd_pickle_of_a_checkpoint_is_named(data, checkpoint, name, change, message):
-    """A schedule or an optimizer of another kind was once passed over without a word."""
+    """A schedule or an optimizer of another kind was once ignored silently."""
     rewrite(checkpoint, name, change)
     fails(data, checkpoint, message)
 
@@ -134,7 +134,7 @@ def test_a_schedule_goes_on_from_its_own_state_alone():
     state = schedule.state_dict()
     schedule.load_state_dict(state)
     for odd in ([], {}, {**state, "base_lrs": [1.0, 1.0]}, {**state, "last_epoch": "3"}):
-        with pytest.raises(ValueError, match="the state of the schedule is of another kind"):
+        with pytest.raises(ValueError, match="the state belongs to another kind of schedule"):
             schedule.load_state_dict(odd)
 
 

@@ -7,7 +7,7 @@ from lib import cli, pictures, training
 
 
 class Clock:
-    """Stands in for `time`, and goes on only when it is told to."""
+    """Stands in for `time`; it advances only on request."""
 
     def __init__(self):
         self.now = 100.0
@@ -106,7 +106,7 @@ def test_a_resumed_bar_goes_on_where_the_run_stopped(clock):
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (260, "4 min 20 s"), (3600, "1 h 0 min"), (9000, "2 h 30 min")]
 )
-def test_times_are_told_in_their_largest_units(seconds, words):
+def test_times_are_shown_in_their_largest_units(seconds, words):
     assert training.tell_time(seconds) == words
 
 

@@ -289,7 +289,7 @@ def test_overwrite_replaces_an_export_and_spares_other_folders(tmp_path, run_scr
         run_script(script, *arguments, "--overwrite")
 
 
-def test_mistakes_are_told_in_one_line(tmp_path, run_script):
+def test_mistakes_are_reported_in_one_line(tmp_path, run_script):
     write_source(tmp_path / "narrow", hidden_size=48)
     gguf_of = (tmp_path / "out", "--format", "gguf")
     with pytest.raises(SystemExit, match="in GGUF int8 needs a hidden_size that is a multiple of 32, got 48"):
