@@ -70,7 +70,7 @@ PICKLES = {
     "optimizer code": ("optimizer.pt", lambda content: {"state": os.system}, "it holds .*system, which is more than"),
     "schedule list": ("scheduler.pt", lambda content: [1], "the state belongs to another kind of schedule"),
     "schedule empty": ("scheduler.pt", lambda content: {}, "the state belongs to another kind of schedule"),
-    "schedule text": ("scheduler.pt", lambda content: dict.fromkeys(content, "x"), "the state of the schedule"),
+    "schedule text": ("scheduler.pt", lambda content: dict.fromkeys(content, "x"), "the state belongs"),
     "random state": ("rng_state.pth", lambda content: {}, ""),
 }
 
