@@ -14,7 +14,7 @@ EPS = 1e-12
 
 
 def norm_input(rows, size, dtype=torch.float32, residual_dtype=None):
-    """x, residual, weight and bias, which want gradients."""
+    """x, residual, weight and bias, which require gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, size), (rows, size), (size,), (size,)]
     dtypes = [dtype, residual_dtype or dtype, dtype, dtype]

@@ -45,7 +45,7 @@ def test_offloaded_weights_come_back_for_each_layer(tmp_path, model_class, way):
     ids=["all", "encoder"],
 )
 def test_a_device_map_to_disk_loads_and_answers(tmp_path, device_map):
-    """The tied pair, embedding and decoder, stays together, as accelerate wants it of every model."""
+    """The tied pair, embedding and decoder, stays together, as accelerate requires of every model."""
     pytest.importorskip("accelerate")
     if device_map["cls"] == "disk" and Version(transformers.__version__) < Version("5.17"):
         pytest.skip("transformers up to 5.0 cannot serve a tied pair from disk, that of stock BERT included")

@@ -1,4 +1,4 @@
-"""Model files use private names of torch in one place only, and do without any of them; below the floor they say so."""
+"""Model files use private names of torch in one file only and run without them; older releases are refused in words."""
 
 import configparser
 import importlib.util

@@ -49,7 +49,7 @@ def skip_at_every_length(monkeypatch, skip=True):
 
 
 def packed_input(lengths, heads, head_dim, dtype=torch.float32, size=1.0, seed=0):
-    """qkv [T, 3, H, D] that wants a gradient, and its `PackedBatch`."""
+    """qkv [T, 3, H, D] that requires a gradient, and its `PackedBatch`."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, generator=generator) * size
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
