@@ -682,7 +682,6 @@ def _run(
     }
     strides = _strides(qkv)
     numbers = {"scale": scale, "dropout_p": dropout_p, "num_sequences": cu_seqlens.shape[0] - 1, "total": total}
-
     owns_keys = kernel is _key_value_gradient_kernel
 
     def run(tile):
@@ -786,7 +785,7 @@ def _backward(
     """Launch the two backward kernels.
 
     Args:
-        out_gradient: [T, H, D].
+        out_gradient: [T, H, D], any strides.
         qkv: as for `_forward`, and so are the arguments from `cu_seqlens` on.
         out: what `_forward` returned, and so are `lse` and `peaks`.
 
@@ -797,12 +796,8 @@ def _backward(
     gradient = qkv.new_empty(qkv.shape)
     if out.numel() == 0:
         return gradient
-    own = {
-        "out_gradient": out_gradient.contiguous(),
-        "gradient": gradient,
-        "lse": lse,
-        "delta": torch.empty_like(lse),
-    }
+    out_gradient, delta = out_gradient.contiguous(), torch.empty_like(lse)
+    own = {"out_gradient": out_gradient, "gradient": gradient, "lse": lse, "delta": delta}
     shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
     # The query gradient comes first, because it writes `delta`.
     _run(_query_gradient_kernel, {"out": out, **own}, *shared)
