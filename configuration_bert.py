@@ -27,6 +27,10 @@ OWN_FIELDS = (
     "unpad_inputs",
 )
 
+# The `chunk_size_feed_forward` of every config, which no MosaicBERT reads. transformers' own BERT accepts only lengths that
+# are multiples of it: where a library builds that BERT instead of ours, with a random encoder, its first call fails.
+NO_LENGTH = 2**31 - 1
+
 # Our class for each of transformers' auto classes that know BERT, as saved configs name it. An auto class without an
 # entry would load stock BERT with a random encoder.
 AUTO_MAP = {
@@ -216,7 +220,7 @@ class BertConfig(StockBertConfig):
         # First, as the messages of transformers' own checks differ by release.
         check_fields(fields)
         ours = {name: fields.pop(name) for name in OWN_FIELDS}
-        super().__init__(**fields)
+        super().__init__(**{**fields, "chunk_size_feed_forward": NO_LENGTH})
         for name, value in ours.items():
             setattr(self, name, value)
 
@@ -269,6 +273,7 @@ def complete_config(config) -> None:
     for name in OWN_FIELDS:
         if not hasattr(config, name):
             setattr(config, name, getattr(BertConfig(), name))
+    config.chunk_size_feed_forward = NO_LENGTH
     names = (*FIELD_CHECKS, "pad_token_id")
     check_fields({name: getattr(config, name) for name in names if hasattr(config, name)})
     cover_starting_size(config)

@@ -1,4 +1,4 @@
-"""The pins resolve against the default package index for every Python and platform that `setup.cfg` declares."""
+"""The pins resolve against the default package index for every Python that `setup.cfg` declares, and for the next."""
 
 import configparser
 import itertools
@@ -13,7 +13,8 @@ PINS = ROOT / "constraints.txt"
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 DECLARED = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
-TARGETS = [*itertools.product(DECLARED, ["linux", "macos"]), ("3.11", "windows"), (DECLARED[-1], "windows")]
+NEXT = "3.14"  # which has run nothing yet
+TARGETS = [*itertools.product([*DECLARED, NEXT], ["linux", "macos"]), ("3.11", "windows"), (NEXT, "windows")]
 
 
 def requirements():

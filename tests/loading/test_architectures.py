@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 import transformers
 from folders import set_fields, write_complete_repository
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,27 @@ def test_every_way_of_saving_names_what_no_library_has(tmp_path):
 
     AutoConfig.from_pretrained(source, **REMOTE).save_pretrained(tmp_path / "alone")
     assert architectures(tmp_path / "alone") == ["MosaicBertForMaskedLM"]
+
+
+STOCK_HEADS = ["Model", "ForPreTraining", "ForMaskedLM", "LMHeadModel", "ForNextSentencePrediction"]
+STOCK_HEADS += ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"]
+
+
+@pytest.mark.parametrize("head", STOCK_HEADS)
+def test_stock_bert_fails_on_whatever_is_saved_instead_of_answering_with_a_random_encoder(tmp_path, head):
+    """Without `trust_remote_code`, and in libraries that choose `getattr(transformers, type(model).__name__)`: MLflow."""
+    write_complete_repository(tmp_path / "model")
+    set_fields(tmp_path / "model" / "config.json", chunk_size_feed_forward=0)  # as in published configs
+    given = transformers.BertConfig.from_pretrained(tmp_path / "model")
+    AutoModel.from_pretrained(tmp_path / "model", config=given, **REMOTE).save_pretrained(tmp_path / "given")
+    AutoModel.from_pretrained(tmp_path / "model", **REMOTE).save_pretrained(tmp_path / "loaded")
+    AutoConfig.from_pretrained(tmp_path / "model", **REMOTE).save_pretrained(tmp_path / "config")
+    ids = torch.tensor([[2, 5, 6, 3]])
+    for folder in ("given", "loaded", "config"):
+        config = transformers.BertConfig.from_pretrained(tmp_path / folder)
+        stock = getattr(transformers, f"Bert{head}")(config).eval()
+        with pytest.raises(ValueError, match="has to be a multiple of the chunk size 2147483647"):
+            stock(ids[None] if head == "ForMultipleChoice" else ids)
 
 
 def test_no_name_that_is_saved_is_one_of_transformers():
