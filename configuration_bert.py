@@ -27,8 +27,9 @@ OWN_FIELDS = (
     "unpad_inputs",
 )
 
-# The `chunk_size_feed_forward` of every config, which no MosaicBERT reads. transformers' own BERT accepts only lengths that
-# are multiples of it: where a library builds that BERT instead of ours, with a random encoder, its first call fails.
+# The `chunk_size_feed_forward` of every config, which no MosaicBERT reads. transformers' own BERT accepts only lengths
+# that are multiples of it: where a library builds that BERT, with a random encoder, instead of ours, the first call
+# fails.
 NO_LENGTH = 2**31 - 1
 
 # Our class for each of transformers' auto classes that know BERT, as saved configs name it. An auto class without an

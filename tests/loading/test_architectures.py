@@ -113,7 +113,7 @@ STOCK_HEADS += ["ForSequenceClassification", "ForTokenClassification", "ForQuest
 
 @pytest.mark.parametrize("head", STOCK_HEADS)
 def test_stock_bert_fails_on_whatever_is_saved_instead_of_answering_with_a_random_encoder(tmp_path, head):
-    """Without `trust_remote_code`, and in libraries that choose `getattr(transformers, type(model).__name__)`: MLflow."""
+    """Without `trust_remote_code`, and in MLflow, which takes `getattr(transformers, type(model).__name__)`."""
     write_complete_repository(tmp_path / "model")
     set_fields(tmp_path / "model" / "config.json", chunk_size_feed_forward=0)  # as in published configs
     given = transformers.BertConfig.from_pretrained(tmp_path / "model")
