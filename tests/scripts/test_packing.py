@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from corpora import WORDS
-from lib import packing, sources
+from lib import packing, records, sources
 from models import tiny_model
 from numerics import SAME, assert_same
 from transformers import BertTokenizerFast, DataCollatorWithFlattening
@@ -272,13 +272,15 @@ def test_tokens_beyond_the_vocabulary_are_named(corpus, tokenizer, tmp_path):
         sequences.concatenate(np.arange(3))
 
 
-def test_a_text_of_any_length_has_the_tokens_that_it_has_at_once(tokenizer):
+def test_a_text_of_any_length_has_the_tokens_that_it_has_at_once(tokenizer, monkeypatch):
     """A text is cut before it is tokenized, as the tokenizer takes 80 bytes of memory a character."""
-    long = " ".join(WORDS * 9000)
-    assert len(long) > 1_000_000
+    cut = []
+    monkeypatch.setattr(packing, "pieces", lambda text: cut.append(list(records.pieces(text, 1000))) or cut[-1])
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 3000)
+    long = " ".join(WORDS * 90)
     texts = [WORDS[0], long, "", " ".join(WORDS)]
     found = list(packing.encode(enumerate(texts), tokenizer, np.dtype("int32")))
-    assert [number for number, _ in found] == [0, 1, 2, 3]
+    assert [number for number, _ in found] == [0, 1, 2, 3] and len(cut[1]) > 10
     for text, (_, ids) in zip(texts, found):
         assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"] and ids.dtype == np.int32
 

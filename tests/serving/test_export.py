@@ -87,7 +87,7 @@ def assert_answers(answer, model, tolerance):
 )
 def test_onnx_runtime_and_openvino_answer_as_the_source_for_every_task(tmp_path, run_script, model_class):
     labels = {} if model_class is BertForQuestionAnswering else {"num_labels": 3}
-    model = write_source(tmp_path / "source", model_class, **labels)
+    model = write_source(tmp_path / "source", model_class, num_hidden_layers=1, **labels)
     run_script(script, tmp_path / "source", tmp_path / "out", "--format", "onnx", "--types", "float32")
     path = tmp_path / "out" / "onnx" / "model.onnx"
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx"]
@@ -166,7 +166,7 @@ def test_int8_takes_a_row_of_zeros():
 
 def test_chunked_attention_gives_the_same_answers_without_a_tensor_of_all_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "CHUNK_SCORES", 300)  # 5 tokens in one chunk, 30 in chunks of one query
-    model = tiny_model(BertModel, **SIZES)
+    model = tiny_model(BertModel, num_hidden_layers=1, **SIZES)
     path = tmp_path / "model.onnx"
     onnx.save(onnx_export.to_onnx(model, chunked=True), path)
     operators = [node.op_type for node in onnx.load(path).graph.node]
