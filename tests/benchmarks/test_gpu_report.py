@@ -74,21 +74,6 @@ def test_parts_that_fail_or_hang_do_not_stop_the_others(tmp_path):
     assert log.index("=== fails") < log.index("what went wrong") < log.index("=== hangs") < log.index("a number")
 
 
-def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path):
-    parts = [Part(name, python(""), weight) for name, weight in (("first", 1), ("second", 2), ("third", 1))]
-    gpu_report.run_parts(parts, tmp_path, 400)
-    limits = [
-        float(line.split("at most ")[1].split()[0]) for line in (tmp_path / "log.txt").read_text().splitlines() if line
-    ]
-    assert limits[0] == pytest.approx(100, abs=1) and limits[1] == pytest.approx(266, abs=10)
-    assert limits[2] == pytest.approx(400, abs=15)
-
-
-def test_without_time_a_part_does_not_start(tmp_path):
-    outcomes = gpu_report.run_parts([Part("late", python("print(1)"), 1)], tmp_path, 0.5)
-    assert outcomes["late"] == Outcome(0.0, "no time was left", "")
-
-
 def test_goals_are_judged_and_what_is_missing_has_its_reason(tmp_path):
     write_case(tmp_path, "G3", **{"SDPA, dense bias": 2.6})
     write_case(tmp_path, "G12", BERT=1.2)
