@@ -74,6 +74,11 @@ def test_parts_that_fail_or_hang_do_not_stop_the_others(tmp_path):
     assert log.index("=== fails") < log.index("what went wrong") < log.index("=== hangs") < log.index("a number")
 
 
+def test_without_time_a_part_does_not_start(tmp_path):
+    outcomes = gpu_report.run_parts([Part("late", python("print(1)"), 1)], tmp_path, 0.5)
+    assert outcomes["late"] == Outcome(0.0, "no time was left", "")
+
+
 def test_goals_are_judged_and_what_is_missing_has_its_reason(tmp_path):
     write_case(tmp_path, "G3", **{"SDPA, dense bias": 2.6})
     write_case(tmp_path, "G12", BERT=1.2)
