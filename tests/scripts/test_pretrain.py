@@ -24,6 +24,7 @@ from folders import SPECIAL
 from lib import packing, pretraining, recipe, runs, training
 from models import tiny_model
 from numerics import SAME, assert_same
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -55,15 +56,6 @@ def command_line(corpus, tokenizer, output_dir, **flags):
 
 def run(arguments):
     return pretraining.train(*pretrain_mlm.parse(arguments))
-
-
-def torchrun(script, *words):
-    """Run a script in two processes on the CPU; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "scripts")}
-    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def losses(folder):
@@ -205,7 +197,10 @@ def test_two_processes_train_like_one(corpus, tokenizer, tmp_path):
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
-    torchrun("scripts/pretrain_mlm.py", *flags, *no_dropout)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [ROOT / "scripts/pretrain_mlm.py", *flags, *no_dropout]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
@@ -216,36 +211,29 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
     corpus, tokenizer, tmp_path
 ):
     """FSDP through Trainer. Files of a sharded model once held torch's code for ours and each tied weight twice."""
-    plain = {"bf16": False, "max_steps": 4, "save_steps": 2}
+    plain, first = {"bf16": False, "max_steps": 4, "save_steps": 2}, tmp_path / "first"
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout, "--keep_checkpoints"])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
     flags += [*no_dropout, "--keep_checkpoints", "--fsdp", "full_shard auto_wrap", "--fsdp_config", '{"version": 2}']
-
-    def run_sharded(*more):
-        printed = torchrun("tests/support/sharded_pretraining.py", *flags, *more)
-        parts = {int(line.split()[1]) for line in printed.splitlines() if line.startswith("parts")}
-        return parts, losses(tmp_path / "two")
-
-    parts, two = run_sharded()
-    one = losses(tmp_path / "one")
-    assert parts == {31} and one.keys() == two.keys() == {1, 2, 3, 4}
+    printed = run_python("import runpy; runpy.run_module('sharded_pretraining', run_name='__main__')", first, *flags)
+    assert {line for line in printed.splitlines() if line.startswith("parts")} == {"parts 31"}
+    one, two = losses(tmp_path / "one"), losses(first)
+    assert one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
-    saved = json.loads((tmp_path / "two" / "config.json").read_text())
+    saved = json.loads((first / "config.json").read_text())
     assert saved["architectures"] == ["MosaicBertForMaskedLM"]
-    written = {path.name for path in (tmp_path / "two").iterdir()}
+    written = {path.name for path in first.iterdir()}
     assert {path.name for path in (tmp_path / "one").iterdir()} == written >= {"bert_layers.py", "model.safetensors"}
-    whole, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    whole, sharded, again = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "first", "two"))
     assert whole.keys() == sharded.keys()
     for name in whole:
         assert_same(sharded[name], whole[name], SAME[torch.float32], name)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "two", trust_remote_code=True)
+    model = AutoModelForMaskedLM.from_pretrained(first, trust_remote_code=True)
     assert "Wqkv" in str(model)
-
-    shutil.rmtree(tmp_path / "two/checkpoint-4")
-    assert run_sharded("--resume_from_checkpoint", "last")[1] == two
-    again = load_file(tmp_path / "two/model.safetensors")
+    # The run that resumed.
+    assert losses(tmp_path / "two") == two
     assert all(torch.equal(again[name], sharded[name]) for name in sharded)
 
 

@@ -1,9 +1,19 @@
-"""scripts/pretrain_mlm.py under torchrun, where accelerate takes a gloo group of CPUs for one of accelerators.
+"""Runs scripts/pretrain_mlm.py sharded over two processes, then again from its second checkpoint of two.
 
-Trainer shards weights (FSDP) on accelerators only. All else is what a user runs: the sharding, the gathering and the
-files are those of accelerate, torch and transformers. Prints how many weights each process holds a part of.
-test_pretrain.py runs it.
+    python sharded_pretraining.py FIRST [options of pretrain_mlm.py]
+
+Trainer shards weights (FSDP) on accelerators only, so accelerate takes a gloo group of CPUs for one of accelerators.
+All else is what a user runs: the sharding, the gathering and the files are those of accelerate, torch and transformers.
+Processes are forks, which have imported all of these already. FIRST gets a copy of the first results. Prints how many
+weights each process holds a part of. test_pretrain.py runs it.
 """
+
+import os
+import shutil
+import socket
+import sys
+import traceback
+from pathlib import Path
 
 import pretrain_mlm
 from accelerate.state import DistributedType, PartialState
@@ -27,7 +37,32 @@ class CountingTrainer(pretraining.PretrainingTrainer):
         return super().training_step(model, *args, **kwargs)
 
 
+def train(words):
+    """Run the script in two processes, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.argv = ["pretrain_mlm.py", *words]
+    for rank in range(2):
+        if not os.fork():
+            sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in sizes.items()}, MASTER_ADDR="127.0.0.1")
+            try:
+                pretrain_mlm.main()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    if any(os.wait()[1] for _ in range(2)):
+        sys.exit("a process failed")
+
+
 if __name__ == "__main__":
     PartialState.__init__ = start_as_accelerators
     pretraining.PretrainingTrainer = CountingTrainer
-    pretrain_mlm.main()
+    first, *flags = sys.argv[1:]
+    output = Path(flags[flags.index("--output_dir") + 1])
+    train(flags)
+    shutil.copytree(output, first)
+    shutil.rmtree(output / "checkpoint-4")
+    train([*flags, "--resume_from_checkpoint", "last"])
