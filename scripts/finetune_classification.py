@@ -34,7 +34,7 @@ REFUSED = {
     "seed": "give --seeds",
     "eval_strategy": "models are compared after each epoch",
     "save_strategy": "models are compared after each epoch",
-    "load_best_model_at_end": "the model of the best epoch is always kept",
+    "load_best_model_at_end": "the best epoch is kept where --patience is given, or where 100 validation texts tell it",
     "metric_for_best_model": "the kind of problem decides it",
 }
 
@@ -101,12 +101,13 @@ def make_parser() -> cli.TrainingParser:
     training(
         "--num_train_epochs",
         "maximum number of passes over the training data (default: 4 below 50 million weights, otherwise "
-        "3; of few texts up to 20, for 200 steps)",
+        "3; of few texts up to 20, for 100 steps)",
         cli.positive_number,
     )
     training(
         "--patience",
-        "stop after this many epochs without a better score (default: a third of the epochs, at least 2)",
+        "stop after this many epochs without a better score, and keep the best (default: 2; with less than 100 "
+        "validation texts the last epoch is kept)",
         cli.positive_integer,
     )
     training(

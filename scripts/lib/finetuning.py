@@ -42,8 +42,12 @@ from .training import LOG_SECONDS, CarefulTrainer, Divergence, tell_time
 
 # Below this many weights a model needs larger steps and one more epoch.
 SMALL_MODEL = 50_000_000
-# Steps that few texts get in smaller batches and more epochs, down to so many texts a batch and up to so many epochs.
-STEPS, SMALLEST_BATCH, MOST_EPOCHS = 200, 8, 20
+# Few texts get smaller batches, and more epochs until there are this many steps.
+SMALLEST_BATCH, FEWEST_STEPS, MOST_EPOCHS = 8, 100, 20
+# Epochs without a better score after which a training stops.
+PATIENCE = 2
+# Fewer validation texts cannot tell one epoch from another.
+FEWEST_JUDGES = 100
 # What the Hub calls our metrics, where the names differ.
 METRIC_TYPES = {
     "macro_f1": "f1",
@@ -57,11 +61,11 @@ SHOWN_CLASSES = 20
 
 
 def default_batch_size(texts: int) -> int:
-    """Texts in a batch for a training set of this many: 32, or as many as make `STEPS` steps of four epochs.
+    """Texts in a batch for a training set of this many: 32, or a fiftieth of the texts where that is less.
 
     Source: ours, see docs/checkpoint.md.
     """
-    return min(32, max(SMALLEST_BATCH, 4 * texts // STEPS))
+    return min(32, max(SMALLEST_BATCH, texts // 50))
 
 
 def default_rates(weights: int, steps: int) -> tuple[float, float]:
@@ -75,7 +79,17 @@ def default_rates(weights: int, steps: int) -> tuple[float, float]:
         https://arxiv.org/abs/1810.04805, appendix A.3, recommends.
     """
     rate, epochs = (3e-4, 4) if weights < SMALL_MODEL else (5e-5, 3)
-    return rate, float(max(epochs, min(MOST_EPOCHS, math.ceil(STEPS / steps))))
+    return rate, float(max(epochs, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
+
+
+def keeps_best(options: argparse.Namespace, judges: int) -> bool:
+    """Whether the best epoch is kept, and a training stops early; else the last one, where the learning rate is 0.
+
+    Args:
+        options: of the command line; whoever gives `patience` wants the best.
+        judges: validation texts.
+    """
+    return options.patience is not None or judges >= FEWEST_JUDGES
 
 
 def pooling(options: argparse.Namespace, model_name: str) -> dict[str, str]:
@@ -222,7 +236,7 @@ def train_seed(
     arguments: TrainingArguments,
     changes: dict,
 ) -> CarefulTrainer:
-    """Train one model; the trainer that comes back holds the one of the best epoch.
+    """Train one model; the trainer that comes back holds the one of the best epoch, or of the last, see `keeps_best`.
 
     Args:
         seed: of the head, the order and dropout.
@@ -260,12 +274,13 @@ def train_seed(
     own.num_train_epochs = options.num_train_epochs or epochs
     own.seed, own.output_dir = seed, os.path.join(arguments.output_dir, f"seed-{seed}")
     own.eval_strategy = own.save_strategy = "epoch"
-    own.load_best_model_at_end = True
-    own.metric_for_best_model, own.greater_is_better = DECIDING[task.problem], True
-    patience = options.patience or max(2, math.ceil(own.num_train_epochs / 3))
-    chosen = f"learning rate {own.learning_rate:g}, at most {own.num_train_epochs:g} epochs of {steps:,} steps"
+    own.load_best_model_at_end = keeps_best(options, len(sets["validation"]))
+    if own.load_best_model_at_end:
+        own.metric_for_best_model, own.greater_is_better = DECIDING[task.problem], True
+    patience, most = (options.patience or PATIENCE, "at most ") if own.load_best_model_at_end else (None, "")
+    chosen = f"learning rate {own.learning_rate:g}, {most}{own.num_train_epochs:g} epochs of {steps:,} steps"
     head = f", {changes['classifier_pooling']} pooling" if changes else ""
-    print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts, patience {patience}{head}", flush=True)
+    print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts{head}", flush=True)
     trainer = CarefulTrainer(
         seconds_between_logs=LOG_SECONDS if options.logging_steps is None else None,
         model=model,
@@ -275,7 +290,7 @@ def train_seed(
         eval_dataset=sets["validation"],
         processing_class=tokenizer,
         compute_metrics=lambda p: score(task.problem, decide(task.problem, p.predictions), p.label_ids),
-        callbacks=[EarlyStoppingCallback(patience)],
+        callbacks=[EarlyStoppingCallback(patience)] if patience else [],
     )
     trainer.train()
     trainer.check_weights()
@@ -319,7 +334,8 @@ def write_model_card(folder: Path, title: str, model_name: str, results: dict, o
     """Write the README.md of a fine-tuned model, with what it was trained on and how well it does."""
     judged, problem = results["judged"], results["problem"]
     count = results["examples"][judged["data"]]
-    chosen = "" if judged["data"] == "test" else ", which also chose the epoch and the seed"
+    chosen = "the epoch and the seed" if keeps_best(options, results["examples"]["validation"]) else "the seed"
+    chosen = "" if judged["data"] == "test" else f", which also chose {chosen}"
     source = Path(model_name)
     lines = [
         f"On {count:,} {judged['data']} texts{chosen}: {tell(problem, judged['scores'], judged['interval'])}.",

@@ -275,14 +275,32 @@ def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, train, 
         assert finetuning.default_batch_size(texts) == batch
     assert finetuning.default_rates(21_000_000, 60) == (3e-4, 4.0)
     assert finetuning.default_rates(137_000_000, 5000) == (5e-5, 3.0)
-    assert finetuning.default_rates(137_000_000, 14) == (5e-5, 15.0)
+    assert finetuning.default_rates(137_000_000, 14) == (5e-5, 8.0)
     assert finetuning.default_rates(21_000_000, 1) == (3e-4, 20.0)
     flags = ["--train_data", str(train), "--model", str(start), "--output_dir", str(tmp_path / "out")]
     finetuning.finetune(*finetune_classification.parse(flags))
     shown = capsys.readouterr().out
     assert "single_label_classification with 2 classes (left, right); 13 train and 3 validation examples" in shown
-    line = "weights, learning rate 0.0003, at most 20 epochs of 2 steps of 8 texts, patience 7, mean pooling\n"
+    line = "weights, learning rate 0.0003, 20 epochs of 2 steps of 8 texts, mean pooling\n"
     assert line in shown
+
+
+def test_few_validation_texts_keep_the_last_epoch(start, train, tmp_path, monkeypatch, capsys):
+    for judges, flags, found in ((3, {}, "the seed"), (3, {"patience": 1}, "the epoch and the seed")):
+        results = run(start, tmp_path / found, train_data=train, num_train_epochs=2, keep_checkpoints=True, **flags)
+        assert results["examples"]["validation"] == judges
+        assert f"which also chose {found}: " in (tmp_path / found / "out/README.md").read_text(encoding="utf-8")
+        states = [
+            json.loads(path.read_text())
+            for path in (tmp_path / found / "out/seed-0").glob("checkpoint-*/trainer_state.json")
+        ]
+        assert {state["best_model_checkpoint"] is None for state in states} == {found == "the seed"}
+        assert max(state["global_step"] for state in states) == 4 or found != "the seed"
+    assert "learning rate 0.005, 2 epochs of 2 steps" in (shown := capsys.readouterr().out)
+    assert "learning rate 0.005, at most 2 epochs of 2 steps" in shown
+    monkeypatch.setattr(finetuning, "FEWEST_JUDGES", 3)
+    run(start, tmp_path / "enough", train_data=train, num_train_epochs=2)
+    assert "at most 2 epochs" in capsys.readouterr().out
 
 
 def test_the_head_of_a_masked_language_model_reads_the_mean_unless_it_is_told_otherwise(start, train, tmp_path):
