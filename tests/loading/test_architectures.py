@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from folders import set_fields, write_complete_repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
@@ -123,6 +124,8 @@ def test_stock_bert_fails_on_whatever_is_saved_instead_of_answering_with_a_rando
     ids = torch.tensor([[2, 5, 6, 3]])
     for folder in ("given", "loaded", "config"):
         config = transformers.BertConfig.from_pretrained(tmp_path / folder)
+        shipped = transformers.BertConfig.from_pretrained(ROOT)
+        assert config.chunk_size_feed_forward == shipped.chunk_size_feed_forward
         stock = getattr(transformers, f"Bert{head}")(config).eval()
         with pytest.raises(ValueError, match="has to be a multiple of the chunk size 2147483647"):
             stock(ids[None] if head == "ForMultipleChoice" else ids)
