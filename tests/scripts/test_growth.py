@@ -73,4 +73,6 @@ def test_a_loaded_tokenizer_is_judged_by_what_it_does():
             growth.check_backend(Loaded)
         Loaded.backend_tokenizer = Tokenizer(models.WordLevel({"a": 0}, "a"))
     growth.check_backend(object())  # a tokenizer in Python
+    Loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())  # as RoFormer's
+    growth.check_backend(Loaded)
     assert common.check_backend is growth.check_backend
