@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -99,6 +100,12 @@ class CarefulTrainer(Trainer):
             others.sort(key=lambda other: other.stat().st_mtime)  # after a step back, higher numbers are older
             for other in others[: max(0, len(others) - max(0, limit - kept))]:
                 shutil.rmtree(other, ignore_errors=True)
+
+    def _save(self, output_dir: Optional[str] = None, *args, **kwargs):
+        try:
+            super()._save(output_dir, *args, **kwargs)
+        except SafetensorError as error:  # which names no file
+            raise OSError(f"{output_dir or self.args.output_dir} cannot be written, {one_line(error)}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         with _resuming(resume_from_checkpoint):

@@ -159,6 +159,25 @@ def test_old_checkpoints_of_the_run_are_removed_and_no_others(data, tmp_path, mo
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == mine
 
 
+def test_a_disk_that_is_full_while_weights_are_written_is_named(tmp_path):
+    """A limit on the size of files makes every write beyond it fail, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix's")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = training.CarefulTrainer.__new__(training.CarefulTrainer)
+
+    def save(*_, **__):
+        save_file({"weight": torch.zeros(10_000)}, tmp_path / "model.safetensors")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", save)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(OSError, match="^some/folder cannot be written, .*File too large"):
+                trainer._save("some/folder")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", "a bug"])
 def test_a_disk_that_is_full_while_a_checkpoint_is_written_is_named(tmp_path, monkeypatch, text):
     """torch reports it as a RuntimeError, which is a bug's otherwise."""
