@@ -221,8 +221,8 @@ def _load_words(source, trust_remote_code: bool = False):
 
     pattern = "tokenizer.*json"  # `tokenizer.json`, and those of later releases
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=[pattern])
-    for path in sorted(Path(folder).glob(pattern)):  # before it is loaded, as its own words go through it then
-        check_growth(read_json(path))
+    for path in filter(Path.is_file, sorted(Path(folder).glob(pattern))):
+        check_growth(read_json(path))  # before it is loaded, as its own words go through it then
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not trust_remote_code:  # what is trained from here saves these
         tokenizer.init_kwargs = without_references(tokenizer.init_kwargs)

@@ -392,6 +392,13 @@ def test_what_is_no_file_counts_as_missing(source, name, make):
     source.fails(f"expected a {name}|expected {name} or ")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "dir"])
+def test_a_tokenizer_file_that_is_none_is_not_read(sources, tmp_path, make):
+    folder = shutil.copytree(sources / "mosaic", tmp_path / "src")
+    make(folder / "tokenizer.json")
+    assert common.load_words(str(folder)).mask_token == "[MASK]"
+
+
 def test_a_full_disk_ends_in_one_line(source):
     """A limit on the size of files makes every write beyond it fail, as on a full disk."""
     resource = pytest.importorskip("resource", reason="limits of a process are Unix's")
