@@ -105,6 +105,22 @@ def test_loss_by_length_is_the_measured_one():
         assert [float(cell) for cell in row[1:]] == pytest.approx(expected, abs=5.1e-4)
 
 
+def test_accuracies_of_fine_tuning_are_the_measured_ones():
+    with open(ROOT / "benchmarks" / "results" / "finetuning.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def measured(model, task):
+        found = [float(row["accuracy"]) for row in rows if row["model"].startswith(model) and row["task"] == task]
+        return sum(found) / len(found)
+
+    tasks = ("wiki_topics, 96 texts", "wiki_topics, 400 texts", "wiki_topics")
+    pattern = r"accuracy of (.*) with 96 texts, (.*) with 400, (.*) with 7,707; TF-IDF (.*), (.*), (.*)\.\n"
+    shown = re.search(pattern, README).groups()
+    for task, ours, theirs in zip(tasks, shown[:3], shown[3:]):
+        assert float(ours) == pytest.approx(measured("shipped", task), abs=5.1e-4)
+        assert float(theirs) == pytest.approx(measured("TF-IDF", task), abs=5.1e-4)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_images_and_commands_exist(page):
     text = page.read_text(encoding="utf-8")
