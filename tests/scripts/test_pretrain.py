@@ -108,7 +108,7 @@ class ReadNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            files = {Path(frame.filename).name for frame in traceback.extract_stack()}
+            files = {Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_stack(None)}
             self.count += not any(name.startswith("bert_") for name in files)
         return function(*args, **(kwargs or {}))
 
