@@ -90,7 +90,6 @@ def test_too_short_documents_are_named():
     "flags, message",
     [
         (["--name", "a", "b"], "name: expected 1 names, got 2"),
-        (["--model", "."], "model: the folder '.' holds no config.json"),
         (["--device", "quantum"], "device: 'quantum' cannot be used, Expected one of cpu"),
         (["--max_length", "9"], "max_length must be at least 10, got 9"),
         (["--data", "missing.jsonl"], "data: no file matches 'missing.jsonl'"),

@@ -88,7 +88,6 @@ def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokeni
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{model}", "gone.csv", "out.csv"), "data: no file matches 'gone.csv'"),
         (("{data}", "{data}", "out.csv"), "model: expected a folder or a Hub id"),
         (("{tmp}", "{data}", "out.csv"), "model: the folder '.*' holds no config.json"),
     ],

@@ -240,7 +240,6 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"train_data": "nothing/*.jsonl"}, "no file matches 'nothing/\\*.jsonl'"),
         ({"text_field": "body"}, "line 1: text_field must be one of .*'text'.*, got 'body'"),
         ({"max_length": 9}, "max_length must be at least 10, got 9"),
         ({"length_shares": [0.5, 0.5]}, "length_shares must be one positive number for each max_length"),
@@ -394,7 +393,6 @@ def test_an_output_folder_that_cannot_be_written_is_found_at_the_start(corpus, t
 def test_data_that_is_not_there_is_found_before_anything_is_written(corpus, tokenizer, tmp_path):
     flags = command_line(corpus, tokenizer, tmp_path / "out")
     for argument, name, message in (
-        ("train_data", "gone.txt", "no file matches 'gone.txt'"),
         ("validation_data", "gone.txt", "no file matches 'gone.txt'"),
         ("validation_data", __file__, "expected .jsonl, .json, .txt files"),
         ("validation_data", str(tmp_path), "expected files, got the folder"),
