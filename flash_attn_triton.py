@@ -437,6 +437,8 @@ def _query_gradient_kernel(
     stride,
     part_stride,
     head_stride,
+    out_gradient_stride,
+    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
@@ -461,14 +463,14 @@ def _query_gradient_kernel(
     key = query + part_stride
     value = key + part_stride
     out += head * HEAD_DIM
-    out_gradient += head * HEAD_DIM
+    out_gradient += head * out_gradient_head_stride
     out_stride = tl.num_programs(1) * HEAD_DIM
     factor = scale * LOG2E
     offs_m = start_m + tl.arange(0, BLOCK_M)
     valid = offs_m < length
     pos_m = _positions(positions, seq_start, offs_m, length)
     q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
-    do = _read(out_gradient, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+    do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
     o = _read(out, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
     delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
     tl.store(delta + head * total + seq_start + offs_m, delta_i, mask=valid)
@@ -514,6 +516,8 @@ def _key_value_gradient_kernel(
     stride,
     part_stride,
     head_stride,
+    out_gradient_stride,
+    out_gradient_head_stride,
     scale,
     dropout_p,
     num_sequences,
@@ -537,7 +541,7 @@ def _key_value_gradient_kernel(
     query = qkv + head * head_stride
     key = query + part_stride
     value = key + part_stride
-    out_gradient += head * HEAD_DIM
+    out_gradient += head * out_gradient_head_stride
     lse += head * total + seq_start
     delta += head * total + seq_start
     out_stride = tl.num_programs(1) * HEAD_DIM
@@ -555,7 +559,7 @@ def _key_value_gradient_kernel(
             start_m, near = _visit(step, start_n, begin, diagonal, leave, BLOCK_M, is_far)
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q = _read(query, stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
-            do = _read(out_gradient, out_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
+            do = _read(out_gradient, out_gradient_stride, seq_start, start_m, length, BLOCK_M, HEAD_DIM, BLOCK_DIM)
             # Queries beyond the sequence need no mask: they weigh exp2(bias), at most 1, and multiply zeros.
             extra = -tl.load(lse + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
             s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -661,13 +665,14 @@ def _strides(qkv) -> dict:
 
 
 def _run(
-    kernel, own, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen: int
+    kernel, own, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, **own_strides
 ) -> None:
     """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind.
 
     Args:
         own: the tensors that this kernel takes before those that all three share, by name.
-        peaks: see `_empty_results`; the other arguments are those of `_forward`.
+        peaks: see `_empty_results`; the arguments up to `max_seqlen` are those of `_forward`.
+        **own_strides: the strides that this kernel takes after those that all three share.
     """
     total, _, heads, head_dim = qkv.shape
     tensors = {
@@ -680,7 +685,7 @@ def _run(
         "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
         "seed": seed,
     }
-    strides = _strides(qkv)
+    strides = {**_strides(qkv), **own_strides}
     numbers = {"scale": scale, "dropout_p": dropout_p, "num_sequences": cu_seqlens.shape[0] - 1, "total": total}
     owns_keys = kernel is _key_value_gradient_kernel
 
@@ -792,16 +797,17 @@ def _backward(
     Returns:
         The gradient of `qkv`, [T, 3, H, D] in its dtype.
     """
-    qkv = with_channels(qkv)
+    qkv, out_gradient = with_channels(qkv), with_channels(out_gradient)
     gradient = qkv.new_empty(qkv.shape)
     if out.numel() == 0:
         return gradient
-    out_gradient, delta = out_gradient.contiguous(), torch.empty_like(lse)
-    own = {"out_gradient": out_gradient, "gradient": gradient, "lse": lse, "delta": delta}
+    own = {"out_gradient": out_gradient, "gradient": gradient, "lse": lse, "delta": torch.empty_like(lse)}
+    stride, head_stride, _ = out_gradient.stride()
+    strides = {"out_gradient_stride": stride, "out_gradient_head_stride": head_stride}
     shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
     # The query gradient comes first, because it writes `delta`.
-    _run(_query_gradient_kernel, {"out": out, **own}, *shared)
-    _run(_key_value_gradient_kernel, own, *shared)
+    _run(_query_gradient_kernel, {"out": out, **own}, *shared, **strides)
+    _run(_key_value_gradient_kernel, own, *shared, **strides)
     return gradient
 
 
