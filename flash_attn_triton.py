@@ -665,14 +665,14 @@ def _strides(qkv) -> dict:
 
 
 def _run(
-    kernel, own, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen, **own_strides
+    kernel, own, strides, qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen: int
 ) -> None:
     """Launch an attention kernel with its fastest tile size, which is found at the first call of a kind.
 
     Args:
         own: the tensors that this kernel takes before those that all three share, by name.
-        peaks: see `_empty_results`; the arguments up to `max_seqlen` are those of `_forward`.
-        **own_strides: the strides that this kernel takes after those that all three share.
+        strides: all strides that it takes, by name.
+        peaks: see `_empty_results`; the other arguments are those of `_forward`.
     """
     total, _, heads, head_dim = qkv.shape
     tensors = {
@@ -685,7 +685,6 @@ def _run(
         "key_mask": None if key_mask is None else key_mask.view(torch.uint8),
         "seed": seed,
     }
-    strides = {**_strides(qkv), **own_strides}
     numbers = {"scale": scale, "dropout_p": dropout_p, "num_sequences": cu_seqlens.shape[0] - 1, "total": total}
     owns_keys = kernel is _key_value_gradient_kernel
 
@@ -756,6 +755,7 @@ def _forward(
     if out.numel() == 0:
         return out, lse, peaks
     heads, head_dim = out.shape[1:]
+    strides = _strides(qkv)
     if peaks.numel():
         rows, step = _MEASURING.rows, _MEASURING.step
         launch(
@@ -763,12 +763,12 @@ def _forward(
             grid=(peaks.shape[0], heads, 1),
             tile=_MEASURING,
             tensors={"qkv": qkv, "peaks": peaks, "cu_seqlens": cu_seqlens},
-            strides=_strides(qkv),
+            strides=strides,
             numbers={"scale": scale, "num_sequences": cu_seqlens.shape[0] - 1},
             constants={"HEAD_DIM": head_dim, "BLOCK_DIM": _block_dim(head_dim), "ROWS": rows, "STEP": step},
         )
     shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
-    _run(_forward_kernel, {"out": out, "lse": lse}, *shared)
+    _run(_forward_kernel, {"out": out, "lse": lse}, strides, *shared)
     return out, lse, peaks
 
 
@@ -803,11 +803,11 @@ def _backward(
         return gradient
     own = {"out_gradient": out_gradient, "gradient": gradient, "lse": lse, "delta": torch.empty_like(lse)}
     stride, head_stride, _ = out_gradient.stride()
-    strides = {"out_gradient_stride": stride, "out_gradient_head_stride": head_stride}
+    strides = {**_strides(qkv), "out_gradient_stride": stride, "out_gradient_head_stride": head_stride}
     shared = (qkv, peaks, cu_seqlens, slopes, positions, key_mask, seed, scale, dropout_p, max_seqlen)
     # The query gradient comes first, because it writes `delta`.
-    _run(_query_gradient_kernel, {"out": out, **own}, *shared, **strides)
-    _run(_key_value_gradient_kernel, own, *shared, **strides)
+    _run(_query_gradient_kernel, {"out": out, **own}, strides, *shared)
+    _run(_key_value_gradient_kernel, own, strides, *shared)
     return gradient
 
 
@@ -877,11 +877,9 @@ def triton_attention(qkv, packed, alibi_slopes, scale, dropout_p):
     Source: https://arxiv.org/abs/2307.08691, sections 3.1 and 3.2, for tiles and online softmax.
     """
     # The kernels index these by position alone.
-    positions = packed.positions if packed.has_holes else None
-    cu_seqlens, slopes, positions, key_mask = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (packed.cu_seqlens, alibi_slopes, positions, packed.key_mask)
-    )
+    cu_seqlens, slopes = packed.cu_seqlens.contiguous(), alibi_slopes.contiguous()
+    positions = packed.positions.contiguous() if packed.has_holes else None
+    key_mask = None if packed.key_mask is None else packed.key_mask.contiguous()
     tensors = (qkv, cu_seqlens, slopes, positions, key_mask, dropout_seed(dropout_p, qkv.device))
     arguments = (*tensors, float(scale), float(dropout_p), packed.max_seqlen)
     if is_observed(qkv):
