@@ -15,7 +15,10 @@ import onnxscript
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxscript import opset20 as op
+from packaging.version import Version
 
+# Older ones write files for one batch size and length.
+OLDEST_TORCH = Version("2.7")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The outputs of each model class, as optimum and transformers.js call them.
 OUTPUTS = {
@@ -136,8 +139,10 @@ def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
         The ONNX model; batch size and length are dynamic.
 
     Raises:
-        ValueError: this torch cannot export chunked attention.
+        ValueError: this torch cannot export with a free length, or not chunked attention.
     """
+    if Version(torch.__version__) < OLDEST_TORCH:
+        raise ValueError(f"ONNX export needs torch {OLDEST_TORCH} or newer, got {torch.__version__}")
     if chunked and not hasattr(torch.onnx, "ops"):
         raise ValueError(f"chunked: torch 2.8 or newer is needed, got {torch.__version__}")
     backends = sys.modules[type(model).__module__].ATTENTION_BACKENDS

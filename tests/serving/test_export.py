@@ -179,6 +179,12 @@ def test_chunked_attention_gives_the_same_answers_without_a_tensor_of_all_pairs(
         numerics.assert_same(model(*batch)[0], onnx_export.onnx_session(path)(*batch)[0], numerics.SAME[torch.float32])
 
 
+def test_a_torch_that_would_fix_the_length_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(ValueError, match=r"ONNX export needs torch 2\.7 or newer, got 2\.6\.0\+cu124"):
+        onnx_export.to_onnx(tiny_model())
+
+
 def test_chunked_attention_needs_a_torch_that_can_export_it(monkeypatch):
     monkeypatch.delattr(torch.onnx, "ops")
     with pytest.raises(ValueError, match=r"chunked: torch 2\.8 or newer is needed, got \d"):
