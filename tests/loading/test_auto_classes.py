@@ -116,7 +116,7 @@ def test_a_users_model_around_ours_is_saved_with_the_code_that_it_needs(reposito
     model.save_pretrained(tmp_path / "saved")
     assert {*CODE_FILES} <= {file.name for file in (tmp_path / "saved").iterdir()}
     again = own.from_pretrained(tmp_path / "saved").eval()
-    assert "saved" in type(again.encoder).__module__
+    assert type(again.encoder).__module__.startswith("transformers_modules.")
     numerics.assert_same(again(**call_of(BertModel)), model(**call_of(BertModel)), 0.0)
 
 
