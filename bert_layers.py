@@ -436,10 +436,13 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
     packed: Optional[PackedBatch] = None  # the batch, with `packed_output`; `last_hidden_state` is then [T, E]
 
-    @property
-    def extras(self) -> dict:
-        """Hidden states and attention weights by name, which every head returns beside its own fields."""
-        return {"hidden_states": self.hidden_states, "attentions": self.attentions}
+
+def extras(encoded: EncoderOutput) -> dict:
+    """Hidden states and attention weights by name, which every head returns beside its own fields.
+
+    It is no property of the output, as torch 2.6 could not compile its use.
+    """
+    return {"hidden_states": encoded.hidden_states, "attentions": encoded.attentions}
 
 
 class BertModel(BertPreTrainedModel):
@@ -632,7 +635,7 @@ class BertForMaskedLM(BertHead):
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden, packed = encoded.last_hidden_state, encoded.packed
         if labels is None:
-            return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **encoded.extras)
+            return MaskedLMOutput(logits=packed.unpack(self.cls(hidden)), **extras(encoded))
         labels = packed_labels(packed, labels)
         if packed.keeps_padding:  # the number of labels is data
             logits = self.cls(hidden)
@@ -645,7 +648,7 @@ class BertForMaskedLM(BertHead):
             if not self.config.sparse_prediction:
                 everywhere = logits.new_zeros(len(labels), logits.shape[-1])
                 logits = packed.unpack(everywhere.index_copy(0, labelled, logits))
-        return MaskedLMOutput(loss=loss, logits=logits, **encoded.extras)
+        return MaskedLMOutput(loss=loss, logits=logits, **extras(encoded))
 
 
 class BertForSequenceClassification(BertHead):
@@ -701,7 +704,7 @@ class BertForSequenceClassification(BertHead):
             problem_type = self.config.problem_type or guess_problem_type(logits.shape[-1], labels)
             loss = sequence_loss(logits, labels, problem_type, num_items_in_batch)
             self.config.problem_type = problem_type  # saved with the model: pipelines read it
-        return SequenceClassifierOutput(loss=loss, logits=logits, **encoded.extras)
+        return SequenceClassifierOutput(loss=loss, logits=logits, **extras(encoded))
 
 
 def classifier_dropout(config) -> float:
@@ -749,7 +752,7 @@ class BertForTokenClassification(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, packed_labels(encoded.packed, labels), num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, logits=encoded.packed.unpack(logits), **encoded.extras)
+        return TokenClassifierOutput(loss=loss, logits=encoded.packed.unpack(logits), **extras(encoded))
 
 
 # Score of padding as the start or end of an answer: too low to be chosen (exp(-50) = 2e-22), and small enough to be
@@ -807,7 +810,7 @@ class BertForQuestionAnswering(BertHead):
             positions = (start_positions, end_positions)
             loss = answer_loss(start_logits, end_logits, *positions, attention_mask, num_items_in_batch)
         logits = {"start_logits": start_logits, "end_logits": end_logits}
-        return QuestionAnsweringModelOutput(loss=loss, **logits, **encoded.extras)
+        return QuestionAnsweringModelOutput(loss=loss, **logits, **extras(encoded))
 
 
 class BertForMultipleChoice(BertHead):
@@ -863,7 +866,7 @@ class BertForMultipleChoice(BertHead):
         loss = None
         if labels is not None:
             loss = class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.extras)
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **extras(encoded))
 
 
 class UnavailableHead(BertPreTrainedModel):
