@@ -32,16 +32,16 @@ class Examples:
     Args:
         texts: the fields of each text, one or two strings.
         labels: a name, a number or a list of these for each text; empty where none were read.
-        places: where each text was read, for messages.
+        origins: where each text was read, for messages.
     """
 
     texts: list[tuple[str, ...]]
     labels: list
-    places: list[str]
+    origins: list[str]
 
     def part(self, numbers: Sequence[int]) -> "Examples":
         """The examples with these numbers, in this order."""
-        return Examples(*([column[i] for i in numbers] for column in (self.texts, self.labels, self.places)))
+        return Examples(*([column[i] for i in numbers] for column in (self.texts, self.labels, self.origins)))
 
 
 @dataclasses.dataclass
@@ -114,39 +114,39 @@ def load_examples(
     """
     argument = argument or f"{split}_data"
     found = Examples([], [], [])
-    for place, record in _read_examples(sources, split, argument):
+    for origin, record in _read_examples(sources, split, argument):
         fields = [("text_fields", name) for name in options.text_fields]
         fields += [("label_field", options.label_field)] if labelled else []
         for option, name in fields:
             if name not in record:
-                raise ValueError(f"{place}: {option} must be among {sorted(record)}, got {name!r}")
+                raise ValueError(f"{origin}: {option} must be among {sorted(record)}, got {name!r}")
         for name in options.text_fields:
             if not isinstance(record[name], str):
-                raise ValueError(f"{place}: expected a string in {name!r}, got {json.dumps(record[name])[:60]}")
+                raise ValueError(f"{origin}: expected a string in {name!r}, got {json.dumps(record[name])[:60]}")
         found.texts.append(tuple(record[name] for name in options.text_fields))
-        found.places.append(place)
+        found.origins.append(origin)
         if labelled:
-            found.labels.append(_read_label(record, options, place))
+            found.labels.append(_read_label(record, options, origin))
     if not found.texts:
         raise ValueError(f"{argument}: there is no example in {', '.join(sources)}")
     if all(kind_of(source) == ".csv" for source in sources):
         found.labels = numbers_of(found.labels)
-    for place, label in zip(found.places, found.labels):
+    for origin, label in zip(found.origins, found.labels):
         if isinstance(label, float) and not abs(label) <= LARGEST:
-            raise ValueError(f"{place}: expected a number that float32 holds in {options.label_field!r}, got {label}")
+            raise ValueError(f"{origin}: expected a number that float32 holds in {options.label_field!r}, got {label}")
     return found
 
 
-def _read_label(record: dict, options: argparse.Namespace, place: str):
+def _read_label(record: dict, options: argparse.Namespace, origin: str):
     name, label = options.label_field, record[options.label_field]
     if label is None or label == "" or label != label:
-        raise ValueError(f"{place}: {name!r} is empty")
+        raise ValueError(f"{origin}: {name!r} is empty")
     parts = label if isinstance(label, list) else [label]
     if not all(isinstance(part, (str, int, float)) for part in parts):
-        raise ValueError(f"{place}: expected a name, a number or a list of these in {name!r}, got {label!r}")
+        raise ValueError(f"{origin}: expected a name, a number or a list of these in {name!r}, got {label!r}")
     if options.label_separator:
         if not isinstance(label, str):
-            raise ValueError(f"{place}: label_separator needs a string in {name!r}, got {label!r}")
+            raise ValueError(f"{origin}: label_separator needs a string in {name!r}, got {label!r}")
         return [part for part in label.split(options.label_separator) if part]
     return parts if options.problem == "multi_label" else label
 
@@ -255,10 +255,10 @@ def hints(labels: list, problem: str, wanted: Optional[str]) -> Iterator[str]:
 def check_labels(examples: Examples, problem: str) -> None:
     """Raise ValueError for a label that is a list where that has none or the reverse, or no number of a regression."""
     expected = {SINGLE: "no list", MULTI: "a list", REGRESSION: "a number that float32 holds"}[problem]
-    for place, label in zip(examples.places, examples.labels):
+    for origin, label in zip(examples.origins, examples.labels):
         is_right = is_number(label) if problem == REGRESSION else isinstance(label, list) == (problem == MULTI)
         if not is_right:
-            raise ValueError(f"{place}: label_field: expected {expected}, got {str(label)[:60]!r}")
+            raise ValueError(f"{origin}: label_field: expected {expected}, got {str(label)[:60]!r}")
 
 
 def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndarray:
@@ -281,19 +281,19 @@ def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndar
         return np.array(examples.labels, dtype=np.float32)
     number = {name: i for i, name in enumerate(names)}
     named = [[label_name(part) for part in (label if problem == MULTI else [label])] for label in examples.labels]
-    for place, label in zip(examples.places, named):
+    for origin, label in zip(examples.origins, named):
         unknown = [name for name in label if name not in number]
         if unknown:
             known = ", ".join(itertools.islice(names, 10)) + (", …" if names[10:] else "")
             raise ValueError(
-                f"{place}: label_field: the training data has no example of {unknown[0]!r}, only of {known}"
+                f"{origin}: label_field: the training data has no example of {unknown[0]!r}, only of {known}"
             )
     if problem == SINGLE:
         return np.array([number[name] for (name,) in named])
-    places = np.zeros((len(named), len(names)), dtype=np.float32)
+    targets = np.zeros((len(named), len(names)), dtype=np.float32)
     for row, label in enumerate(named):
-        places[row, [number[name] for name in label]] = 1
-    return places
+        targets[row, [number[name] for name in label]] = 1
+    return targets
 
 
 def split_examples(examples: Examples) -> tuple[Examples, Examples]:

@@ -358,8 +358,8 @@ class Sequences:
         input_ids[ends - lengths] = self.cls_token_id
         input_ids[ends - 1] = self.sep_token_id
         columns = (self.part[numbers], self.start[numbers], self.size[numbers], ends - lengths + 1)
-        for part, start, size, place in zip(*(column.tolist() for column in columns)):
-            input_ids[place : place + size] = self.documents[part].tokens[start : start + size]
+        for part, start, size, offset in zip(*(column.tolist() for column in columns)):
+            input_ids[offset : offset + size] = self.documents[part].tokens[start : start + size]
         if input_ids.min() < 0 or input_ids.max() >= self.vocabulary:
             folders = ", ".join(str(folder.folder) for folder in self.documents)
             raise ValueError(f"{folders}: expected tokens below {self.vocabulary}, the file is damaged")
@@ -565,9 +565,9 @@ class PackedRows(torch.utils.data.Dataset):
             )
         self.order = np.random.default_rng(seed).permutation(len(lengths))
         starts, filled = [0], 0
-        for place, length in enumerate(lengths[self.order].tolist()):
+        for index, length in enumerate(lengths[self.order].tolist()):
             if filled + length > tokens_per_row:
-                starts.append(place)
+                starts.append(index)
                 filled = 0
             filled += length
         self.bounds = [*starts, len(lengths)]
@@ -579,11 +579,11 @@ class PackedRows(torch.utils.data.Dataset):
         return self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        number, place = divmod(index, self.rows_per_pass)
+        number, position = divmod(index, self.rows_per_pass)
         if number != self._pass:
             self._pass = number
             self._pass_order = np.random.default_rng((self.seed, number)).permutation(self.rows_per_pass)
-        row = self._pass_order[place]
+        row = self._pass_order[position]
         input_ids, lengths = self.sequences.concatenate(self.order[self.bounds[row] : self.bounds[row + 1]])
         return self.masking(input_ids, lengths, np.random.default_rng((self.seed, index)))
 

@@ -266,7 +266,7 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     start = 0
     while len(text) - start > size:
         end = start + size
-        spaces = (place for place in range(end, start, -1) if text[place].isspace())
+        spaces = (position for position in range(end, start, -1) if text[position].isspace())
         end = next(spaces, end)
         yield text[start:end]
         start = end

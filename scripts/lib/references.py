@@ -26,20 +26,20 @@ CODE_FIELDS = (
 FOREIGN_CLASS = re.compile(r"\S--\w+\.\w+")
 
 
-def foreign_references(content, own_modules: Collection[str] = (), place: str = "") -> Iterator[str]:
+def foreign_references(content, own_modules: Collection[str] = (), path: str = "") -> Iterator[str]:
     """Find references that lead out of a repository.
 
     Args:
         content: of a JSON file, or a part of it.
         own_modules: names of the repository's own Python modules, which `auto_map` may name.
-        place: path of `content` in the file.
+        path: path of `content` in the file.
 
     Yields:
         Path and value of each reference.
     """
     if isinstance(content, dict):
         for name, value in content.items():
-            inner = f"{place}.{name}" if place else str(name)
+            inner = f"{path}.{name}" if path else str(name)
             if name == "auto_map":
                 yield from _foreign_classes(value, own_modules, inner)
             elif value is not None and _is_code(name, value):
@@ -48,9 +48,9 @@ def foreign_references(content, own_modules: Collection[str] = (), place: str = 
                 yield from foreign_references(value, own_modules, inner)
     elif isinstance(content, list):
         for number, value in enumerate(content):
-            yield from foreign_references(value, own_modules, f"{place}[{number}]")
+            yield from foreign_references(value, own_modules, f"{path}[{number}]")
     elif isinstance(content, str) and FOREIGN_CLASS.search(content):
-        yield f"{place}: {content!r}"
+        yield f"{path}: {content!r}"
 
 
 def without_references(content):
@@ -76,15 +76,15 @@ def _is_code(name: str, value) -> bool:
     return name in CODE_FIELDS or FILE_FIELD.fullmatch(name) is not None
 
 
-def _foreign_classes(value, own_modules: Collection[str], place: str) -> Iterator[str]:
+def _foreign_classes(value, own_modules: Collection[str], path: str) -> Iterator[str]:
     """The same for the value of `auto_map`: a class, or a list or dict of classes, some of them null."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _foreign_classes(inner, own_modules, f"{place}.{name}")
+            yield from _foreign_classes(inner, own_modules, f"{path}.{name}")
     elif isinstance(value, list):
         for inner in value:
-            yield from _foreign_classes(inner, own_modules, place)
+            yield from _foreign_classes(inner, own_modules, path)
     elif value is not None:
         module, dot, _ = value.partition(".") if isinstance(value, str) else ("", "", "")
         if not dot or module not in own_modules:
-            yield f"{place}: {value!r}"
+            yield f"{path}: {value!r}"

@@ -171,13 +171,13 @@ def write_errors(
         weight = (np.abs(logits) * (predicted != truth)).max(-1)
         is_wrong = (predicted != truth).any(-1)
     order = [row for row in np.argsort(-weight, kind="stable") if is_wrong[row]]
-    columns = {"place": examples.places, **_columns(fields, examples), "label": _words(task, truth)}
+    columns = {"origin": examples.origins, **_columns(fields, examples), "label": _words(task, truth)}
     _write_table(path, {**columns, **_predictions(task, logits)}, order)
     return len(order)
 
 
 def _columns(fields: list[str], examples: Examples) -> dict[str, list]:
-    return {name: [text[place] for text in examples.texts] for place, name in enumerate(fields)}
+    return {name: [text[number] for text in examples.texts] for number, name in enumerate(fields)}
 
 
 def _predictions(task: Task, logits: np.ndarray) -> dict[str, list]:
