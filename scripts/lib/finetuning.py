@@ -278,7 +278,8 @@ def train_seed(
     if own.load_best_model_at_end:
         own.metric_for_best_model, own.greater_is_better = DECIDING[task.problem], True
     patience, most = (options.patience or PATIENCE, "at most ") if own.load_best_model_at_end else (None, "")
-    chosen = f"learning rate {own.learning_rate:g}, {most}{own.num_train_epochs:g} epochs of {steps:,} steps"
+    epochs = f"{own.num_train_epochs:g} epoch{'' if own.num_train_epochs == 1 else 's'}"
+    chosen = f"learning rate {own.learning_rate:g}, {most}{epochs} of {steps:,} steps"
     head = f", {changes['classifier_pooling']} pooling" if changes else ""
     print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts{head}", flush=True)
     trainer = CarefulTrainer(
@@ -318,8 +319,8 @@ def say_results(results: dict, folder: Path, text_fields: list[str]) -> None:
         print(f"TF-IDF on the same texts: {scores}; fitted in {results['baseline_seconds']} s")
     for name, row in list(judged["classes"].items())[:SHOWN_CLASSES]:
         numbers = "  ".join(f"{metric} {row[metric]:.3f}" for metric in ("precision", "recall", "f1"))
-        print(f"  {numbers}  {row['support']:>5} texts  {name}")
-    errors = "all texts by their error" if problem == REGRESSION else f"{judged['errors']:,} wrong answers"
+        print(f"  {numbers}  support {row['support']:>5}  {name}")
+    errors = "all texts by their error" if problem == REGRESSION else f"{judged['errors']:,} wrong"
     files = ["the model", "README.md (its card)", "metrics.json", "loss.png", f"errors.csv ({errors})"]
     files += [name for name in ("confusion.png", "predictions.csv") if (folder / name).is_file()]
     fields = [] if text_fields == ["text"] else ["--text_fields", *text_fields]

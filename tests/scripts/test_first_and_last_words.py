@@ -142,7 +142,7 @@ def test_a_classifier_predicts_and_is_pushed_next(folder, run_script, capsys):
     flags = ["--text_fields", "body", "--num_train_epochs", 1, "--use_cpu", "--output_dir", "runs/topics"]
     run_script(finetune_classification, "--model", "model", "--train_data", "topics.csv", *flags)
     made, commands = last_words(capsys)
-    files = "the model, README.md (its card), metrics.json, loss.png, errors.csv (1 wrong answers), confusion.png"
+    files = "the model, README.md (its card), metrics.json, loss.png, errors.csv (1 wrong), confusion.png"
     assert re.sub(r"\(\d", "(1", made) == f"{folder}/runs/topics: {files}; next:"
     assert all((folder / "runs/topics" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
     assert follow(commands, run_script, **{"new.csv": "topics.csv"}) == ["predict", "push_to_hub"]
