@@ -16,10 +16,8 @@ OUT ?= runs/gpu-report
 demo: .venv/demo  ## fill a mask with the shipped checkpoint
 	.venv/bin/python scripts/fill_mask.py "$(TEXT)"
 
-# The engines come last, in processes of their own: one that had run all the rest crashed among their tests.
 test: .venv/test  ## the default suite, one process per core with one thread each
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal --ignore tests/serving
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile tests/serving
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 card: .venv/test  ## what the package promises: it loads, is the published model, extrapolates, converts
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests/card
