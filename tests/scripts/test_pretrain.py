@@ -24,7 +24,7 @@ from folders import SPECIAL
 from lib import packing, pretraining, recipe, runs, training
 from models import tiny_model
 from numerics import SAME, assert_same
-from processes import run_python
+from processes import run_python, start_python
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -170,21 +170,20 @@ def test_loss_falls(corpus, tokenizer, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
 def test_a_killed_run_resumes_to_the_same_loss_curve(corpus, tokenizer, tmp_path, streaming):
     run(command_line(corpus, tokenizer, tmp_path / "whole", streaming=streaming))
-    killer = (
-        "import os, signal, pretrain_mlm\nfrom lib import pretraining\n"
-        "log = pretraining.PretrainingTrainer.log\n"
-        "def log_or_die(self, *args, **kwargs):\n"
-        "    log(self, *args, **kwargs)\n"
-        "    if self.state.global_step == 5:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "pretraining.PretrainingTrainer.log = log_or_die\n"
-        "pretrain_mlm.main()\n"
-    )
+    killer = """
+        import os, signal, pretrain_mlm
+        from lib import pretraining
+        log = pretraining.PretrainingTrainer.log
+        def log_or_die(self, *args, **kwargs):
+            log(self, *args, **kwargs)
+            if self.state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        pretraining.PretrainingTrainer.log = log_or_die
+        pretrain_mlm.main()
+    """
     flags = command_line(corpus, tokenizer, tmp_path / "killed", streaming=streaming)
-    died = subprocess.run(
-        [sys.executable, "-c", killer, *flags], cwd=ROOT / "scripts", capture_output=True, timeout=120
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    died = start_python(killer, *flags)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     assert max(losses(tmp_path / "killed")) == 5
     (tmp_path / "killed" / "checkpoint-4").mkdir()  # what a kill leaves while a checkpoint is written
     run([*flags, "--resume_from_checkpoint", "last"])
@@ -197,10 +196,8 @@ def test_two_processes_train_like_one(corpus, tokenizer, tmp_path):
     no_dropout = ["hidden_dropout_prob=0.0"]
     run([*command_line(corpus, tokenizer, tmp_path / "one", **plain), *no_dropout])
     flags = command_line(corpus, tokenizer, tmp_path / "two", **{**plain, "gradient_accumulation_steps": 1})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [ROOT / "scripts/pretrain_mlm.py", *flags, *no_dropout]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    torchrun = ["--standalone", "--nproc-per-node", "2", ROOT / "scripts/pretrain_mlm.py", *flags, *no_dropout]
+    run_python("from torch.distributed.run import main; main()", *torchrun)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     # Gradients are summed in another order; the log keeps float32 losses.
@@ -550,7 +547,7 @@ def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tm
     assert losses(tmp_path / "text") == losses(tmp_path / "prepared")
 
 
-def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenizer, tmp_path):
+def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenizer, tmp_path, run_script):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("wiki_vital", "gensim_wiki", "sotu", "other"):
@@ -558,22 +555,31 @@ def test_the_script_of_the_checkpoint_tokenizes_once_and_trains(corpus, tokenize
     run(command_line(corpus, tokenizer, tmp_path / "start", max_steps=1))
     small = {"tokens_per_row": 2048, "global_batch_size": 4, "max_steps": 2, "logging_steps": 1, "peak_tflops": 1e-3}
     options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # Stands in for Python and notes what it is called with, which is then run here.
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$(mktemp -p "$CALLS")"\n')
+    python.chmod(0o755)
 
     def call(seconds):
+        calls = tmp_path / f"calls for {seconds} seconds"
+        calls.mkdir()
         command = [ROOT / "scripts/train_checkpoint.sh", folder, tmp_path / "out", seconds, *options]
         command += ["--model", tmp_path / "start"]
-        return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=180)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": calls}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=60)
+        return done, [path.read_text().splitlines() for path in calls.iterdir()]
 
-    assert call("soon").returncode == 2 and not (tmp_path / "out").exists()
-    short = call(1)
-    assert short.returncode == 1 and "1 seconds are used up after tokenizing" in short.stderr
+    done, calls = call("soon")
+    assert done.returncode == 2 and calls == []
+    done, [(script, *words)] = call(1)
+    assert done.returncode == 1 and "1 seconds are used up after tokenizing" in done.stderr
+    run_script(pretrain_mlm, *words)
     bounds = np.load(tmp_path / "out/tokens/bounds.npy")
     assert len(bounds) == 60 * (4 + 4 + 3 + 1) and len(np.unique(bounds, axis=0)) == 60 * 4
-    written = (tmp_path / "out/tokens").stat().st_mtime_ns
-    done = call(100_000)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out/tokens").stat().st_mtime_ns == written and len(losses(tmp_path / "out/run")) == 2
+    done, [(again, *words)] = call(100_000)
+    assert done.returncode == 0 and Path(script).resolve() == Path(again).resolve() == Path(pretrain_mlm.__file__)
+    run_script(pretrain_mlm, *words)
+    assert len(losses(tmp_path / "out/run")) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
+import forks
 from conftest import ROOT
 
 # Runs programs one after the other, each in a namespace of its own, with a mark after what it prints.
@@ -18,29 +17,30 @@ for block in json.load(sys.stdin):
 PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("scripts", "tests/support"))
 
 
-def run_python(program, *arguments, cwd=None, fails=False, environment=None, stdin=None):
-    """Run a program that can import what scripts and tests import.
+def start_python(program, *arguments, cwd=None, environment=None, stdin=""):
+    """Run a program that can import what scripts and tests import, to its end.
 
     Args:
         program: its text, which may be indented.
         *arguments: of its command line.
         cwd: its working directory.
-        fails: whether it has to.
         environment: variables beside those of this process.
         stdin: text that it reads.
 
     Returns:
+        `subprocess.CompletedProcess`, with text of both streams.
+    """
+    variables = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return forks.call(textwrap.dedent(program), [*map(str, arguments)], cwd or os.getcwd(), variables, stdin)
+
+
+def run_python(program, *arguments, fails=False, **options):
+    """`start_python`, for a program that succeeds, or with `fails` fails.
+
+    Returns:
         What it prints: on standard error where it fails, else on standard output.
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", **(environment or {})},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    run = start_python(program, *arguments, **options)
     assert (run.returncode != 0) == fails, run.stderr[-3000:]
     return run.stderr if fails else run.stdout
 

@@ -8,16 +8,14 @@ Processes are forks, which have imported all of these already. FIRST gets a copy
 weights each process holds a part of. test_pretrain.py runs it.
 """
 
-import os
 import shutil
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 import pretrain_mlm
 from accelerate.state import DistributedType, PartialState
 from lib import pretraining
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
 start = PartialState.__init__
@@ -38,23 +36,10 @@ class CountingTrainer(pretraining.PretrainingTrainer):
 
 
 def train(words):
-    """Run the script in two processes, with the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run the script in two processes, as torchrun starts them."""
     sys.argv = ["pretrain_mlm.py", *words]
-    for rank in range(2):
-        if not os.fork():
-            sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in sizes.items()}, MASTER_ADDR="127.0.0.1")
-            try:
-                pretrain_mlm.main()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-    if any(os.wait()[1] for _ in range(2)):
-        sys.exit("a process failed")
+    config = LaunchConfig(1, 1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    elastic_launch(config, pretrain_mlm.main)()
 
 
 if __name__ == "__main__":
