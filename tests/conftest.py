@@ -4,6 +4,7 @@ tests away from the network and from the user's cache."""
 import atexit
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -95,6 +96,32 @@ def export_demo(tmp_path_factory):
         return folders[kind]
 
     return export_demo
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Runs pytest in a process whose Triton interprets kernels on the CPU: a function from arguments to its output."""
+    pytest.importorskip("triton", reason="Triton is made for Linux")
+    import interpreter
+
+    context = multiprocessing.get_context("spawn")
+    connection, end = context.Pipe()
+    process = context.Process(target=interpreter.serve, args=(end,), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+            patch.setenv(name, value)
+        process.start()
+    end.close()
+
+    def run(*arguments):
+        connection.send([str(argument) for argument in arguments])
+        assert connection.poll(600), "the tests take longer than 10 minutes"
+        status, output = connection.recv()
+        assert status == 0, output[-8000:]
+        return output
+
+    yield run
+    process.kill()
 
 
 @pytest.fixture

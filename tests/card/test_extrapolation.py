@@ -53,7 +53,7 @@ def hidden_states(model, ids, row="auto", **call):
 
 def test_the_loss_does_not_rise_with_the_length(shipped, speech, record_property):
     """The same 1,111 tokens are masked at every length; the expected losses were measured on a CPU in float32."""
-    expected = {128: 3.315, 512: 3.237, 1024: 3.246, 2048: 3.239, 4096: 3.248, 7281: 3.254}
+    expected = {128: 3.315, 512: 3.237, 2048: 3.239, 7281: 3.254}
     tokens, tokenizer = speech
     assert len(tokens) == 7281
     shipped.set_attn_implementation("auto")
@@ -82,11 +82,11 @@ def test_each_row_of_the_attention_table_follows_the_formula(shipped, speech, fo
     numerics.assert_same(hidden_states(shipped, [speech[0][:1024]], row), formula, SAME)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "eager"])
-def test_rows_agree_at_4096_tokens(shipped, speech, row):
+def test_rows_agree_at_4096_tokens(shipped, speech):
     """All but eager, whose memory grows with the square of the length."""
-    tokens = [speech[0][:4096]]
-    numerics.assert_same(hidden_states(shipped, tokens, row), hidden_states(shipped, tokens), SAME)
+    expected = hidden_states(shipped, [speech[0][:4096]])
+    for row in ROWS.keys() - {"eager"}:
+        numerics.assert_same(hidden_states(shipped, [speech[0][:4096]], row), expected, SAME, row)
 
 
 def test_a_text_alone_and_inside_a_longer_batch_gives_the_same(shipped, speech):

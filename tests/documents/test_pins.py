@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import subprocess
+from multiprocessing.pool import ThreadPool
 
 import pytest
 from conftest import ROOT
@@ -23,8 +24,9 @@ def requirements():
     return [line for group in groups for line in group.split("\n") if line]
 
 
-def resolve(python, platform):
+def resolve(target):
     """Resolves from metadata only, as a machine without pip or uv settings of its own would; downloads no wheel."""
+    python, platform = target
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     # Wheels of recent PyTorch releases start at macOS 14; the resolver assumes an older one.
     environment |= {"MACOSX_DEPLOYMENT_TARGET": "14.0", "UV_HTTP_RETRIES": "1"}
@@ -36,9 +38,16 @@ def resolve(python, platform):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def resolved():
+    """What the resolver says for each target. It waits for the index most of the time, so all of them wait at once."""
+    with ThreadPool(len(TARGETS)) as pool:
+        return dict(zip(TARGETS, pool.map(resolve, TARGETS)))
+
+
 @pytest.mark.parametrize("python, platform", TARGETS)
-def test_pins_resolve(python, platform):
-    run = resolve(python, platform)
+def test_pins_resolve(resolved, python, platform):
+    run = resolved[python, platform]
     if "Failed to fetch" in run.stderr:
         pytest.skip("the package index cannot be reached")
     assert run.returncode == 0, run.stderr
