@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT
 from folders import set_fields, write_complete_repository
+from repositories import REMOTE, is_ours
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 from transformers.pipelines import SUPPORTED_TASKS
@@ -15,8 +17,16 @@ from transformers.pipelines import SUPPORTED_TASKS
 from mosaicbert.bert_layers import BertForSequenceClassification, BertForTokenClassification
 from mosaicbert.configuration_bert import AUTO_MAP, BertConfig
 
-REMOTE = {"trust_remote_code": True}
 TASKS = ["fill-mask", "text-classification", "token-classification", "feature-extraction", "zero-shot-classification"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository whose config names a class of transformers, as published ones do; no test changes it."""
+    folder = tmp_path_factory.mktemp("repository")
+    write_complete_repository(folder)
+    set_fields(folder / "config.json", architectures=["BertForMaskedLM"])
+    return folder
 
 
 def architectures(folder):
@@ -43,68 +53,51 @@ FAILURES = {
 
 @pytest.mark.parametrize("cause", FAILURES)
 @pytest.mark.parametrize("task", TASKS)
-def test_a_pipeline_ends_in_the_error_of_a_failing_load(tmp_path, task, cause):
-    """A published config names a class of transformers, which pipelines once took: stock BERT with a random encoder."""
-    write_complete_repository(tmp_path)
+def test_a_pipeline_ends_in_the_error_of_a_failing_load(repository, tmp_path, task, cause):
+    """Pipelines once took the class that a published config names: stock BERT with a random encoder."""
+    folder = shutil.copytree(repository, tmp_path / "model")
     break_it, options = FAILURES[cause]
-    set_fields(tmp_path / "config.json", architectures=["BertForMaskedLM"])
-    break_it(tmp_path)
+    break_it(folder)
     with pytest.raises((ValueError, OSError)) as error:
-        pipeline(task, str(tmp_path), model_kwargs=options, **REMOTE)
+        pipeline(task, str(folder), model_kwargs=options, **REMOTE)
     assert cause in str(error.value)
 
 
 @pytest.mark.parametrize("task", sorted({*SUPPORTED_TASKS} - {*TASKS}))
-def test_a_failing_load_gives_no_pipeline_of_any_other_task(tmp_path, task):
-    write_complete_repository(tmp_path)
-    set_fields(tmp_path / "config.json", architectures=["BertForMaskedLM"])
+def test_a_failing_load_gives_no_pipeline_of_any_other_task(repository, task):
     with pytest.raises((ValueError, OSError, ImportError)):  # most tasks need a package or another kind of model
-        pipeline(task, str(tmp_path), model_kwargs={"attn_implementation": "nonsense"}, **REMOTE)
+        pipeline(task, str(repository), model_kwargs={"attn_implementation": "nonsense"}, **REMOTE)
 
 
-def test_a_pipeline_of_a_head_that_is_missing_says_so(tmp_path):
-    write_complete_repository(tmp_path)
+def test_a_pipeline_of_a_head_that_is_missing_says_so(repository):
     with pytest.raises(ValueError, match="MosaicBERT has no model for AutoModelForCausalLM"):
-        pipeline("text-generation", str(tmp_path), **REMOTE)
+        pipeline("text-generation", str(repository), **REMOTE)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_pipeline_that_works_logs_no_word_against_the_model(tmp_path, task, caplog, monkeypatch):
+def test_a_pipeline_that_works_logs_no_word_against_the_model(repository, task, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    write_complete_repository(tmp_path)
     labels = {"candidate_labels": ["cat", "tree"]} if task == "zero-shot-classification" else {}
-    made = pipeline(task, str(tmp_path), **REMOTE)
-    assert type(made.model).__module__.startswith("transformers_modules")
+    made = pipeline(task, str(repository), **REMOTE)
+    assert is_ours(made.model)
     assert made("the cat [MASK] on the mat", **labels)
     assert "is not supported" not in caplog.text
 
 
-def test_every_way_of_saving_names_what_no_library_has(tmp_path):
-    source = tmp_path / "source"
-    write_complete_repository(source)
-    assert architectures(source) == ["MosaicBertForMaskedLM"]
-
+def test_every_way_of_saving_names_what_no_library_has(repository, tmp_path):
     for auto, name in ((AutoModel, "BertModel"), (AutoModelForSequenceClassification, "BertForSequenceClassification")):
-        auto.from_pretrained(source, **REMOTE).save_pretrained(tmp_path / name)
+        auto.from_pretrained(repository, **REMOTE).save_pretrained(tmp_path / name)
         assert architectures(tmp_path / name) == [f"Mosaic{name}"]
-
-    set_fields(source / "config.json", architectures=["BertForMaskedLM"])  # as in published repositories
-    for number, config in enumerate(
-        (
-            AutoConfig.from_pretrained(source, **REMOTE),
-            BertConfig.from_pretrained(source),
-            transformers.BertConfig.from_pretrained(source),
-        )
-    ):
-        config.auto_map = {name: f"{source}--{reference}" for name, reference in AUTO_MAP.items()}
-        built = AutoModelForMaskedLM.from_config(config, **REMOTE)
-        built.save_pretrained(tmp_path / f"built-{number}")
-        assert architectures(tmp_path / f"built-{number}") == ["MosaicBertForMaskedLM"]
-        loaded = AutoModelForMaskedLM.from_pretrained(source, config=config, **REMOTE)
-        loaded.save_pretrained(tmp_path / f"loaded-{number}")
-        assert architectures(tmp_path / f"loaded-{number}") == ["MosaicBertForMaskedLM"]
-
-    AutoConfig.from_pretrained(source, **REMOTE).save_pretrained(tmp_path / "alone")
+    for loader in (AutoConfig, BertConfig, transformers.BertConfig):
+        config = loader.from_pretrained(repository, **(REMOTE if loader is AutoConfig else {}))
+        config.auto_map = {name: f"{repository}--{reference}" for name, reference in AUTO_MAP.items()}
+        for model in (
+            AutoModelForMaskedLM.from_config(config, **REMOTE),
+            AutoModelForMaskedLM.from_pretrained(repository, config=config, **REMOTE),
+        ):
+            model.save_pretrained(tmp_path / "saved")
+            assert architectures(tmp_path / "saved") == ["MosaicBertForMaskedLM"]
+    AutoConfig.from_pretrained(repository, **REMOTE).save_pretrained(tmp_path / "alone")
     assert architectures(tmp_path / "alone") == ["MosaicBertForMaskedLM"]
 
 
@@ -112,19 +105,25 @@ STOCK_HEADS = ["Model", "ForPreTraining", "ForMaskedLM", "LMHeadModel", "ForNext
 STOCK_HEADS += ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"]
 
 
+@pytest.fixture(scope="module")
+def stock_configs(repository, tmp_path_factory):
+    """Stock BERT's configs of folders that a model, with and without a config of its own, and a config have saved."""
+    source = shutil.copytree(repository, tmp_path_factory.mktemp("saved") / "model")
+    set_fields(source / "config.json", chunk_size_feed_forward=0)  # as in published configs
+    given = AutoModel.from_pretrained(source, config=transformers.BertConfig.from_pretrained(source), **REMOTE)
+    saved = (given, AutoModel.from_pretrained(source, **REMOTE), AutoConfig.from_pretrained(source, **REMOTE))
+    configs = []
+    for number, thing in enumerate(saved):
+        thing.save_pretrained(source.with_name(f"{number}"))
+        configs.append(transformers.BertConfig.from_pretrained(source.with_name(f"{number}")))
+    return configs
+
+
 @pytest.mark.parametrize("head", STOCK_HEADS)
-def test_stock_bert_fails_on_whatever_is_saved_instead_of_answering_with_a_random_encoder(tmp_path, head):
+def test_stock_bert_fails_on_whatever_is_saved_instead_of_answering_with_a_random_encoder(stock_configs, head):
     """Without `trust_remote_code`, and in MLflow, which takes `getattr(transformers, type(model).__name__)`."""
-    write_complete_repository(tmp_path / "model")
-    set_fields(tmp_path / "model" / "config.json", chunk_size_feed_forward=0)  # as in published configs
-    given = transformers.BertConfig.from_pretrained(tmp_path / "model")
-    AutoModel.from_pretrained(tmp_path / "model", config=given, **REMOTE).save_pretrained(tmp_path / "given")
-    AutoModel.from_pretrained(tmp_path / "model", **REMOTE).save_pretrained(tmp_path / "loaded")
-    AutoConfig.from_pretrained(tmp_path / "model", **REMOTE).save_pretrained(tmp_path / "config")
-    ids = torch.tensor([[2, 5, 6, 3]])
-    for folder in ("given", "loaded", "config"):
-        config = transformers.BertConfig.from_pretrained(tmp_path / folder)
-        shipped = transformers.BertConfig.from_pretrained(ROOT)
+    ids, shipped = torch.tensor([[2, 5, 6, 3]]), transformers.BertConfig.from_pretrained(ROOT)
+    for config in stock_configs:
         assert config.chunk_size_feed_forward == shipped.chunk_size_feed_forward
         stock = getattr(transformers, f"Bert{head}")(config).eval()
         with pytest.raises(ValueError, match="has to be a multiple of the chunk size 2147483647"):

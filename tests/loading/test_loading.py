@@ -86,7 +86,7 @@ def test_from_config_makes_the_same_class(repository):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_attn_implementation_is_the_knob_everywhere(repository, name):
+def test_attn_implementation_chooses_the_attention_everywhere(repository, name):
     for model in (
         AutoModelForMaskedLM.from_pretrained(repository, attn_implementation=name, **REMOTE),
         AutoModelForMaskedLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""What `pip install .` gives."""
+"""The package that `pip install .` installs."""
 
 import json
 import shutil

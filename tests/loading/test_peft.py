@@ -49,17 +49,13 @@ def test_lora_trains_saves_only_the_adapter_reloads_and_merges(tmp_path):
     losses = train(model, labels=ids)
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    adapted_modules = {
-        name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_" in name
+    assert {name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_" in name} == {
+        *TARGETS
     }
-    assert adapted_modules == set(TARGETS)
 
     model.eval().save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-    }
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert saved <= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     expected = model(input_ids=ids, attention_mask=mask).logits
     reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     numerics.assert_same(reloaded(input_ids=ids, attention_mask=mask).logits, expected, 0.0)
@@ -133,10 +129,8 @@ def test_prefix_tuning_is_refused(task):
     model_class = {**classes, "QUESTION_ANS": BertForQuestionAnswering}.get(task, BertModel)
     ids, mask = ragged_batch([9, 4])
     with pytest.raises(ValueError, match="past.key.values"):
-        tuned = peft.get_peft_model(
-            tiny_model(model_class), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)
-        )
-        tuned(input_ids=ids, attention_mask=mask)
+        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)
+        peft.get_peft_model(tiny_model(model_class), config)(input_ids=ids, attention_mask=mask)
 
 
 def test_lora_under_gradient_checkpointing_gives_the_same_gradients():

@@ -96,7 +96,7 @@ def expected_logits():
 
 def is_ours(model):
     """Whether a model was built from a repository's code."""
-    return type(model).__module__.startswith("transformers_modules") and hasattr(type(model), "encode_rows")
+    return type(model).__module__.startswith("transformers_modules") and hasattr(type(model), "auto_map")
 
 
 def assert_loads(source, tolerance=0.0, **kwargs):
@@ -110,8 +110,7 @@ def assert_loads(source, tolerance=0.0, **kwargs):
 
 def published_weights():
     """Weights of a tiny MLM under the published names, decoder weight included."""
-    weights = tiny_model().state_dict()
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    return {name: tensor.clone() for name, tensor in tiny_model().state_dict().items()}
 
 
 def composer_file(path, **state):
@@ -120,12 +119,10 @@ def composer_file(path, **state):
     folder = path.parent / "tokenizer"
     folder.mkdir()
     write_tokenizer(folder, [f"w{n}" for n in range(96)])
+    words, fields = ((folder / name).read_text() for name in ("vocab.txt", "tokenizer_config.json"))
     tokenizer = {
-        "vocab": {"file_extension": ".txt", "content": (folder / "vocab.txt").read_text().split("\n")},
-        "tokenizer_config": {
-            "file_extension": ".json",
-            "content": json.loads((folder / "tokenizer_config.json").read_text()),
-        },
+        "vocab": {"file_extension": ".txt", "content": words.split("\n")},
+        "tokenizer_config": {"file_extension": ".json", "content": json.loads(fields)},
     }
     config = {"file_extension": ".json", "content": tiny_config().to_dict(), "class": "bert_layers.BertForMaskedLM"}
     torch.save(
