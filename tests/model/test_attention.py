@@ -3,17 +3,17 @@
 import numerics
 import pytest
 import torch
-from attention_cases import LAYOUTS, assert_as_good_as_plain, attend, batch, tensors, truth
+from attention_cases import LAYOUTS, assert_as_good_as_plain, attend, tensors, truth
 
 from mosaicbert import bert_attention
-from mosaicbert.bert_attention import alibi_slopes, eager_attention, sdpa_attention, slopes_on
+from mosaicbert.bert_attention import alibi_slopes, eager_attention, sdpa_attention
 from mosaicbert.bert_padding import pack_flattened, pack_padded, pack_rows
 
 BACKENDS = {"eager": eager_attention, "sdpa": sdpa_attention}
 SAME = numerics.SAME[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sdpa_matches_the_reference_forward_and_backward(layout, dtype):
     packed = LAYOUTS[layout]()
@@ -22,20 +22,11 @@ def test_sdpa_matches_the_reference_forward_and_backward(layout, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_plain_and_sdpa_match_the_reference_in_float64(layout, backend):
+def test_eager_and_sdpa_match_the_reference_in_float64(layout, backend):
     packed = LAYOUTS[layout]()
     inputs = tensors(packed, heads=5, size=8, dtype=torch.float64)
     for got, exact in zip(attend(BACKENDS[backend], packed, *inputs), truth(packed, *inputs)):
         numerics.assert_same(got, exact, numerics.SAME[torch.float64])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_token_at_all_gives_an_empty_context(backend):
-    packed = batch([0, 0])
-    context = BACKENDS[backend](
-        torch.stack(tensors(packed)[:3], dim=1), packed, torch.tensor(alibi_slopes(3)), 0.25, 0.0
-    )
-    assert context.shape == (0, 3, 16)
 
 
 @pytest.mark.parametrize("layout", ["odd lengths, one empty", "holes"])
@@ -64,11 +55,10 @@ def test_sequences_in_one_row_with_kept_padding_do_not_mix(backend):
     numerics.assert_same(backend(qkv, kept, *arguments), backend(qkv, dropped, *arguments), SAME)
 
 
+LONE = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
 LONE_TOKENS = {
-    "dropped padding": pack_padded(
-        torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]), (3, 4), torch.device("cpu")
-    ),
-    "kept padding": pack_rows(torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]), (3, 4), torch.device("cpu")),
+    "dropped padding": pack_padded(LONE, (3, 4), LONE.device),
+    "kept padding": pack_rows(LONE, (3, 4), LONE.device),
     "texts in one row": pack_flattened(torch.arange(6), None, (1, 5), keep_padding=True),
 }
 
@@ -88,12 +78,6 @@ def test_a_token_with_a_score_of_minus_60000_still_sees_nothing_but_itself(backe
     assert torch.equal(context[real], qkv[real, 2])
     context[real].sum().backward()
     assert qkv.grad.isfinite().all() and (qkv.grad[real, 2] == 1).all()
-
-
-def test_slopes_for_twelve_heads_are_those_of_eight_and_every_second_one_of_sixteen():
-    expected = [2.0**-power for power in (1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5)]
-    numerics.assert_same(torch.tensor(alibi_slopes(12)), torch.tensor(expected), 1e-7)
-    assert slopes_on(torch.device("cpu"), 12, torch.float64).tolist() == alibi_slopes(12)
 
 
 @pytest.mark.parametrize("layout", ["odd lengths, one empty", "holes"])

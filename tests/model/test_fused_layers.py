@@ -33,7 +33,7 @@ def calls(monkeypatch):
     return recorded
 
 
-def test_each_layer_asks_for_two_norms_and_one_geglu(calls):
+def test_each_layer_calls_two_fused_norms_and_one_geglu(calls):
     ids, mask = ragged_batch([9, 5])
     model = tiny_model()
     model.bert(ids, attention_mask=mask)
@@ -70,7 +70,7 @@ def test_hooked_or_replaced_norms_are_called_as_modules(calls):
     assert len(calls) == 1
 
 
-def test_torch_computes_what_a_row_does_not_serve(calls, monkeypatch):
+def test_a_row_declines_with_a_reason_what_it_cannot_compute(calls, monkeypatch):
     row, x = bert_layers.FUSED_LAYERS["add_norm"], torch.zeros(1, 16)
     assert row.declines(torch.zeros(1, 8192)) is None
     assert row.declines(torch.zeros(1, 8193)) == "it supports up to 8192 channels, got 8193"

@@ -159,23 +159,14 @@ def test_multiple_choice_scores_each_choice_alone():
     assert trains(model, output.loss)
 
 
-@pytest.mark.parametrize(
-    "model_class, labels",
-    [
-        (BertForSequenceClassification, {"labels": torch.tensor([0, 1])}),
-        (BertForTokenClassification, {"labels": torch.ones(2, 6, dtype=torch.long)}),
-        (BertForQuestionAnswering, {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}),
-    ],
-)
-def test_every_head_serves_tuples_extra_outputs_and_num_items(model_class, labels):
-    model = tiny_model(model_class)
-    ids, mask = ragged_batch([6, 4])
-    full = model(ids, mask, **labels, output_hidden_states=True, output_attentions=True)
+@pytest.mark.parametrize("model_class", HEADS[2:], ids=name_of)
+def test_every_head_serves_tuples_extra_outputs_and_num_items(model_class):
+    model, call = head(model_class), call_of(model_class)
+    full = model(**call, output_hidden_states=True, output_attentions=True)
     assert len(full.hidden_states) == 3 and len(full.attentions) == 2
-    as_tuple = model(ids, mask, **labels, return_dict=False)
-    assert as_tuple[0].item() == pytest.approx(full.loss.item(), rel=1e-5)
-    count = {BertForSequenceClassification: 2, BertForTokenClassification: 10, BertForQuestionAnswering: 2}[model_class]
-    divided = model(ids, mask, **labels, num_items_in_batch=4).loss.item()
+    assert model(**call, return_dict=False)[0].item() == pytest.approx(full.loss.item(), rel=1e-5)
+    count = 11 if model_class is BertForTokenClassification else 2
+    divided = model(**call, num_items_in_batch=4).loss.item()
     assert divided == pytest.approx(full.loss.item() * count / 4, rel=1e-5)
 
 

@@ -70,17 +70,7 @@ def test_inner_modules_return_tensors_only(model_class):
     assert seen and all(torch.is_tensor(x) for x in seen)
 
 
-@pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
-def test_hooks_on_the_encoder_of_a_head_run_once_a_call(model_class):
-    model = head(model_class)
-    seen = []
-    model.bert.register_forward_pre_hook(lambda m, a: seen.append("before"))
-    model.bert.register_forward_hook(lambda m, a, out: seen.append(out[0].shape[-1]))
-    model(**call_of(model_class))
-    assert seen == ["before", 48]
-
-
-def test_noise_on_the_input_embeddings_counts_on_their_padded_shape():
+def test_noise_on_the_input_embeddings_sees_their_padded_shape():
     """As NEFTune adds it: a hook whose scale is the square root of S * E."""
     model = head(BertModel)
     ids, mask = ragged_batch([7, 4])

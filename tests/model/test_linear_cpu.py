@@ -61,6 +61,11 @@ def hooked(layer):
     return layer
 
 
+def hooked_before(layer):
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return layer
+
+
 def replaced(layer):
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) + 1
     return layer
@@ -80,27 +85,38 @@ def quantized(layer):
     return layer
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        hooked(nn.Linear(8, 4)),
-        replaced(nn.Linear(8, 4)),
-        Adapter(8, 4),
-        quantized(nn.Linear(8, 4)),
-        prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5),
-        parametrizations.weight_norm(nn.Linear(8, 4)),
-        nn.Linear(8, 4).double(),
-    ],
-    ids=["hook", "forward replaced", "subclass", "quantized", "pruned", "parametrized", "another dtype"],
-)
-@torch.no_grad()
-def test_the_replacement_of_a_layer_is_called_unchanged(taken, layer):
-    x = torch.randn(128, 8, dtype=torch.float64 if layer.weight.dtype == torch.float64 else torch.float32)
-    if layer.weight.dtype == torch.float64:
-        with pytest.raises(RuntimeError, match="dtype"):
-            linear(layer, x.float())
-    else:
-        assert torch.equal(linear(layer, x), layer(x))
+CHANGED = {
+    "hook": hooked(nn.Linear(8, 4)),
+    "hook before": hooked_before(nn.Linear(8, 4)),
+    "forward replaced": replaced(nn.Linear(8, 4)),
+    "subclass": Adapter(8, 4),
+    "quantized": quantized(nn.Linear(8, 4)),
+    "pruned": prune.l1_unstructured(nn.Linear(8, 4), "weight", 0.5),
+    "parametrized": parametrizations.weight_norm(nn.Linear(8, 4)),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("layer", CHANGED.values(), ids=CHANGED)
+def test_a_layer_that_a_tool_has_changed_is_called_as_it_is(taken, layer, grad):
+    x = torch.randn(128, 8)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(linear(layer, x), layer(x)) and taken == []
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_a_hook_for_all_modules_has_its_effect(taken, grad):
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output * 0)
+    try:
+        with torch.set_grad_enabled(grad):
+            assert (linear(nn.Linear(8, 4), torch.randn(128, 8)) == 0).all() and taken == []
+    finally:
+        handle.remove()
+
+
+def test_an_input_of_another_dtype_than_the_weights_is_refused_by_torch(taken):
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(nn.Linear(8, 4).double(), torch.randn(128, 8))
     assert taken == []
 
 
@@ -154,10 +170,8 @@ def test_the_model_agrees_with_either_implementation(monkeypatch, dtype):
         truth = model.double()(ids, mask).logits
         model.to(dtype)
         results = []
-        for implementation in (F.linear, *implementations(dtype)):
-            monkeypatch.setattr(
-                bert_linear_cpu, "choose_linear", lambda dtype, implementation=implementation: implementation
-            )
+        for chosen in (F.linear, *implementations(dtype)):
+            monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype, chosen=chosen: chosen)
             results.append(model(ids, mask).logits)
     for result in results[1:]:
         numerics.assert_no_worse(result, results[0], truth, numerics.MODEL)
@@ -165,7 +179,7 @@ def test_the_model_agrees_with_either_implementation(monkeypatch, dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "x", "weight"])
-def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, trained, bias):
+def test_first_and_second_gradients_by_onednn_equal_torchs(monkeypatch, trained, bias):
     monkeypatch.setattr(bert_linear_cpu, "choose_linear", lambda dtype: onednn_linear)
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(48, 96, bias=bias).requires_grad_(trained != "x")
@@ -185,7 +199,7 @@ def test_gradients_by_onednn_are_those_of_torch_second_ones_too(monkeypatch, tra
 
 
 @torch.no_grad()
-def test_in_parts_gives_what_the_whole_gives(monkeypatch):
+def test_in_parts_gives_the_result_of_one_call(monkeypatch):
     monkeypatch.setattr(bert_linear_cpu, "PART_BYTES", 10 * 8 * 4)
     rows = []
     x = torch.randn(37, 8)
@@ -195,7 +209,7 @@ def test_in_parts_gives_what_the_whole_gives(monkeypatch):
         assert bert_linear_cpu.in_parts(len, x, width=8) == 37
 
 
-def test_feed_forward_in_parts_equals_the_whole_and_leaves_what_hooks_see(monkeypatch):
+def test_feed_forward_in_parts_equals_the_whole_and_keeps_the_outputs_that_hooks_saw(monkeypatch):
     layer = tiny_model().bert.encoder.layer[0].mlp
     hidden = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
     whole = layer(hidden)

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from heads import BACKENDS, HEADS, SAME, call_of, head, linear_layers, name_of
+from heads import HEADS, SAME, call_of, head, linear_layers, name_of
 from torch import nn
-from torch.nn.utils import parametrize, prune
 from transformers import AutoTokenizer
 
 from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
@@ -38,9 +37,8 @@ def test_quantize_dynamic_quantizes_every_linear_layer():
 def test_eight_bit_weights_of_the_shipped_checkpoint_keep_its_answers():
     """As weight-only quantizers round them (torchao, quanto, bitsandbytes): 127 steps a row of each linear layer."""
     model = BertForMaskedLM.from_pretrained(ROOT).eval()
-    batch = AutoTokenizer.from_pretrained(ROOT)(
-        ["Yesterday she [MASK] a letter.", "Tea, bread and butter."], padding=True, return_tensors="pt"
-    )
+    texts = ["Yesterday she [MASK] a letter.", "Tea, bread and butter."]
+    batch = AutoTokenizer.from_pretrained(ROOT)(texts, padding=True, return_tensors="pt")
     keep = batch["attention_mask"].bool()
 
     def answers():
@@ -76,106 +74,47 @@ def test_hooks_on_linear_layers_are_called_once_with_the_result(model_class, gra
     assert sorted(seen) == sorted(linear_layers(model))
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("way", ["hook", "pre_hook", "global_hook", "forward", "subclass", "parametrized", "pruned"])
-def test_what_a_tool_does_to_a_linear_layer_has_its_effect(way, grad):
-    """Hooks, replaced forwards, subclasses, parametrizations and pruning: nothing may compute around them."""
-    call = call_of(BertModel, lengths=(90, 70))
-    expected, model = head(BertModel), head(BertModel)
-    handle = None
-    for layer in expected.encoder.layer:
-        with torch.no_grad():
-            layer.mlp.gated_layers.weight.zero_()
-    for layer in model.encoder.layer:
-        linear = layer.mlp.gated_layers
-        if way == "hook":
-            linear.register_forward_hook(lambda module, arguments, output: output * 0)
-        elif way == "pre_hook":
-            linear.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0,))
-        elif way == "forward":
-            linear.forward = lambda x, linear=linear: F.linear(x, linear.weight) * 0
-        elif way == "subclass":
-            layer.mlp.gated_layers = silent_copy(linear)
-        elif way == "parametrized":
-            parametrize.register_parametrization(linear, "weight", Silent())
-        elif way == "pruned":
-            prune.random_unstructured(linear, "weight", amount=1.0)
-    if way == "global_hook":
-        gated = {id(layer.mlp.gated_layers) for layer in model.encoder.layer}
-        handle = nn.modules.module.register_module_forward_hook(
-            lambda module, arguments, output: output * 0 if id(module) in gated else None
-        )
-    try:
-        with torch.set_grad_enabled(grad):
-            got = model(**call).last_hidden_state
-    finally:
-        if handle:
-            handle.remove()
-    numerics.assert_same(got, expected(**call).last_hidden_state, SAME)
+def recorded(model):
+    """Inputs and output gradients of the encoder's linear layers, by name, as hooks collect them in calls to come."""
+    inputs, grads = {}, {}
+    for name, module in linear_layers(model).items():
+        if name.startswith("bert.encoder"):
+            module.register_forward_hook(lambda m, arguments, output, name=name: inputs.update({name: arguments[0]}))
+            module.register_full_backward_hook(lambda m, into, out, name=name: grads.update({name: out[0]}))
+    return inputs, grads
 
 
-class Silent(nn.Module):
-    """A parametrization to zero."""
-
-    def forward(self, weight):
-        return weight * 0
-
-
-def silent_copy(linear):
-    """A layer of a subclass of nn.Linear whose results are zero."""
-
-    class SilentLinear(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 0
-
-    return SilentLinear(linear.in_features, linear.out_features, bias=False)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
 def test_per_sample_gradients_come_from_hooks_on_linear_layers(model_class, backend):
     """As Opacus collects them: input and output gradient of each linear layer, contracted a sample at a time."""
-    model = head(model_class, attn_implementation=backend)
-    lengths = [7, 4, 9]
-    call = call_of(model_class, lengths)
-    layers = {n: m for n, m in linear_layers(model).items() if n.startswith("bert.encoder")}
-    inputs, grads = {}, {}
-    for name, module in layers.items():
-        module.register_forward_hook(lambda m, arguments, output, name=name: inputs.update({name: arguments[0]}))
-        module.register_full_backward_hook(lambda m, grad_in, grad_out, name=name: grads.update({name: grad_out[0]}))
+    model, single = (head(model_class, attn_implementation=backend) for _ in range(2))
+    call = call_of(model_class, [7, 4, 9])
+    inputs, grads = recorded(model)
     count = {BertForMaskedLM: 20, BertForTokenClassification: 20}.get(model_class, 3)
     model(**call, num_items_in_batch=count).loss.backward()
     rows = call["attention_mask"].flatten(1).sum(1).tolist()
     for sample, size in enumerate(rows):
         start = sum(rows[:sample])
-        model.zero_grad()
+        single.zero_grad()
         one = {name: tensor[sample : sample + 1] for name, tensor in call.items()}
-        single = head(model_class, attn_implementation=backend)
         single(**one, num_items_in_batch=count).loss.backward()
-        expected = dict(single.named_parameters())
-        for name in layers:
+        for name in inputs:
             part = slice(start, start + size)
             got = grads[name][part].T @ inputs[name][part]
-            numerics.assert_same(got, expected[f"{name}.weight"].grad, SAME, name)
+            numerics.assert_same(got, single.get_parameter(f"{name}.weight").grad, SAME, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_keep_the_batch_dimension_where_padding_is_kept(backend):
     """What Opacus and Captum need: `unpad_inputs=False` shows every layer [B, S, ...], and padding adds no gradient."""
     fields = {"attn_implementation": backend, "unpad_inputs": False}
-    model = head(BertForSequenceClassification, **fields)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("bert.encoder")}
-    inputs, grads = {}, {}
-    for name, module in layers.items():
-        module.register_forward_hook(lambda m, arguments, output, name=name: inputs.update({name: arguments[0]}))
-        module.register_full_backward_hook(lambda m, grad_in, grad_out, name=name: grads.update({name: grad_out[0]}))
+    model, single = (head(BertForSequenceClassification, **fields) for _ in range(2))
+    inputs, grads = recorded(model)
     call = call_of(BertForSequenceClassification)
     model(**call, num_items_in_batch=1).loss.backward()
     for sample in range(2):
-        single = head(BertForSequenceClassification, **fields)
+        single.zero_grad()
         single(**{name: tensor[sample : sample + 1] for name, tensor in call.items()}).loss.backward()
-        expected = dict(single.named_parameters())
-        for name in layers:
+        for name in inputs:
             assert inputs[name].shape[:2] == grads[name].shape[:2] == (2, 7)
             got = torch.einsum("so,si->oi", grads[name][sample], inputs[name][sample])
-            numerics.assert_same(got, expected[f"{name}.weight"].grad, SAME, name)
+            numerics.assert_same(got, single.get_parameter(f"{name}.weight").grad, SAME, name)

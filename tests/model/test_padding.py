@@ -31,26 +31,19 @@ def test_holes_left_padding_and_empty_rows_keep_their_columns():
     assert packed.positions.tolist() == [2, 3, 0, 2, 3, 1]
     assert packed.lengths == [2, 3, 0, 1]
     assert packed.has_holes
-    assert packed.first_tokens(packed.pack(torch.arange(1, 17).view(4, 4, 1))).flatten().tolist() == [3, 5, 0, 14]
+    tokens = torch.arange(1, 17).view(4, 4, 1)
+    for batch in (packed, pack_rows(mask, (4, 4), CPU)):
+        assert batch.first_tokens(batch.pack(tokens)).flatten().tolist() == [3, 5, 0, 14]
     assert packed.token_mask().tolist() == mask.bool().tolist()
     assert packed.from_rows(packed.to_rows(packed.positions)).tolist() == packed.positions.tolist()
     left_only = pack_padded(mask[:1], (1, 4), CPU)
     assert not left_only.has_holes
 
 
-def test_reversal_turns_each_sequence_around_and_undoes_itself():
-    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
-    packed = pack_padded(mask, (3, 4), CPU)
-    assert packed.reversal.tolist() == [2, 1, 0, 4, 3]
-    assert packed.reversal[packed.reversal].tolist() == [0, 1, 2, 3, 4]
-    assert pack_padded(None, (2, 3), CPU).reversal.tolist() == [2, 1, 0, 5, 4, 3]
-    assert pack_flattened(torch.tensor([0, 1, 3]), None, (1, 3)).reversal.tolist() == [0, 2, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
-def test_mask_dtypes_mean_the_same(dtype):
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert pack_padded(mask.to(dtype), (2, 3), CPU).indices.tolist() == [0, 1, 3, 4, 5]
+def test_masks_of_every_dtype_mean_the_same():
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        mask = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=dtype)
+        assert pack_padded(mask, (2, 3), CPU).indices.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_full_batch_needs_no_indices():
@@ -72,13 +65,6 @@ def test_a_batch_that_keeps_padding_marks_it():
     assert packed.first_tokens(tokens[..., None]).tolist() == [[1], [0]]
     assert packed.attended(0, 3).tolist() == [[[True, True, False]], [[False] * 3]]
     assert pack_rows(None, (2, 3), CPU).attended(0, 3) is None
-
-
-def test_the_first_token_comes_after_left_padding():
-    mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]])
-    tokens = torch.arange(1, 10).view(3, 3, 1)
-    for packed in (pack_padded(mask, (3, 3), CPU), pack_rows(mask, (3, 3), CPU)):
-        assert packed.first_tokens(packed.pack(tokens)).tolist() == [[2], [0], [7]]
 
 
 def test_sequences_in_one_row_attend_to_themselves_where_padding_is_kept():
@@ -125,21 +111,6 @@ def test_flattened_sequences_count_positions_from_their_start():
     assert packed.max_seqlen == 3 and packed.lengths == [2, 0, 3]
     assert packed.to_rows(torch.tensor([1, 2, 3, 4, 5])).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert packed.first_tokens(torch.tensor([1, 2, 3, 4, 5])[:, None]).flatten().tolist() == [1, 0, 3]
-
-
-def test_packing_is_differentiable():
-    mask = torch.tensor([[1, 0, 1], [0, 1, 0]])
-    packed = pack_padded(mask, (2, 3), CPU)
-    x = torch.randn(2, 3, 4, requires_grad=True)
-    packed.unpack(packed.pack(x) * 2).sum().backward()
-    assert torch.equal(x.grad, (mask * 2.0)[..., None].expand(2, 3, 4))
-
-
-def test_a_batch_without_columns_or_rows():
-    for shape in ((2, 0), (0, 3)):
-        packed = pack_padded(torch.ones(shape), shape, CPU)
-        assert packed.lengths == [0] * shape[0]
-        assert packed.unpack(packed.pack(torch.ones(shape))).shape == shape
 
 
 @pytest.mark.parametrize("masked", [False, True])

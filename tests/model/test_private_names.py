@@ -1,4 +1,4 @@
-"""Model files use private names of torch in one file only and run without them; older releases are refused in words."""
+"""Model files use private names of torch in one file only, and run without them; older releases are refused."""
 
 import configparser
 import importlib.util
@@ -20,11 +20,11 @@ SAME = numerics.SAME[torch.float32]
 
 
 @pytest.mark.parametrize("name", [name for name in CODE_FILES if name != "bert_checks.py"])
-def test_private_names_of_torch_stand_in_one_file(name):
+def test_private_names_of_torch_are_in_one_file(name):
     assert not re.findall(PRIVATE, (ROOT / name).read_text())
 
 
-def test_that_file_reads_them_through_private_alone():
+def test_bert_checks_reads_private_names_through_private_only():
     text = (ROOT / "bert_checks.py").read_text()
     found = {name for name in re.findall(PRIVATE, text) if name != "nn.modules.module"}
     assert not found and len(re.findall(r"^\w+ = private\(", text, flags=re.M)) == 8
@@ -50,7 +50,7 @@ def test_hooks_for_all_modules_are_seen_without_torchs_function():
     assert not bert_checks.global_hooks_by_kind()
 
 
-def test_the_gradient_of_softmax_is_torchs():
+def test_the_fallback_gradient_of_softmax_equals_torchs():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)

@@ -3,7 +3,7 @@
 import numerics
 import pytest
 import torch
-from heads import BACKENDS, HEADS, SAME, call_of, head, name_of
+from heads import HEADS, SAME, call_of, head, name_of
 from torch.func import functional_call, grad, jvp, vmap
 
 from mosaicbert.bert_layers import BertForMaskedLM, BertForSequenceClassification
@@ -23,7 +23,6 @@ def loss_of(model, **extra):
     return loss
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model_class", HEADS[1:], ids=name_of)
 def test_torch_func_grad_equals_backward(model_class, backend):
     call = call_of(model_class, lengths=(90, 70))
@@ -34,7 +33,6 @@ def test_torch_func_grad_equals_backward(model_class, backend):
     numerics.assert_same(*(flat(g) for g in (gradients, {n: p.grad for n, p in model.named_parameters()})), SAME)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_functional_call_uses_the_parameters_given(backend):
     model, other = (head(BertForMaskedLM, seed=seed, attn_implementation=backend) for seed in (0, 1))
     call = call_of(BertForMaskedLM)

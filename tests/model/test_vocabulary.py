@@ -8,11 +8,11 @@ from conftest import ROOT
 from folders import write_complete_repository
 from lib.common import lower_unused_biases
 from models import tiny_model
+from repositories import REMOTE
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mosaicbert.bert_layers import BertForMaskedLM
 
-REMOTE = {"trust_remote_code": True}
 ROWS = 40  # the vocabulary of `folders.write_tokenizer` is smaller: the rest is padding
 NEW = ["zebra", "lion"]
 
@@ -56,16 +56,10 @@ def answers(model, tokenizer):
     return tokenizer.convert_ids_to_tokens(logits.argmax(-1))
 
 
-def resize_if_larger(model, tokenizer):
-    """The line that most scripts have; it does nothing here, as the padded vocabulary has room."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-
-
 RESIZES = {
     "resized": lambda model, tokenizer: model.resize_token_embeddings(len(tokenizer)),
     "resized and padded": lambda model, tokenizer: model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8),
-    "only if larger": resize_if_larger,
+    "not resized": lambda model, tokenizer: None,  # most scripts resize only if the tokenizer is larger than the table
 }
 
 

@@ -1,4 +1,4 @@
-"""The parameters: ties, initialisation, LayerNorm epsilons, and nothing else."""
+"""Parameters: ties, initialisation and LayerNorm epsilons; a model holds nothing else."""
 
 import copy
 

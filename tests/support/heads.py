@@ -14,7 +14,6 @@ from mosaicbert.bert_layers import (
 )
 
 SAME = numerics.SAME[torch.float32]
-BACKENDS = ["eager", "sdpa", "auto"]
 HEADS = [
     BertModel,
     BertForMaskedLM,
@@ -45,6 +44,11 @@ def call_of(model_class, lengths=(7, 4), labels=True, seed=0):
     return {**call, "labels": per_token.get(model_class, rows % 2)}
 
 
+def relabelled(call, change):
+    """The arguments of a call, its labels passed through `change`."""
+    return {name: change(x) if name.startswith(("labels", "start", "end")) else x for name, x in call.items()}
+
+
 def head(model_class, **fields):
     """A tiny model of a class, with three labels where it classifies."""
     return tiny_model(model_class, **{"num_labels": 3, **fields})
@@ -58,6 +62,14 @@ def gradless(model):
 def outputs(model, **call):
     """All tensors that a model returns."""
     return [x for x in model(**call, return_dict=False) if x is not None]
+
+
+def loss_and_gradients(model, *arguments, **call):
+    """The loss of a call, and the gradients that it gives the parameters."""
+    model.zero_grad()
+    loss = model(*arguments, **call).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def assert_equal_outputs(actual, expected, tolerance=SAME):

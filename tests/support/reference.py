@@ -3,7 +3,7 @@
 Imports torch and einops only and shares nothing with the package. Slow on purpose. Every function is differentiable,
 so gradients come from autograd.
 
-Letters: T tokens, H heads, D head size, E hidden size, F intermediate size, V vocabulary.
+Letters: B batch, S padded length, T tokens, H heads, D head size, E hidden size.
 """
 
 import math
@@ -104,9 +104,8 @@ class Model:
         return y + self.weight(name + ".bias") if bias else y
 
     def norm(self, x, name):
-        return layer_norm(
-            x, self.weight(name + ".weight"), self.weight(name + ".bias"), self.config.get("layer_norm_eps", 1e-12)
-        )
+        eps = self.config.get("layer_norm_eps", 1e-12)
+        return layer_norm(x, self.weight(name + ".weight"), self.weight(name + ".bias"), eps)
 
     def row(self, input_ids, positions, token_types):
         """Hidden states of one row of real tokens: a list of layers + 1 float64 [T, E]."""
@@ -144,18 +143,6 @@ class Model:
                 padded = [empty.index_put((columns,), state) for empty, state in zip(padded, states)]
             rows.append(torch.stack(padded))
         return list(torch.stack(rows, dim=1))
-
-    def mlm_logits(self, hidden):
-        """MLM logits float64 [..., V] of hidden states [..., E]."""
-        at = "cls.predictions."
-        hidden = hidden @ self.state[at + "transform.dense.weight"].T + self.state[at + "transform.dense.bias"]
-        hidden = layer_norm(
-            gelu(hidden),
-            self.state[at + "transform.LayerNorm.weight"],
-            self.state[at + "transform.LayerNorm.bias"],
-            1e-12,
-        )
-        return hidden @ self.weight("embeddings.word_embeddings.weight").T + self.state[at + "decoder.bias"]
 
     def pooled(self, hidden, attention_mask):
         """tanh of the pooler on the first real token of each row: float64 [B, E] of hidden [B, S, E]."""
