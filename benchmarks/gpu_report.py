@@ -82,19 +82,9 @@ def parts_of(out: Path, repeats: int, limit: float, commit: Optional[str], rehea
     on_device = ("--rehearse",) if rehearse else ("--device", "cuda")
     # Verbose, so that a stopped run shows its progress. A file that needs a missing package cannot be collected; the
     # others still run.
-    pytest = (
-        "-m",
-        "pytest",
-        "-m",
-        "gpu or card",
-        "-vv",
-        "--continue-on-collection-errors",
-        "-p",
-        "no:cacheprovider",
-        *workers,
-    )
+    pytest = ("-m", "pytest", "-m", "gpu or card", "-vv", "--continue-on-collection-errors", "-p", "no:cacheprovider")
     return [
-        Part("tests", pytest, 11),
+        Part("tests", (*pytest, *workers), 11),
         bench("host", 2, "--device", "cpu"),
         bench("attention", 9, *on_device),
         bench("model", 9, *on_device),

@@ -15,7 +15,7 @@ def load_file(path: str):
     """Import a Python file of this repository under its own name, so that other files can import it too.
 
     Args:
-        path: relative to the root, such as `scripts/packing.py`. Files of its folder that it imports come first.
+        path: relative to the root, such as `scripts/lib/recipe.py`. Load the files of its folder that it imports first.
 
     Returns:
         The module.

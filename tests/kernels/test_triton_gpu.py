@@ -140,9 +140,8 @@ def test_a_cuda_graph_of_the_model_answers_for_new_ids(flattened, longest):
         shape = (1, longest + 30)
     else:
         fixed, shape = {}, (2, longest)
-    first, second = torch.randint(
-        1, VOCAB, (2, *shape), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)
-    )
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    first, second = torch.randint(1, VOCAB, (2, *shape), device=DEVICE, generator=generator)
     ids = first.clone()
     with torch.inference_mode():
         expected = [model(x, **fixed).logits.clone() for x in (first, second)]
@@ -154,12 +153,11 @@ def test_a_cuda_graph_of_the_model_answers_for_new_ids(flattened, longest):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = model(ids, **fixed).logits
-        for new_ids, right in zip((second, first), reversed(expected)):
+        for new_ids, answer in zip((second, first), reversed(expected)):
             ids.copy_(new_ids)
             graph.replay()
-            assert_same(
-                logits, right.double(), 2e-3
-            )  # two roundings of float16: matrix products may add in another order
+            # Two roundings of float16, as matrix products may add in another order.
+            assert_same(logits, answer.double(), 2e-3)
 
 
 @on_gpu

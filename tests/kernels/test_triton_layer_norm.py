@@ -55,8 +55,8 @@ def test_gradients_of_weight_and_bias_count_every_row(monkeypatch):
     tensors = norm_input(11, 24)
     _, gradients = with_gradient(kernel, *tensors)
     _, expected = with_gradient(truth, *tensors)
-    for actual, right in zip(gradients, expected):
-        assert_same(actual, right, 1e-6)
+    for actual, exact in zip(gradients, expected):
+        assert_same(actual, exact, 1e-6)
 
 
 @on_kernels
@@ -95,9 +95,9 @@ def test_dropout_is_reproducible_and_scaled_and_its_gradient_uses_the_same_mask(
         assert (means - (1 - dropout_p)).abs().max() < 5 * (dropout_p * (1 - dropout_p) / draws) ** 0.5
 
     out, gradients = with_gradient(dropped, *tensors)
-    expected, right = with_gradient(lambda *t: truth(*t, keep=keep / (1 - dropout_p)), *tensors)
+    expected, exact = with_gradient(lambda *t: truth(*t, keep=keep / (1 - dropout_p)), *tensors)
     assert_same(out, expected, 1e-6)
-    for actual, gradient in zip(gradients, right):
+    for actual, gradient in zip(gradients, exact):
         assert_same(actual, gradient, 2e-6)
 
 

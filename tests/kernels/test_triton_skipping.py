@@ -28,16 +28,7 @@ leaf_peaks, leaf_flattest_head = leaf._peaks, leaf._flattest_head
 
 
 @triton.jit
-def _bounds_kernel(
-    peaks,
-    slopes,
-    first,
-    length,
-    bounds,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+def _bounds_kernel(peaks, slopes, first, length, bounds, ROWS: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr):
     radius = _radius(tl.load(peaks), tl.load(peaks + 1), tl.load(peaks + 2), tl.load(slopes), -0.5, MASKED)
     begin, diagonal, leave, stop = _window(first, length, radius, ROWS, STEP)
     tl.store(bounds, radius)

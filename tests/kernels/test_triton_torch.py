@@ -9,20 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
+from heads import assert_equal_outputs, loss_and_gradients
 from models import ragged_batch, tiny_model
 from numerics import assert_same
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_kernels import (
-    DEVICE,
-    INTERPRETED,
-    attend,
-    leaf,
-    on_kernels,
-    packed_input,
-    slopes_of,
-    with_gradient,
-)
+from triton_kernels import DEVICE, INTERPRETED, attend, leaf, on_kernels, packed_input, slopes_of, with_gradient
 
 from mosaicbert import bert_layers
 
@@ -143,18 +135,10 @@ def served_here(monkeypatch):
 def test_a_model_computes_the_same_under_another_default_device(served_here):
     model = tiny_model(attn_implementation="triton").to(DEVICE)
     ids, mask = (tensor.to(DEVICE) for tensor in ragged_batch([9, 5]))
-
-    def loss_and_gradients():
-        model.zero_grad()
-        loss = model(ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    expected = loss_and_gradients()
+    expected = loss_and_gradients(model, ids, attention_mask=mask, labels=ids)
     with torch.device("meta"):
-        found = loss_and_gradients()
-    for got, want in zip(found, expected):
-        assert_same(got, want, 1e-5)
+        found = loss_and_gradients(model, ids, attention_mask=mask, labels=ids)
+    assert_equal_outputs(found, expected)
 
 
 @on_kernels
