@@ -2,13 +2,12 @@
 
 import ast
 import re
-import subprocess
 import sys
-import textwrap
 
 import pytest
 from conftest import ROOT
 from lib.common import CODE_FILES
+from processes import start_python
 
 # What each model file may import: packages, and files of ours.
 MAY_IMPORT = {
@@ -66,10 +65,8 @@ def test_importing_the_package_warns_about_nothing_and_starts_no_device():
         import mosaicbert.bert_layers
         print(torch.cuda.is_initialized(), "".join(sorted(k for k in set(sys.modules) - before if k == "einops")))
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "False"
-    assert not run.stderr.strip()
+    result = start_python(script)
+    assert (result.stdout.split(), result.stderr) == (["False"], "")
 
 
 def public_definitions(tree):

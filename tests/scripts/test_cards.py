@@ -18,14 +18,8 @@ def test_the_card_names_source_revision_and_licence(tmp_path):
     assert checkpoint.revision == commit
     cards.write_card(tmp_path, "by hand", "someone/bert", source, commit)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    for words in (
-        "license: apache-2.0",
-        "base_model: someone/bert",
-        f"`{commit}`",
-        "trust_remote_code=True",
-        "revision=",
-    ):
-        assert words in card
+    expected = ["license: apache-2.0", "base_model: someone/bert", f"`{commit}`", "trust_remote_code=True", "revision="]
+    assert all(words in card for words in expected), card
     cards.write_card(tmp_path, "by hand", "someone/bert", source, license="mit")
     assert "| Licence | mit |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
@@ -41,30 +35,26 @@ def test_the_card_names_the_base_model_that_a_local_source_names(tmp_path):
         assert (head.get("base_model"), head["license"]) == (expected, "mit")
 
 
+CLASSIFIER = "MosaicBertForSequenceClassification"
+
+
 @pytest.mark.parametrize(
-    ("fields", "task", "words"),
+    ("head", "fields", "task", "words"),
     [
-        ({"architectures": ["MosaicBertForMaskedLM"]}, "fill-mask", "model.tokenizer.mask_token"),
-        ({"architectures": ["BertForSequenceClassification"]}, "text-classification", 'model(["A text.", "Another'),
-        (
-            {"architectures": ["MosaicBertForSequenceClassification"], "problem_type": "regression"},
-            "text-classification",
-            'function_to_apply="none"',
-        ),
-        (
-            {"architectures": ["MosaicBertForSequenceClassification"], "problem_type": "multi_label_classification"},
-            "text-classification",
-            "top_k=None",
-        ),
-        ({"architectures": ["MosaicBertForTokenClassification"]}, "token-classification", "aggregation_strategy"),
-        ({"architectures": ["MosaicBertForQuestionAnswering"]}, "question-answering", "AutoModelForQuestionAnswering."),
-        ({"architectures": ["MosaicBertForMultipleChoice"]}, "multiple-choice", "AutoModelForMultipleChoice."),
-        ({"architectures": ["MosaicBertModel"]}, "feature-extraction", "AutoModel."),
-        ({}, "feature-extraction", "AutoModel."),
+        ("MosaicBertForMaskedLM", {}, "fill-mask", "model.tokenizer.mask_token"),
+        ("BertForSequenceClassification", {}, "text-classification", 'model(["A text.", "Another'),
+        (CLASSIFIER, {"problem_type": "regression"}, "text-classification", 'function_to_apply="none"'),
+        (CLASSIFIER, {"problem_type": "multi_label_classification"}, "text-classification", "top_k=None"),
+        ("MosaicBertForTokenClassification", {}, "token-classification", "aggregation_strategy"),
+        ("MosaicBertForQuestionAnswering", {}, "question-answering", "AutoModelForQuestionAnswering."),
+        ("MosaicBertForMultipleChoice", {}, "multiple-choice", "AutoModelForMultipleChoice."),
+        ("MosaicBertModel", {}, "feature-extraction", "AutoModel."),
+        (None, {}, "feature-extraction", "AutoModel."),
     ],
 )
-def test_the_card_shows_how_its_task_is_used(tmp_path, fields, task, words):
-    (tmp_path / "config.json").write_text(json.dumps({**fields, "id2label": {"0": "x|y", "1": "![z](q)"}}))
+def test_the_card_shows_how_its_task_is_used(tmp_path, head, fields, task, words):
+    fields = {**fields, "id2label": {"0": "x|y", "1": "![z](q)"}, **({"architectures": [head]} if head else {})}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     cards.write_card(tmp_path, "by hand", "someone/bert")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == task
@@ -78,14 +68,8 @@ def test_a_name_or_licence_from_elsewhere_stays_text_in_the_card(tmp_path):
     """A card that closes its table, its code block and its metadata, a folder that is named like Markdown."""
     folder = tmp_path / "snapshots" / "a`](x) | <b>{y}\n# z"
     write_complete_repository(folder)
-    for stated in (
-        "'mit | <script>'",
-        "[mit, apache-2.0]",
-        "{a: b}",
-        "3",
-        '"x\\n---\\nlicense: mit"',
-        "!!python/object:os.system x",
-    ):
+    licences = ["'mit | <script>'", "[mit, apache-2.0]", "{a: b}", "3", '"x\\n---\\nlicense: mit"']
+    for stated in (*licences, "!!python/object:os.system x"):
         (folder / "README.md").write_text(f"---\nlicense: {stated}\n---\n", encoding="utf-8")
         target = tmp_path / "new"
         checkpoint_conversion.convert(str(folder), target)

@@ -7,13 +7,12 @@ import convert_checkpoint
 import numerics
 import push_to_hub
 import pytest
-import repositories
 import torch
 from folders import stock_bert, write_complete_repository
 from lib import checkpoint_conversion, common
 from lib.references import foreign_references
 from models import ragged_batch, tiny_config, tiny_model
-from repositories import composer_file, published_config, published_weights
+from repositories import assert_loads, composer_file, published_weights, write_repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
@@ -23,20 +22,10 @@ SAME = numerics.SAME[torch.float32]
 CODE = set(common.CODE_FILES)
 
 
-def published_folder(folder, config=None):
+def published_folder(folder):
     """A repository of a tiny MLM with pickled weights and without code; returns the weights."""
-    repositories.write_repository(folder, config=config or published_config(), code=False)
+    write_repository(folder, code=False)
     return published_weights()
-
-
-def loaded_equals(folder, weights, auto=AutoModelForMaskedLM):
-    """Load a folder as a user does and compare its outputs with those of `weights`; returns the loaded model."""
-    expected = tiny_model()
-    expected.load_state_dict(weights)
-    model = auto.from_pretrained(folder, trust_remote_code=True)
-    ids, mask = ragged_batch([9, 4])
-    numerics.assert_same(model(ids, mask).logits[..., :101], expected(ids, mask).logits, SAME)
-    return model
 
 
 FOREIGN = "evil/repo--code.Class"
@@ -86,7 +75,7 @@ def test_no_reference_to_foreign_code_survives_in_any_file(tmp_path):
 def test_weights_keep_their_dtype_and_load_in_float32(tmp_path, dtype):
     """transformers 5 loads in the dtype that a config names, older releases in float32 whatever it names."""
     source, target = tmp_path / "old", tmp_path / "new"
-    repositories.write_repository(source, model=tiny_model().to(dtype), code=False)
+    write_repository(source, model=tiny_model().to(dtype), code=False)
     (line,) = [line for line in checkpoint_conversion.convert(str(source), target, check=True) if "differ" in line]
     assert line == "outputs before and after differ by 0.0e+00 of the largest"
     stored = load_file(target / "model.safetensors")
@@ -99,13 +88,12 @@ def test_weights_keep_their_dtype_and_load_in_float32(tmp_path, dtype):
 
 def test_a_sharded_source_and_a_sharded_target(tmp_path):
     source, middle, target = tmp_path / "old", tmp_path / "middle", tmp_path / "new"
-    weights = published_folder(source)
-    middle.mkdir()
+    write_repository(source, code=False)
     checkpoint_conversion.convert(str(source), middle, max_shard_size="40KB")
     assert len(list(middle.glob("model-*.safetensors"))) > 1
     checkpoint_conversion.convert(str(middle), target)
     assert (target / "model.safetensors").is_file()
-    loaded_equals(target, weights)
+    assert_loads(target)
 
 
 def test_missing_unknown_and_misshapen_weights_are_named(tmp_path):
@@ -133,7 +121,7 @@ def test_a_pooler_beside_an_mlm_head_is_kept(tmp_path):
     pooler = {"bert.pooler.dense.weight": torch.randn(48, 48), "bert.pooler.dense.bias": torch.randn(48)}
     torch.save({**weights, **pooler}, source / "pytorch_model.bin")
     checkpoint_conversion.convert(str(source), target)
-    loaded_equals(target, weights)
+    assert_loads(target)
     encoder = AutoModel.from_pretrained(target, trust_remote_code=True)
     assert torch.equal(encoder.pooler.dense.weight, pooler["bert.pooler.dense.weight"])
 
@@ -151,12 +139,9 @@ def test_a_decoder_that_lost_its_tie_keeps_its_own_weight(tmp_path):
 
 
 def test_an_embedding_that_is_only_stored_as_the_decoder_is_found(tmp_path):
-    source, target = tmp_path / "old", tmp_path / "new"
-    weights = published_folder(source)
-    repositories.write_repository(source, code=False, without=["bert.embeddings.word_embeddings.weight"])
-    checkpoint_conversion.convert(str(source), target)
-    model = loaded_equals(target, weights)
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+    write_repository(tmp_path / "old", code=False, without=["bert.embeddings.word_embeddings.weight"])
+    checkpoint_conversion.convert(str(tmp_path / "old"), tmp_path / "new")
+    assert_loads(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +156,6 @@ def test_an_embedding_that_is_only_stored_as_the_decoder_is_found(tmp_path):
 def test_every_architecture_is_recognised(tmp_path, model_class, names):
     source, target = tmp_path / "old", tmp_path / "new"
     source.mkdir()
-    target.mkdir()
     model = tiny_model(model_class)
     save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
     (source / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": names}))
@@ -232,34 +216,19 @@ def test_verify_notices_a_repository_with_other_numbers(tmp_path):
         (("--max_shard_size", "0GB"), "argument --max_shard_size: expected a size such as 500MB or 5GB, got '0GB'"),
         (("--tokenizer", "EMPTY"), "tokenizer: expected tokenizer.json, vocab.txt or vocab.json in "),
         (("--data", "EMPTY/no.txt"), "data: no file matches"),
+        (("--data", "EMPTY/void.txt"), "data: there is no text in "),
         (("--revision", "main"), "revision: only a Hub id has revisions"),
     ],
 )
 def test_a_mistake_on_the_command_line_of_convert_checkpoint_is_named(tmp_path, run_script, capsys, options, message):
     write_complete_repository(tmp_path / "old")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "void.txt").write_text("\n")
     options = [str(option).replace("EMPTY", str(tmp_path / "empty")) for option in options]
     with pytest.raises(SystemExit) as stop:
         run_script(convert_checkpoint, tmp_path / "old", tmp_path / "new", *options)
     assert message in (capsys.readouterr().err if stop.value.code == 2 else stop.value.code)
     assert not (tmp_path / "new").exists()
-
-
-def test_a_source_that_is_no_folder_and_no_hub_id_is_named(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder or a Hub id"):
-        checkpoint_conversion.convert("./nowhere", tmp_path)
-
-
-def test_a_file_without_text_is_named(tmp_path):
-    write_complete_repository(tmp_path / "old")
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="data: there is no text in .*empty.txt"):
-        checkpoint_conversion.convert(
-            str(tmp_path / "old"), tmp_path / "new", check=True, texts=[str(tmp_path / "empty.txt")]
-        )
-
-
-# Composer
 
 
 def test_no_reference_to_foreign_code_survives_from_a_composer_checkpoint(tmp_path):
@@ -277,16 +246,14 @@ def test_no_reference_to_foreign_code_survives_from_a_composer_checkpoint(tmp_pa
 
 
 def test_a_composer_checkpoint_without_config_takes_one_from_beside_it(tmp_path):
-    weights = published_weights()
-    path = tmp_path / "last.pt"
-    torch.save({"state": {"model": {f"module.model.{name}": tensor for name, tensor in weights.items()}}}, path)
-    target = tmp_path / "new"
-    target.mkdir()
+    path, target = tmp_path / "last.pt", tmp_path / "new"
+    weights = {f"module.model.{name}": tensor for name, tensor in published_weights().items()}
+    torch.save({"state": {"model": weights}}, path)
     with pytest.raises(ValueError, match="expected a config.json in .*; pass --config FILE"):
         checkpoint_conversion.convert(str(path), target)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     checkpoint_conversion.convert(str(path), target)
-    loaded_equals(target, weights)
+    assert_loads(target)
 
 
 def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
@@ -295,9 +262,8 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
             return print, ("code ran",)
 
     composer_file(tmp_path / "bad.pt", callbacks=Surprise())
-    with pytest.raises(
-        ValueError, match="bad.pt is not opened, it holds (builtins.)?print, which is more than tensors"
-    ):
+    message = "bad.pt is not opened, it holds (builtins.)?print, which is more than tensors"
+    with pytest.raises(ValueError, match=message):
         checkpoint_conversion.convert(str(tmp_path / "bad.pt"), tmp_path / "new")
 
 

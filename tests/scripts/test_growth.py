@@ -1,4 +1,4 @@
-"""A tokenizer file decides how much longer a text becomes; what would ask for all memory is refused."""
+"""A tokenizer whose rules make texts much longer, which may exhaust the memory, is refused."""
 
 import base64
 

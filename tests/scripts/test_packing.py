@@ -11,13 +11,18 @@ import torch
 from conftest import ROOT
 from corpora import WORDS
 from lib import packing, records, sources
-from models import tiny_model
-from numerics import SAME, assert_same
 from transformers import BertTokenizerFast, DataCollatorWithFlattening
 
 
 def sequences_of(source, tokenizer, lengths=(32,), shares=(1.0,), **settings):
     return packing.load_sequences([str(source)], tokenizer, list(lengths), list(shares), seed=0, **settings)
+
+
+@pytest.fixture
+def tokens(corpus, tokenizer, tmp_path):
+    """A folder of tokenized documents."""
+    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+    return tmp_path / "tokens"
 
 
 def all_of(sequences):
@@ -55,9 +60,8 @@ def test_lengths_are_mixed_by_their_share_of_tokens():
 
 
 def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
-    first = np.array(
-        [tokenizer.cls_token_id, *np.random.default_rng(0).integers(5, 45, 50_000), tokenizer.sep_token_id]
-    )
+    words = np.random.default_rng(0).integers(5, 45, 50_000)
+    first = np.array([tokenizer.cls_token_id, *words, tokenizer.sep_token_id])
 
     def mask(**share):
         masking = packing.Masking(tokenizer, 0.3, **share)
@@ -151,16 +155,15 @@ def test_text_files_and_shards_are_read(corpus, tokenizer, tmp_path, monkeypatch
     (shards / "index.json").write_text("{}")
     library = types.SimpleNamespace(StreamingDataset=lambda local, **_: [{"content": long}] * 2)
     monkeypatch.setitem(sys.modules, "streaming", library)  # MosaicML Streaming's one class that is used
-    assert (
-        all_of(sequences_of(shards, tokenizer, [128], text_field="content")) == [all_of(sequences)[0][:41] + (3,)] * 2
-    )
+    expected = all_of(sequences)[0][:41] + (3,)
+    assert all_of(sequences_of(shards, tokenizer, [128], text_field="content")) == [expected] * 2
     read = packing.stream_sequences([str(shards)], tokenizer, [128], [1.0], seed=0, text_field="content")
     assert [row["length"] for row in read] == [42, 42]
     with pytest.raises(ValueError, match=r"sample 0: text_field must be one of \['content'\], got 'text'"):
         sequences_of(shards, tokenizer)
 
 
-def test_tokenized_documents_are_found_again_and_travel(corpus, tokenizer, tmp_path, monkeypatch):
+def test_tokenized_documents_are_reused_and_can_be_moved(corpus, tokenizer, tmp_path, monkeypatch):
     source = tmp_path / "text.jsonl"
     source.write_bytes(corpus.read_bytes())
     expected = all_of(sequences_of(source, tokenizer, cache_dir=tmp_path / "cache"))
@@ -191,20 +194,19 @@ def test_a_changed_file_is_tokenized_again(tokenizer, tmp_path):
         assert tokenizer.decode(all_of(sequences)[0][1:-1]).split() == words
 
 
-def test_tokenized_documents_that_do_not_fit_are_named(corpus, tokenizer, tmp_path):
-    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
+def test_tokenized_documents_that_do_not_fit_are_named(tokens, tokenizer):
     other = BertTokenizerFast(str(ROOT / "vocab.txt"))
     with pytest.raises(ValueError, match="tokens was tokenized with another vocabulary than that of"):
-        sequences_of(tmp_path / "tokens", other)
+        sequences_of(tokens, other)
     with pytest.raises(ValueError, match="streaming: '.*tokens' is already tokenized"):
-        packing.stream_sequences([str(tmp_path / "tokens")], tokenizer, [32], [1.0], seed=0)
-    with open(tmp_path / "tokens/tokens.bin", "r+b") as file:
+        packing.stream_sequences([str(tokens)], tokenizer, [32], [1.0], seed=0)
+    with open(tokens / "tokens.bin", "r+b") as file:
         file.truncate(100)
     with pytest.raises(ValueError, match=r"tokens.bin: expected \d+ bytes, the file is not complete"):
-        sequences_of(tmp_path / "tokens", tokenizer)
+        sequences_of(tokens, tokenizer)
 
 
-def test_a_long_tokenization_says_how_far_it_is_where_there_is_no_bar(corpus, tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_long_tokenization_without_a_bar_prints_its_progress(corpus, tokenizer, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 7))
     monkeypatch.setattr(packing.time, "monotonic", lambda: next(clock))
     packing.tokenize([[" ".join(WORDS)] * 6], tokenizer, tmp_path / "tokens")
@@ -230,16 +232,13 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
-def test_damaged_bounds_are_named(corpus, tokenizer, tmp_path, bounds):
+def test_damaged_bounds_are_named(tokens, tokenizer, bounds):
     """Bounds of 2^62 tokens were once cut without end."""
-    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
-    path = tmp_path / "tokens" / "bounds.npy"
+    path = tokens / "bounds.npy"
     path.write_bytes(bounds) if isinstance(bounds, bytes) else np.save(path, np.array(bounds))
-    with pytest.raises(
-        ValueError,
-        match="bounds.npy: expected (an array of NumPy|where documents start|each of .* at most 1000 documents)",
-    ):
-        sequences_of(tmp_path / "tokens", tokenizer)
+    message = "bounds.npy: expected (an array of NumPy|where documents start|each of .* at most 1000 documents)"
+    with pytest.raises(ValueError, match=message):
+        sequences_of(tokens, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -254,25 +253,23 @@ def test_damaged_bounds_are_named(corpus, tokenizer, tmp_path, bounds):
         ({"vocabulary": None}, "another vocabulary than that of"),
     ],
 )
-def test_damaged_facts_about_tokenized_documents_are_named(corpus, tokenizer, tmp_path, change, message):
-    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
-    path = tmp_path / "tokens" / "documents.json"
+def test_damaged_facts_about_tokenized_documents_are_named(tokens, tokenizer, change, message):
+    path = tokens / "documents.json"
     content = change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change})
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        sequences_of(tmp_path / "tokens", tokenizer)
+        sequences_of(tokens, tokenizer)
 
 
-def test_tokens_beyond_the_vocabulary_are_named(corpus, tokenizer, tmp_path):
-    packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
-    path = tmp_path / "tokens" / "tokens.bin"
+def test_tokens_beyond_the_vocabulary_are_named(tokens, tokenizer):
+    path = tokens / "tokens.bin"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    sequences = sequences_of(tmp_path / "tokens", tokenizer)
+    sequences = sequences_of(tokens, tokenizer)
     with pytest.raises(ValueError, match="tokens: expected tokens below 45, the file is damaged"):
         sequences.concatenate(np.arange(3))
 
 
-def test_a_text_of_any_length_has_the_tokens_that_it_has_at_once(tokenizer, monkeypatch):
+def test_a_long_text_tokenized_in_pieces_has_the_same_tokens(tokenizer, monkeypatch):
     """A text is cut before it is tokenized, as the tokenizer takes 80 bytes of memory a character."""
     cut = []
     monkeypatch.setattr(packing, "pieces", lambda text: cut.append(list(records.pieces(text, 1000))) or cut[-1])
@@ -299,30 +296,6 @@ def test_tokenizing_that_fails_leaves_nothing(tokenizer, tmp_path):
         sequences_of(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [('{"text": "ba be"}', "the data holds no document of at least 8 tokens"), ("", "the data holds no document")],
-)
-def test_data_without_a_document_is_named(tokenizer, tmp_path, content, message):
-    (tmp_path / "short.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        sequences_of(tmp_path / "short.jsonl", tokenizer)
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("folder", r"expected files, got the folder '.*folder'; for its files write '.*folder/\*.jsonl'"),
-        ("a.csv", "data: expected .jsonl, .json, .txt files, or these with .gz, got '.*a.csv'"),
-    ],
-)
-def test_sources_that_are_no_text_are_named(tokenizer, tmp_path, source, message):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "a.csv").write_text("text\nx")
-    with pytest.raises(ValueError, match=message):
-        sequences_of(tmp_path / source, tokenizer)
-
-
 def test_a_tokenizer_without_a_mask_is_named(corpus):
     with pytest.raises(ValueError, match="tokenizer must have a mask_token"):
         sequences_of(corpus, BertTokenizerFast(str(ROOT / "vocab.txt"), mask_token=None))
@@ -342,18 +315,3 @@ def test_batches_carry_boundaries_in_the_names_of_transformers(tokenizer):
     for name in ("input_ids", "cu_seq_lens_q", "cu_seq_lens_k"):
         assert batch[name].dtype == flat[name].dtype and torch.equal(batch[name], flat[name])
     assert (batch["max_length_q"], batch["max_length_k"]) == (flat["max_length_q"], flat["max_length_k"]) == (6, 6)
-
-
-def test_transformers_collator_gives_the_loss_of_a_padded_batch():
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randint(1, 101, (length,), generator=generator) for length in (5, 9, 2)]
-    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
-        [{"input_ids": part.tolist(), "labels": part.tolist()} for part in parts]
-    )
-    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    labels = padded.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100  # the collator's separator
-    expected = model(input_ids=padded, attention_mask=mask, labels=labels).loss
-    assert_same(model(**flat).loss, expected, SAME[torch.float32])

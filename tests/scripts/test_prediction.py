@@ -7,7 +7,6 @@ import numpy as np
 import predict
 import pytest
 from corpora import WORDS
-from folders import write_complete_repository
 from lib import prediction
 from lib.examples import Examples
 from models import tiny_model
@@ -46,7 +45,7 @@ def test_texts_stay_as_long_as_the_worst_batch_allows(lengths, batch_size, token
     assert worst <= tokens or limit == prediction.SHORTEST
 
 
-def test_what_a_model_will_not_see_is_reported_in_one_line(tokenizer, capsys):
+def test_cut_empty_and_unknown_texts_are_reported_in_one_line(tokenizer, capsys):
     texts = [(" ".join(WORDS[:30]),), (WORDS[0],), ("  ",), (f"{WORDS[1]} \U0001f600 {WORDS[2]}☃",)]
     parts = {"train": Examples(texts[:2], [], []), "test": Examples(texts[2:], [], [])}
     rows, limit = prediction.tokenize(parts, tokenizer, 16, 32, 1000)
@@ -83,20 +82,3 @@ def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokeni
         assert row["body"] == text and row["predicted"] == ["left", "middle", "right"][int(np.argmax(chances))]
         found = [float(row[f"p({name})"]) for name in ("left", "middle", "right")]
         assert found == pytest.approx(chances, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("{data}", "{data}", "out.csv"), "model: expected a folder or a Hub id"),
-        (("{tmp}", "{data}", "out.csv"), "model: the folder '.*' holds no config.json"),
-    ],
-)
-def test_what_cannot_be_predicted_is_refused(tmp_path, run_script, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    write_complete_repository(tmp_path / "model")
-    (tmp_path / "new.csv").write_text("text\nba\n")
-    places = {"model": tmp_path / "model", "data": tmp_path / "new.csv", "tmp": tmp_path}
-    with pytest.raises(SystemExit, match=message):
-        run_script(predict, *(argument.format(**places) for argument in arguments))
-    assert not (tmp_path / "out.csv").exists()

@@ -1,4 +1,4 @@
-"""Resuming from an odd checkpoint ends in one line that names it, and a run removes only its own checkpoints."""
+"""Resuming from a damaged checkpoint ends in one line that names it; a run removes only its own checkpoints."""
 
 import os
 import shutil
@@ -49,12 +49,10 @@ def rewrite(checkpoint, name, change):
     torch.save(change(torch.load(checkpoint / name, weights_only=False)), checkpoint / name)
 
 
-def moments(change):
-    def changed(content):
-        states = {number: change(state) for number, state in content["state"].items()}
-        return {**content, "state": states}
-
-    return changed
+def first_rows(content):
+    """The state of an optimizer with its moments cut to one row."""
+    cut = {number: {k: x[:1] if x.dim() else x for k, x in state.items()} for number, state in content["state"].items()}
+    return {**content, "state": cut}
 
 
 PICKLES = {
@@ -62,11 +60,7 @@ PICKLES = {
     "optimizer empty": ("optimizer.pt", lambda content: {}, ""),
     "optimizer groups": ("optimizer.pt", lambda content: {**content, "param_groups": content["param_groups"][:1]}, ""),
     "optimizer stateless": ("optimizer.pt", lambda content: {**content, "state": {}}, "optimizer.pt does not fit"),
-    "optimizer shapes": (
-        "optimizer.pt",
-        moments(lambda state: {name: tensor[:1] if tensor.dim() else tensor for name, tensor in state.items()}),
-        "optimizer.pt does not fit the weights",
-    ),
+    "optimizer shapes": ("optimizer.pt", first_rows, "optimizer.pt does not fit the weights"),
     "optimizer code": ("optimizer.pt", lambda content: {"state": os.system}, "it holds .*system, which is more than"),
     "schedule list": ("scheduler.pt", lambda content: [1], "the state belongs to another kind of schedule"),
     "schedule empty": ("scheduler.pt", lambda content: {}, "the state belongs to another kind of schedule"),
@@ -76,7 +70,7 @@ PICKLES = {
 
 
 @pytest.mark.parametrize(("name", "change", "message"), PICKLES.values(), ids=PICKLES)
-def test_an_odd_pickle_of_a_checkpoint_is_named(data, checkpoint, name, change, message):
+def test_a_damaged_pickle_of_a_checkpoint_is_named(data, checkpoint, name, change, message):
     """A schedule or an optimizer of another kind was once ignored silently."""
     rewrite(checkpoint, name, change)
     fails(data, checkpoint, message)
@@ -91,7 +85,7 @@ def test_an_odd_pickle_of_a_checkpoint_is_named(data, checkpoint, name, change, 
         (lambda weights: {**weights, NORM: weights[NORM].int()}, "model.safetensors holds other than floating-point"),
     ],
 )
-def test_odd_weights_of_a_checkpoint_are_named(data, checkpoint, change, message):
+def test_weights_that_do_not_fit_the_model_are_named(data, checkpoint, change, message):
     """Weights that a checkpoint lacked once stayed random."""
     path = checkpoint / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
@@ -101,25 +95,21 @@ def test_odd_weights_of_a_checkpoint_are_named(data, checkpoint, change, message
 @pytest.mark.parametrize(
     "fields",
     [
-        {"global_step": "2"},
-        {"global_step": -2},
-        {"global_step": 10**30},
+        *({"global_step": step} for step in ("2", -2, 10**30)),
+        *({"log_history": history} for history in ({"a": 1}, ["a"], [{"loss": "a"}])),
         {"nonsense": 1},
-        {"log_history": {"a": 1}},
-        {"log_history": ["a"]},
-        {"log_history": [{"loss": "a"}]},
         {"stateful_callbacks": [1]},
         {"num_input_tokens_seen": "a"},
         {"total_flos": None},
         {"save_steps": "a"},
     ],
 )
-def test_an_odd_state_of_a_checkpoint_is_named(data, checkpoint, fields):
+def test_a_damaged_state_of_a_checkpoint_is_named(data, checkpoint, fields):
     set_fields(checkpoint / "trainer_state.json", **fields)
     fails(data, checkpoint, "trainer_state.json is not a trainer's state")
 
 
-def test_a_state_without_end_and_a_pipe_are_named(data, checkpoint):
+def test_a_deeply_nested_state_and_a_pipe_are_named(data, checkpoint):
     (checkpoint / "trainer_state.json").write_text("[" * 100_000)
     fails(data, checkpoint, "trainer_state.json is cut off")
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')

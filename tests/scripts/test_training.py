@@ -1,4 +1,4 @@
-"""What a training shows of itself: bars, an estimate, and a curve with enough points."""
+"""What a training prints and draws: progress bars, an estimate of its time, and loss curves."""
 
 import types
 

@@ -14,8 +14,6 @@ from lib import common
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertForMaskedLM
 
-import mosaicbert
-
 CODE = """
 from pathlib import Path
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -32,6 +30,7 @@ OTHER = {
     "AutoModelForMaskedLM": "modeling_other.OtherForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_other.OtherForSequenceClassification",
 }
+OURS = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
 COMMANDS = {
     "fill_mask": (fill_mask, ["the cat [MASK] on the mat", "--model", "MODEL"]),
     "evaluate_mlm": (evaluate_mlm, "--model MODEL --data TEXT --tokens 200 --device cpu".split()),
@@ -77,12 +76,11 @@ def refer(folder, auto_map, code="modeling_other.py", **fields):
 
 @pytest.mark.parametrize("fields", [{}, {"model_type": "other"}, {"model_type": None}], ids=["bert", "other", "none"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_model_s_code_runs_with_the_flag_alone(tmp_path, run, command, fields):
+def test_another_models_code_runs_only_with_the_flag(tmp_path, run, command, fields):
     stock_bert(tmp_path / "model")
     mark = refer(tmp_path / "model", OTHER, **fields)
-    with pytest.raises(
-        SystemExit, match=r"is not a MosaicBERT and refers to code .*auto_map.*pass --trust_remote_code$"
-    ):
+    message = r"is not a MosaicBERT and refers to code .*auto_map.*pass --trust_remote_code$"
+    with pytest.raises(SystemExit, match=message):
         run(command, tmp_path / "model")
     assert not mark.exists()
 
@@ -90,8 +88,7 @@ def test_another_model_s_code_runs_with_the_flag_alone(tmp_path, run, command, f
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mosaicbert_needs_no_code_of_its_own(tmp_path, run, command, capsys):
     write_complete_repository(tmp_path / "model")
-    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
-    mark = refer(tmp_path / "model", names, "bert_layers.py", architectures=["BertForMaskedLM"])
+    mark = refer(tmp_path / "model", OURS, "bert_layers.py", architectures=["BertForMaskedLM"])
     run(command, tmp_path / "model")
     assert not mark.exists()
     if command == "finetune_classification":
@@ -114,8 +111,7 @@ def test_a_stock_bert_is_loaded_by_transformers(tmp_path, run, command, capsys):
 def test_pretraining_takes_no_reference_from_a_config(tmp_path, text, run_script):
     write_complete_repository(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")  # with its added tokens
-    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
-    mark = refer(tmp_path / "model", names, "bert_layers.py", attn_implementation="someone/kernels")
+    mark = refer(tmp_path / "model", OURS, "bert_layers.py", attn_implementation="someone/kernels")
     config = tmp_path / "config.json"
     config.write_text((tmp_path / "model" / "config.json").read_text())
     flags = f"--train_data {text} --max_steps 1 --use_cpu --tokens_per_row 64 --max_length 32 --peak_tflops 1"
@@ -149,15 +145,6 @@ def test_a_tokenizer_without_a_mask_is_named(tmp_path, run, command):
     Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]")).save(str(tmp_path / "model" / "tokenizer.json"))
     with pytest.raises(SystemExit, match="tokenizer must have a (cls|mask)_token, .* has none"):
         run(command, tmp_path / "model")
-
-
-def test_the_package_runs_no_code_of_a_repository(tmp_path):
-    write_complete_repository(tmp_path / "model")
-    names = {name: value.replace("modeling_other.Other", "bert_layers.Bert") for name, value in OTHER.items()}
-    for auto_map, code in ((names, "bert_layers.py"), (OTHER, "modeling_other.py")):
-        mark = refer(tmp_path / "model", auto_map, code)
-        assert mosaicbert.BertForMaskedLM.from_pretrained(tmp_path / "model").config.alibi_starting_size
-        assert not mark.exists()
 
 
 def test_the_flag_runs_the_code(tmp_path):

@@ -24,7 +24,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_tester"
 LARGE = (".safetensors", ".bin", ".onnx")
-COMMIT_DATE = "2024-01-01T00:00:00.000Z"
 
 
 @dataclass(frozen=True)
@@ -268,23 +267,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository_info(self, body, query, repo, revision="main"):
         oid, commit = self.commit(repo, revision)
-        self.reply_json(
-            {
-                "_id": repo,
-                "id": repo,
-                "modelId": repo,
-                "author": repo.split("/")[0],
-                "sha": oid,
-                "lastModified": COMMIT_DATE,
-                "createdAt": COMMIT_DATE,
-                "private": self.repository(repo).private,
-                "disabled": False,
-                "downloads": 0,
-                "likes": 0,
-                "tags": [],
-                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-            }
-        )
+        files = [{"rfilename": path} for path in sorted(commit.files)]
+        about = {"private": self.repository(repo).private, "downloads": 0, "likes": 0, "tags": []}
+        self.reply_json({"id": repo, "sha": oid, "siblings": files, **about})
 
     def tree(self, body, query, repo, revision, folder=None):
         oid, commit = self.commit(repo, revision)

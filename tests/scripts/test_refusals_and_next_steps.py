@@ -1,4 +1,4 @@
-"""The first words of a script that refuses come before torch; the last words of one that ends are true and run."""
+"""A script refuses bad input before it imports torch, and the commands that it names at its end run."""
 
 import csv
 import importlib
@@ -56,8 +56,10 @@ REFUSALS = [
     ("fill_mask", "[MASK] --model ./gone", "model: expected a folder or a Hub id .* got './gone'"),
     ("finetune_classification", "--train_data topics.csv --output_dir new", "text_fields must be among .*'body'"),
     ("finetune_classification", "--train_data hole.csv --output_dir new", "hole.csv, line 2: 'label' is empty"),
+    ("finetune_classification", "--model . --train_data hole.csv --output_dir new", "the folder '.' holds no config"),
     ("finetune_classification", "--train_data a.csv --output_dir new --epochs 3", "there is no option --epochs"),
     ("predict", "model gone.csv new.csv", "data: no file matches 'gone.csv'"),
+    ("predict", ". hole.csv new.csv", "model: the folder '.' holds no config.json"),
     ("pretrain_mlm", "--train_data gone.txt --output_dir new", "train_data: no file matches 'gone.txt'"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --text_field x", "text_field must be one of"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir model", "output_dir: .*model holds model.safetensors"),
@@ -68,27 +70,43 @@ REFUSALS = [
 ]
 
 
+# Runs a script, and prints which slow packages it has imported.
+START = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported", *{"torch", "transformers", "datasets", "numpy"} & set(sys.modules))
+"""
+
+
+def start(script, *words, **options):
+    """Run a script in a process of its own; returns its result, and the slow packages that it has imported."""
+    command = [sys.executable, "-c", START, ROOT / "scripts" / script, *words]
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    return result, result.stdout.split("\n")[-2].split()[1:]
+
+
+@pytest.mark.parametrize("script", [path.name for path in (ROOT / "scripts").glob("*.py")])
+def test_help_waits_for_no_slow_import(script):
+    result, imported = start(script, "--help")
+    assert result.returncode == 0 and "--traceback" in result.stdout and imported == []
+
+
 @pytest.mark.parametrize(("script", "line", "message"), REFUSALS, ids=lambda part: part if " " not in part else "")
 def test_a_refusal_waits_for_no_torch_and_leaves_nothing(script, line, message, folder):
     before = sorted(folder.rglob("*"))
-    program = f"""
-import runpy, sys
-sys.argv = [{script + ".py"!r}, *{line.split()!r}]
-sys.path.insert(0, {str(ROOT / "scripts")!r})
-try:
-    runpy.run_path({str(ROOT / "scripts" / script)!r} + ".py", run_name="__main__")
-finally:
-    print("heavy:", sorted({{"torch", "transformers"}} & set(sys.modules)))
-"""
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    result, imported = start(f"{script}.py", *line.split(), env=environment)
     assert result.returncode in (1, 2) and result.stderr.count("\n") == 1, result.stderr
     assert re.search(message, result.stderr), result.stderr
-    assert result.stdout.endswith("heavy: []\n")
+    assert not {"torch", "transformers"} & {*imported}
     assert sorted(folder.rglob("*")) == before
 
 
-def last_words(capsys):
+def final_lines(capsys):
     """What a script printed last: what it made, and the commands that it names."""
     made, *commands = re.split(r"\n  (?=python )", capsys.readouterr().out.rstrip("\n").rpartition("saved in ")[2])
     return made, commands
@@ -108,7 +126,7 @@ def follow(commands, run_script, **words):
 def test_a_pretrained_model_is_filled_compared_and_pushed_next(folder, run_script, capsys):
     data = ["--train_data", "documents.jsonl", "--validation_data", "documents.jsonl", "--output_dir", "runs/adapted"]
     run_script(pretrain_mlm, "--model", "model", *data, *TRAINED)
-    made, commands = last_words(capsys)
+    made, commands = final_lines(capsys)
     assert made == f"{folder}/runs/adapted: the model, README.md (its card), log_history.json, loss.png; next:"
     assert all((folder / "runs/adapted" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
     assert follow(commands, run_script) == ["fill_mask", "evaluate_mlm", "push_to_hub"]
@@ -119,10 +137,9 @@ def test_a_pretrained_model_is_filled_compared_and_pushed_next(folder, run_scrip
 
 
 def test_tokenized_text_is_trained_on_next(folder, run_script, capsys):
-    run_script(
-        pretrain_mlm, "--train_data", "documents.jsonl", "--tokenizer", "bert", "--tokenize_only", "--output_dir", "a b"
-    )
-    made, (line,) = last_words(capsys)
+    words = ["--train_data", "documents.jsonl", "--tokenizer", "bert", "--tokenize_only"]
+    run_script(pretrain_mlm, *words, "--output_dir", "a b")
+    made, (line,) = final_lines(capsys)
     assert made == "a b: the tokenized text; next:"
     options, _ = pretrain_mlm.parse(shlex.split(line)[2:])
     assert (options.train_data, options.tokenizer, options.output_dir) == (["a b"], "bert", "a b-trained")
@@ -133,15 +150,14 @@ def test_the_commands_after_pretraining_fit_what_was_trained(capsys, folder):
     options = pretrain_mlm.make_parser().parse_own(words)[0]
     assert pretraining.evaluation_words(options, Path("new")) == ["--model", Path("new"), "--data", "FILE"]
     options.validation_data, options.text_field, options.model = ["bert", "documents.jsonl"], "body", "model"
-    assert pretraining.evaluation_words(options, Path("new")) == [
-        *("--model", "model", Path("new"), "--data", "documents.jsonl", "--text_field", "body")
-    ]
+    expected = ["--model", "model", Path("new"), "--data", "documents.jsonl", "--text_field", "body"]
+    assert pretraining.evaluation_words(options, Path("new")) == expected
 
 
 def test_a_classifier_predicts_and_is_pushed_next(folder, run_script, capsys):
     flags = ["--text_fields", "body", "--num_train_epochs", 1, "--use_cpu", "--output_dir", "runs/topics"]
     run_script(finetune_classification, "--model", "model", "--train_data", "topics.csv", *flags)
-    made, commands = last_words(capsys)
+    made, commands = final_lines(capsys)
     files = "the model, README.md (its card), metrics.json, loss.png, errors.csv (1 wrong), confusion.png"
     assert re.sub(r"\(\d", "(1", made) == f"{folder}/runs/topics: {files}; next:"
     assert all((folder / "runs/topics" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
@@ -151,22 +167,22 @@ def test_a_classifier_predicts_and_is_pushed_next(folder, run_script, capsys):
 
 def test_a_warm_start_is_trained_next(folder, run_script, capsys):
     run_script(convert_bert, "bert", "start", "--data", "documents.jsonl", "--tokens", 800)
-    made, commands = last_words(capsys)
+    made, commands = final_lines(capsys)
     assert made == "start: a warm start with its card; next:"
-    assert follow(commands, run_script, **{"600": "2"}) == ["pretrain_mlm"]
+    assert follow(commands, run_script, **{"600": "0.5"}) == ["pretrain_mlm"]
     assert (folder / "start-trained/model.safetensors").is_file()
 
 
 def test_a_converted_model_is_pushed_next(folder, run_script, capsys):
     run_script(convert_checkpoint, "model", "new")
-    made, commands = last_words(capsys)
+    made, commands = final_lines(capsys)
     assert made == "new: the model with its code, tokenizer and card; next:"
     assert follow(commands, run_script) == ["push_to_hub"]
 
 
 def test_an_export_says_where_its_use_is_shown(folder, run_script, capsys):
     run_script(export, "model", "new", "--format", "gguf", "--types", "float32")
-    made, commands = last_words(capsys)
+    made, commands = final_lines(capsys)
     assert made.startswith("new: the files above and README.md (its card)") and commands == []
     assert (folder / "new/README.md").is_file()
 
