@@ -1,7 +1,7 @@
 """The command line that all scripts share: help with defaults, the nearest flag for a typo, one line for an error.
 
-Nothing heavy is imported here, and a script imports torch and transformers only after it has parsed its arguments, so
-that `--help` answers at once.
+This module imports nothing heavy, and a script imports torch and transformers only after it has parsed its arguments,
+so that `--help` answers at once.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-# The oldest transformers that the model code runs on; setup.cfg says the same.
+# The oldest transformers that the model code supports; setup.cfg says the same.
 OLDEST_TRANSFORMERS = "4.54.1"
-# What installs the packages that the extra `scripts` does not bring.
+# How to install the packages that the extra `scripts` leaves out.
 OTHER_PACKAGES = {
     "streaming": "mosaicml-streaming",
     **dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), '".[export]"'),
 }
 LICENSE_NAME = re.compile(r"\w[\w.+-]*")
-# Characters of a message: a value from elsewhere may have a megabyte.
+# The most characters of a message, which may quote a foreign value of a megabyte.
 LONGEST_MESSAGE = 1000
 
 
@@ -43,28 +43,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that accepts no abbreviations and answers a wrong command line with one line, not its usage.
+    """An argument parser that accepts no abbreviations and answers a wrong command line with one line."""
 
-    Args:
-        description: what the script does, the docstring of its module.
-        **kwargs: other arguments of `argparse.ArgumentParser`.
-    """
-
-    def __init__(self, description: Optional[str] = None, **kwargs):
+    def __init__(self, description: str, **kwargs):
         kwargs = {"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs}
         super().__init__(description=description, **kwargs)
         self.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
 
     def option(self, flag: str, help: str, kind=None, default=None, group=None, **more) -> None:
-        """Add an option.
+        """Add an option as `add_argument` does, to a `group` of the help where one is given.
 
-        Args:
-            flag: with its dashes.
-            help: what it means.
-            kind: its type; `bool` for true, false, or the flag alone.
-            default: where the option is not given.
-            group: where `--help` shows it; None: with the other options.
-            **more: as `add_argument` takes them.
+        An option whose `kind` is `bool` takes true or false, or stands alone for true.
         """
         if kind is bool:
             more = {**FLAG, **more}
@@ -75,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(flag, help=help, **more)
 
     def section(self, title: str) -> Callable[..., None]:
-        """A function like `option`, whose options `--help` shows under a title."""
+        """Return a function like `option`, whose options `--help` lists under a title."""
         return functools.partial(self.option, group=self.add_argument_group(title))
 
     def parse_known_args(self, args=None, namespace=None):
@@ -100,45 +89,26 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
 
-def positive_integer(text: str) -> int:
-    """Type of an option that takes a whole number above zero."""
-    if not text.isdecimal() or len(text) > 18 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
+def _number(kind: type, accept: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Make the type of an option that takes a number of a `kind`, int or float, that `accept` accepts."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            # int() would also take signs, spaces and underscores; no option needs more than 18 digits.
+            if (kind is float or (text.isdecimal() and len(text) <= 18)) and accept(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
 
 
-def positive_number(text: str) -> float:
-    """Type of an option that takes a number above zero."""
-    return _number(text, lambda number: 0 < number < math.inf, "a positive number")
-
-
-def not_negative(text: str) -> float:
-    """Type of an option that takes a number of zero or more."""
-    return _number(text, lambda number: 0 <= number < math.inf, "a number of at least 0")
-
-
-def share(text: str) -> float:
-    """Type of an option that takes a number from 0 to 1."""
-    return _number(text, lambda number: 0 <= number <= 1, "a number from 0 to 1")
-
-
-def positive_share(text: str) -> float:
-    """Type of an option that takes a number above 0 and up to 1."""
-    return _number(text, lambda number: 0 < number <= 1, "a number above 0 and up to 1")
-
-
-def whole_number(text: str) -> int:
-    """Type of an option that takes 0 or a positive integer."""
-    if not text.isdecimal() or len(text) > 18:
-        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """Type of an option that seeds all generators; NumPy's takes 32 bits."""
-    if not text.isdecimal() or len(text) > 18 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 4294967295, got {text!r}")
-    return int(text)
+positive_integer = _number(int, lambda number: number > 0, "a positive integer")
+whole_number = _number(int, lambda number: True, "0 or a positive integer")
+seed = _number(int, lambda number: number < 2**32, "an integer from 0 to 4294967295")  # NumPy's generators take 32 bits
+positive_number = _number(float, lambda number: 0 < number < math.inf, "a positive number")
+not_negative = _number(float, lambda number: 0 <= number < math.inf, "a number of at least 0")
+share = _number(float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+positive_share = _number(float, lambda number: 0 < number <= 1, "a number above 0 and up to 1")
 
 
 def old_file(text: str) -> Path:
@@ -148,8 +118,10 @@ def old_file(text: str) -> Path:
     return Path(text)
 
 
-def new_file(text: str) -> str:
-    """Type of an option that names a file to write; its folder must exist."""
+def new_file(text: str, suffix: str = "") -> str:
+    """Type of an option that names a file to write; its folder must exist, and its name end with `suffix`."""
+    if not text.endswith(suffix):
+        raise argparse.ArgumentTypeError(f"expected a name that ends with {suffix}, got {text!r}")
     if os.path.isdir(text) or not os.access(os.path.dirname(text) or ".", os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a file in a writable folder, got {text!r}")
     return text
@@ -162,22 +134,15 @@ def license_name(text: str) -> str:
     return text
 
 
-def _number(text: str, accept: Callable[[float], bool], expected: str) -> float:
-    with contextlib.suppress(ValueError):
-        if accept(float(text)):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-
-
 def truth(text: str) -> bool:
-    """Type of an option that takes true or false; with `**FLAG`, the option alone means true."""
+    """Type of an option that takes true or false."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return words[text.lower()]
 
 
-# Stricter types for options of `TrainingArguments` whose bad values would fail late or go unnoticed.
+# Stricter types for the options of `TrainingArguments` whose bad values would fail late or go unnoticed.
 CHECKED = {
     "adam_beta1": share,
     "adam_beta2": share,
@@ -189,16 +154,16 @@ CHECKED = {
     "per_device_train_batch_size": positive_integer,
     "weight_decay": not_negative,
 }
-# What lets a true/false option also work as a flag.
+# Arguments of `add_argument` for an option that takes true or false, and alone means true.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
-# What `--help` shows for the value of an option.
+# How `--help` shows the value of an option.
 METAVARS = {
     **dict.fromkeys((positive_integer, whole_number, seed), "N"),
     **dict.fromkeys((positive_number, not_negative, share, positive_share), "X"),
 }
 
-# What makes `--license` and `--trust_remote_code`.
+# Arguments of `option` for `--license` and `--trust_remote_code`.
 LICENSE = {
     "type": license_name,
     "metavar": "NAME",
@@ -210,13 +175,13 @@ TRUST = {"action": "store_true", "help": "run the Python code of a model that is
 class TrainingParser(Parser):
     """A parser of a script's own options that also takes every option of transformers' `TrainingArguments`.
 
-    An own option with the name of one of `TrainingArguments` replaces it; `use_cpu` is true where there is no GPU.
-    `--help` shows the own options, `--help_all` the others too.
+    An own option replaces the one of `TrainingArguments` with the same name. `use_cpu` is true where there is no GPU.
+    `--help` shows the own options, and `--help_all` the others too.
 
     Args:
         description: what the script does.
-        recipe: defaults of `TrainingArguments` that the script has no option of its own for.
-        refused: options of `TrainingArguments` that the script cannot serve, and why.
+        recipe: defaults for options of `TrainingArguments` that the script does not redefine.
+        refused: options of `TrainingArguments` that the script cannot support, and why.
         usage: the shortest command line.
     """
 
@@ -227,10 +192,10 @@ class TrainingParser(Parser):
         self.add_argument("--help_all", action="store_true", help="also show the options of transformers' Trainer")
 
     def parse_own(self, words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
-        """Parse the own options of a command line, for which torch and transformers are not imported.
+        """Parse the own options of a command line without importing torch or transformers.
 
         Returns:
-            The own options, and the words that are left.
+            The own options, and the remaining words.
         """
         words = sys.argv[1:] if words is None else list(words)
         if "--help_all" in words:
@@ -246,11 +211,7 @@ class TrainingParser(Parser):
         return options, rest
 
     def parse_others(self, options: argparse.Namespace, rest: list[str]):
-        """Parse what `parse_own` has left.
-
-        Returns:
-            The `TrainingArguments`, which hold the own options of their names.
-        """
+        """Make the `TrainingArguments` of the words that `parse_own` left and of the own options with their names."""
         import torch
 
         if not torch.cuda.is_available():
@@ -271,7 +232,7 @@ class TrainingParser(Parser):
         return [*self._option_string_actions, *trainer_flags()]
 
     def _others(self) -> argparse.ArgumentParser:
-        import accelerate  # noqa: F401  (Trainer needs it; importing it here names it if it is missing)
+        import accelerate  # noqa: F401  (Trainer needs it; the import names the package if it is missing)
         from transformers import HfArgumentParser, TrainingArguments
 
         others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
@@ -285,26 +246,26 @@ class TrainingParser(Parser):
 
 @functools.cache
 def trainer_flags() -> list[str]:
-    """The options of `TrainingArguments`, read from its source, as its import takes seconds."""
+    """List the options of `TrainingArguments`, read from its source code because importing it takes seconds."""
     package = importlib.util.find_spec("transformers")
     if package is None:
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
     tree = ast.parse(Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8"))
     (body,) = (part.body for part in tree.body if isinstance(part, ast.ClassDef) and part.name == "TrainingArguments")
     fields = [part for part in body if isinstance(part, ast.AnnAssign) and not part.target.id.startswith("_")]
-    # Those that are true by default also have the opposite.
+    # An option that is true by default also has an opposite.
     opposites = [f"--no_{part.target.id}" for part in fields if "bool" in ast.unparse(part.annotation)]
     return [f"--{part.target.id}" for part in fields] + opposites
 
 
 def run(main: Callable[[], None], memory_hint: str = "") -> None:
-    """Run a script. An error that a user can cause exits with status 1 and one line, `script.py: message`.
+    """Run a script; an error that a user can cause ends it with status 1 and one line, `script.py: message`.
 
-    With `--traceback` on the command line the exception itself is raised; a bug is always raised.
+    A bug keeps its traceback, and with `--traceback` on the command line so does every other error.
 
     Args:
         main: parses the arguments and does the work.
-        memory_hint: what to change when memory runs out, such as "a smaller --tokens_per_row needs less".
+        memory_hint: advice for when memory runs out, such as "a smaller --tokens_per_row needs less".
     """
     if "--traceback" in sys.argv[1:]:
         check_transformers()
@@ -327,35 +288,24 @@ def check_transformers() -> None:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         return  # the script's own import says that it is missing
-    if release(version) < release(OLDEST_TRANSFORMERS):
+    from packaging.version import Version  # which transformers requires
+
+    if Version(version) < Version(OLDEST_TRANSFORMERS):
         raise ImportError(f"transformers {version} is too old, {OLDEST_TRANSFORMERS} or newer is needed")
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version, such as (4, 54, 1)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
-    """Explain an error that a user can cause, in one line.
-
-    Args:
-        error: what was raised.
-        memory_hint: see `run`.
-
-    Returns:
-        The line, or None for a bug.
-    """
+def explain(error: BaseException, memory_hint: str) -> Optional[str]:
+    """Explain in one line an error that a user can cause; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if type(error).__name__ == "PanicException":  # of a Rust library, and not an Exception
+    if type(error).__name__ == "PanicException":  # raised by a Rust library, and no Exception
         return f"a library failed: {one_line(error)}"
-    # importlib.metadata puts a sentence into the name
+    # importlib.metadata puts a sentence into the name.
     if isinstance(error, ModuleNotFoundError) and re.fullmatch(r"[\w.]+", error.name or ""):
         package = error.name.partition(".")[0]
         wanted = OTHER_PACKAGES.get(package, '".[scripts]"')
         return f"the package {package} is missing: pip install {wanted}"
-    # Only a package that was imported can have raised its errors. huggingface_hub lets its HTTP library's pass.
+    # Only an imported package can have raised its errors; huggingface_hub passes on those of its HTTP library.
     named = (("torch", "OutOfMemoryError"), ("safetensors", "SafetensorError"))
     named += (("httpx", "HTTPError"), ("httpx2", "HTTPError"))
     memory, *others = (getattr(sys.modules.get(module), name, ()) for module, name in named)
@@ -368,25 +318,25 @@ def explain(error: BaseException, memory_hint: str = "") -> Optional[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, or its type where it has none; the middle of an endless one is left out."""
+    """Return an error's message on one line, shortened if it is endless, or the error's type if it has no message."""
     text = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker process", text):  # with the traceback of that process
+    if re.match(r"Caught \w+ in DataLoader worker process", text):  # followed by the traceback of that process
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return shortened(" ".join(text.split())) or type(error).__name__
 
 
 def shortened(text: str) -> str:
-    """A text of at most `LONGEST_MESSAGE` characters, the middle of a longer one left out."""
+    """Cut the middle out of a text of more than `LONGEST_MESSAGE` characters."""
     half = LONGEST_MESSAGE // 2 - 2
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
 def say_end(made: str, *commands: str) -> None:
-    """Print the last words of a script: what it has made and where, and the commands that may follow."""
+    """Print the last words of a script: what it made and where, and the commands that may follow."""
     print("\n  ".join([made + ("; next:" if commands else ""), *commands]), flush=True)
 
 
 def command(script: str, *words) -> str:
-    """A command line that runs another script of this folder, as one can paste it."""
+    """Write a command line that runs another script of this folder and can be pasted into a shell."""
     path = os.path.relpath(Path(__file__).resolve().parents[1] / script)
     return shlex.join(["python", path, *map(str, words)])

@@ -1,6 +1,6 @@
-"""What several scripts need: reading checkpoints, tokenizer files, cards.
+"""Helpers of several scripts: read and check configs, weights and tokenizers, and load models.
 
-torch and transformers are imported in the functions that use them, so that a script's `--help` stays fast.
+Functions import torch and transformers where they use them, so that a script's `--help` stays fast.
 """
 
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The code of a model repository: the entry file and what it imports, as transformers copies them.
+# The code of a model repository: the entry file and its imports, as transformers copies them.
 CODE_FILES = (
     "bert_layers.py",
     *(
@@ -36,13 +36,13 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
-# The files to download from the Hub; a repository may also hold the weights in a dozen other formats.
+# The files to download from the Hub; a repository may hold the weights in a dozen other formats too.
 SOURCE_PATTERNS = (*TOKENIZER_FILES, "config.json", "README.md", "model*.safetensors*", "pytorch_model*.bin*")
 # The JSON files of a model repository in which transformers looks for code.
 REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
-# Bytes that are read of a config or a tokenizer file; the largest of models with 250,000 entries have a quarter of it.
+# The most bytes of a config or a tokenizer file; those of models with 250,000 tokens reach a quarter of it.
 LARGEST_FILE = 2**26
-# Bytes that are read of a card.
+# The most bytes of a card.
 LARGEST_CARD = 2**20
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
@@ -61,7 +61,7 @@ def _numbers_names(value) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and _is_whole(v) for k, v in value.items())
 
 
-# Fields of transformers' own configs that are kept: what each must be, and whether it is.
+# Fields of transformers' own configs that are kept: the expected value in words, and a function that checks it.
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 LABELS = {
     "id2label": ("names by number, from 0", _names_numbers),
@@ -72,14 +72,7 @@ LABELS = {
 
 
 def repository_class(name: str):
-    """A class of this repository's model code, loaded the way the Hub's clients load it.
-
-    Args:
-        name: `BertConfig` or a model class.
-
-    Returns:
-        The class.
-    """
+    """Load `BertConfig` or a model class from this repository's code, in the way that the Hub's clients do."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     module = "configuration_bert" if name == "BertConfig" else "bert_layers"
@@ -87,7 +80,7 @@ def repository_class(name: str):
 
 
 def foreign_config(fields: dict, where: str = "config.json"):
-    """Make a `BertConfig` of fields that come from elsewhere; `where` says from where, for messages.
+    """Make a `BertConfig` of foreign fields; messages call their origin `where`.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -107,21 +100,14 @@ def check_labels(fields: dict, where: str = "config.json") -> None:
 
 
 def empty_model(name: str, config):
-    """Build a model on the meta device, since a config may ask for more memory than there is.
-
-    Args:
-        name: of the model class.
-        config: as `foreign_config` returns it.
-
-    Returns:
-        The model in eval mode, on the meta device.
+    """Build a model of the class `name` in eval mode on the meta device, as a config may ask for endless memory.
 
     Raises:
         ValueError: the config describes no such model.
     """
     import torch
 
-    model_class = repository_class(name)  # before, as transformers 4 cannot be imported on the meta device
+    model_class = repository_class(name)  # first, as transformers 4 cannot be imported on the meta device
     try:
         with torch.device("meta"):
             return model_class(config).eval()
@@ -130,11 +116,7 @@ def empty_model(name: str, config):
 
 
 def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
-    """Read a file.
-
-    Raises:
-        ValueError: it holds more than `most` bytes.
-    """
+    """Read a file; raise ValueError if it holds more than `most` bytes."""
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -143,11 +125,7 @@ def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: it holds something else; names the file.
-    """
+    """Read a JSON file; raise ValueError, which names the file, if it holds no object."""
     text = read_bounded(path)
     try:
         content = json.loads(text.decode("utf-8"))
@@ -168,27 +146,27 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def say_float32(folder: Path) -> None:
-    """Make a folder's config request float32, whatever the dtype of its weights.
+    """Make a folder's config ask for float32, whatever the dtype of its weights.
 
     transformers 5 loads in the config's dtype; earlier releases do so in a pipeline and with "auto". Before 4.56 the
-    field is `torch_dtype`.
+    field is called `torch_dtype`.
     """
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
 
 
 def load_from(load, source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",), **options):
-    """Call a class's `from_pretrained` with a folder, used as it is, or a Hub id.
+    """Call `load`, such as `AutoTokenizer.from_pretrained`, with a source and options.
 
     Args:
-        load: such as `AutoTokenizer.from_pretrained`.
+        load: the function.
         source: a folder or a Hub id.
-        argument: its name on the command line.
+        argument: the name of `source` on the command line.
         files: a folder must hold one of these.
         **options: passed on.
 
     Returns:
-        What `load` returns.
+        Its result.
 
     Raises:
         ValueError: the source is neither, or cannot be loaded.
@@ -198,64 +176,58 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
         return load(source, **options)
     except (ImportError, MemoryError):  # `cli.explain` words these
         raise
-    except BaseException as error:  # tokenizers, safetensors and the Hub's client raise their own, or plain exceptions
+    except BaseException as error:  # tokenizers, safetensors and the Hub's client raise errors of many types
         if not is_failure(error):
             raise
         raise ValueError(f"{argument}: {source!r} cannot be loaded, {one_line(error)}") from error
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether this is an error rather than a request to stop; a panic of a Rust library is not an Exception."""
+    """Tell an error from a request to stop; a panic of a Rust library is an error, but no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def load_words(source: str, argument: str = "model", trust_remote_code: bool = False, **options):
-    """Load a tokenizer with `load_from`, without asking whether its code may run; see `_load_words`."""
+    """Load a tokenizer by `load_from` and `_load_words`, without the question whether its code may run."""
     return load_from(_load_words, source, argument, trust_remote_code=trust_remote_code, **options)
 
 
 def _load_words(source, trust_remote_code: bool = False):
-    """Load a tokenizer that makes texts little longer than they are, and try it: some damage only shows then."""
+    """Load a tokenizer, refuse one that makes texts much longer, and try it, as some damage shows only in use."""
     from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
     pattern = "tokenizer.*json"  # `tokenizer.json`, and those of later releases
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=[pattern])
     for path in filter(Path.is_file, sorted(Path(folder).glob(pattern))):
-        check_growth(read_json(path))  # before it is loaded, as its own words go through it then
+        check_growth(read_json(path))  # before loading, which sends the tokenizer's own words through it
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if not trust_remote_code:  # what is trained from here saves these
+    if not trust_remote_code:  # a model that is trained from here saves these
         tokenizer.init_kwargs = without_references(tokenizer.init_kwargs)
     check_backend(tokenizer)
     tokenizer("A word, and ☃.")
     return tokenizer
 
 
-def own_config(source: str, argument: str = "model", **changes):
-    """The config of a MosaicBERT, whatever code its repository refers to.
-
-    Args:
-        source: a folder or a Hub id.
-        argument: what the user calls it.
-        **changes: fields to set.
-
-    Returns:
-        A `BertConfig` of this repository, without references to code or files.
-
-    Raises:
-        ValueError: there is no config, or a field has an invalid value.
-    """
-    return _own_config(config_fields(source, argument), source, argument, changes)
-
-
 def config_fields(source: str, argument: str = "model") -> dict:
-    """The fields of the config.json of a folder or a Hub id."""
+    """Read the fields of the config.json of a folder or a Hub id."""
     from transformers import PretrainedConfig
 
     return load_from(PretrainedConfig.get_config_dict, source, argument)[0]
 
 
-def _own_config(fields: dict, source: str, argument: str, changes: dict):
+def own_config(fields: dict, source: str, argument: str = "model", **changes):
+    """Make a `BertConfig` of this repository from a MosaicBERT's config, without its references to code or files.
+
+    Args:
+        fields: of its config.json.
+        source: the folder or Hub id of the config.
+        argument: the name of `source` on the command line.
+        **changes: fields to set.
+
+    Raises:
+        ValueError: a field has an invalid value.
+    """
     check_labels(fields, argument)
     return load_from(
         lambda _: repository_class("BertConfig").from_dict(without_references(fields), **changes), source, argument
@@ -275,8 +247,7 @@ def load_model(head: str, source: str, trust_remote_code: bool = False, **change
         The model, in eval mode.
 
     Raises:
-        ValueError: the model needs code or files from elsewhere and `trust_remote_code` is not set, or it cannot be
-            loaded.
+        ValueError: it cannot be loaded, or needs foreign code or files and `trust_remote_code` is not set.
     """
     import transformers
 
@@ -285,7 +256,7 @@ def load_model(head: str, source: str, trust_remote_code: bool = False, **change
         return load_from(auto_class.from_pretrained, source, trust_remote_code=True, **changes)
     fields = config_fields(source)
     if is_family(fields):
-        return own_model(head, source, _own_config(fields, source, "model", changes))
+        return own_model(head, source, own_config(fields, source, **changes))
     foreign = next(foreign_references(fields), None)
     if foreign is not None:
         raise ValueError(
@@ -296,26 +267,14 @@ def load_model(head: str, source: str, trust_remote_code: bool = False, **change
 
 
 def own_model(head: str, source: str, config):
-    """Load a MosaicBERT with this repository's code, whatever code its source brings.
-
-    Args:
-        head: end of the class's name, such as `ForMaskedLM`.
-        source: a folder or a Hub id.
-        config: what `own_config` returns.
-
-    Returns:
-        The model, in eval mode; what it saves holds this repository's code.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """Load a MosaicBERT as `load_model` does, in eval mode, so that it also saves this repository's code."""
     model = load_from(repository_class(f"Bert{head}").from_pretrained, source, config=config)
-    model.config.name_or_path = ""  # where a config that is saved looks for code
+    model.config.name_or_path = ""  # where a saved config looks for code
     return model
 
 
 def is_family(fields: dict) -> bool:
-    """Whether the fields of a config.json are those of a MosaicBERT: they speak of ALiBi, or of the published code."""
+    """Recognize the config.json of a MosaicBERT by a field about ALiBi or by the names of the published code."""
     auto_map = fields.get("auto_map")
     classes = auto_map.values() if isinstance(auto_map, dict) else ()
     return "alibi_starting_size" in fields or any(
@@ -353,14 +312,14 @@ def find_checkpoint(
     Args:
         source: a folder, or a Hub id (`owner/name`, or the `name` of an old repository without owner).
         revision: branch, tag or commit of a Hub id.
-        argument: name of `source` on the command line, for messages.
-        patterns: names of the files that are fetched from the Hub.
+        argument: the name of `source` on the command line.
+        patterns: files to fetch from the Hub.
 
     Returns:
         The folder and its commit (None if it is no Hub snapshot).
 
     Raises:
-        ValueError: there is no such folder and no such repository, or `revision` was given for a folder.
+        ValueError: there is no such folder or repository, or `revision` was given for a folder.
     """
     folder = Path(source)
     check_source(source, argument)
@@ -369,7 +328,7 @@ def find_checkpoint(
 
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
-        except Exception as error:  # its HTTP library's errors change from release to release
+        except Exception as error:  # the HTTP library behind it changes from release to release
             raise ValueError(
                 f"{argument}: {source!r} is not a local folder, and the Hub could not provide it: {one_line(error)}"
             ) from error
@@ -381,19 +340,9 @@ def find_checkpoint(
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The path of a file in a model folder, for reading.
-
-    Args:
-        folder: a model folder, or a snapshot in the Hub's cache, whose files are links to `../../blobs`.
-        name: of the file.
-
-    Returns:
-        Its path.
-
-    Raises:
-        ValueError: it is a symbolic link that leads out of the folder.
-    """
+    """Join a model folder and the name of a file in it; raise ValueError for a link that leads out of the folder."""
     home, path = folder.resolve(), (folder / name).resolve()
+    # In the Hub's cache the files of a snapshot are links to `../../blobs`.
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.is_relative_to(place) for place in allowed):
         raise ValueError(f"{folder / name}: leads out of the folder, to {path}; put the file itself there")
@@ -404,11 +353,11 @@ def weight_files(folder: Path, kinds: tuple[str, ...] = ("model.safetensors", "p
     """Find the weight files that loaders read from a model folder.
 
     Args:
-        folder: holds one of `kinds`, or the `.index.json` of one with its shards.
+        folder: holds one of `kinds`, or an `.index.json` for it and its shards.
         kinds: names of whole weight files, best first.
 
     Returns:
-        Names of the weight files; where they are shards, the index is the first.
+        Names of the weight files; an index comes before its shards.
 
     Raises:
         ValueError: there are no weights, a shard is missing, or the index is malformed.
@@ -447,12 +396,12 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
         folder: see `weight_files`.
 
     Returns:
-        Name to tensor, as `check_weights` lets pass; a LayerNorm's are `weight` and `bias` where old files say `gamma`
-        and `beta`. Pickles are opened with `weights_only=True`.
+        Name to tensor, checked by `check_weights`; LayerNorm's `gamma` and `beta` of old files become `weight` and
+        `bias`. Pickles are opened with `weights_only=True`.
 
     Raises:
-        ValueError: no weights, a shard is missing or not as the index says, a file is damaged or holds more than a
-            model's weights, or there are two different tensors for one weight.
+        ValueError: there are no weights, a shard contradicts the index, a file is damaged or holds more than weights,
+            or there are two different tensors for one weight.
     """
     import torch
     from safetensors.torch import load_file
@@ -484,15 +433,7 @@ def load_weights(folder: Path) -> dict[str, "torch.Tensor"]:
 
 
 def rename_weights(weights: dict[str, "torch.Tensor"], rename) -> dict[str, "torch.Tensor"]:
-    """Give weights other names.
-
-    Args:
-        weights: by name.
-        rename: from the old name to the new one.
-
-    Raises:
-        ValueError: two different tensors get the same name; names both.
-    """
+    """Rename weights by a function; raise ValueError if two different tensors get the same name."""
     import torch
 
     renamed, origin = {}, {}
@@ -505,7 +446,7 @@ def rename_weights(weights: dict[str, "torch.Tensor"], rename) -> dict[str, "tor
 
 
 def unpickling_problem(error: Exception) -> str:
-    """Why a pickle of weights was not opened; torch's own message advises opening it anyway."""
+    """Explain why a pickle of weights was not opened, where torch's own message advises to open it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         return f"it holds {found[1]}, which is more than tensors"
@@ -513,11 +454,7 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
-    """Check that a file's content is the weights of a model.
-
-    Args:
-        content: of the file.
-        where: the file's name, for messages.
+    """Check that the content of a file, called `where` in messages, is the weights of a model.
 
     Returns:
         The tensors by name, without the buffers of older code (`position_ids`, `alibi`).
@@ -548,7 +485,7 @@ def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:
 
 
 def check_layers(weights, num_layers: int, prefix: str) -> None:
-    """Check, before a model is built, that the weights have the encoder layers that the config asks for.
+    """Check that the weights have all encoder layers of the config, before a model of that many layers is built.
 
     Args:
         weights: names of the weights.
@@ -574,43 +511,28 @@ def check_layers(weights, num_layers: int, prefix: str) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that exist, without references to code and without limits on length."""
+    """Copy the tokenizer files that exist, by `write_tokenizer_file`."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             write_tokenizer_file(target / name, read_bounded(file_inside(source, name)))
 
 
 def write_tokenizer_file(path: Path, content: bytes) -> None:
-    """Write a tokenizer file, without references to code and without limits on length.
-
-    Args:
-        path: of the new file; its name tells its kind.
-        content: of the old one.
-
-    Raises:
-        ValueError: a JSON file is malformed.
-    """
+    """Write a tokenizer file without its references to code and its limits on length."""
     path.write_bytes(content)
     if path.suffix == ".json":
         fields = read_json(path)
         for limit in LIMITS.get(path.name, ()):
             fields.pop(limit, None)
-        # The others are vocabularies, which may contain any word.
+        # The other files are vocabularies, which may contain any word.
         write_json(path, without_references(fields) if path.name in REFERRING_FILES else fields)
 
 
 def load_tokenizer(folder: Path, argument: str = "source"):
-    """Load a folder's tokenizer without running code from the folder and without a prompt.
-
-    Args:
-        folder: with tokenizer files that were written by `write_tokenizer_file`, and a config.json.
-        argument: name of the files' source on the command line, for messages.
-
-    Returns:
-        The tokenizer.
+    """Load the tokenizer of a folder with a config.json and files that `write_tokenizer_file` wrote.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded; names `argument`, the source on the command line.
     """
     try:
         return _load_words(folder)
@@ -621,28 +543,19 @@ def load_tokenizer(folder: Path, argument: str = "source"):
 
 
 def vocabulary_size(tokenizer) -> int:
-    """How many embedding rows a tokenizer needs: its largest id plus one."""
+    """Return the number of embedding rows that a tokenizer needs: its largest id plus one."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def check_special(tokenizer, *names: str) -> None:
-    """Raise ValueError where a tokenizer lacks one of these special tokens, such as `mask_token`."""
+    """Raise ValueError if a tokenizer lacks one of these special tokens, such as `mask_token`."""
     for name in names:
         if getattr(tokenizer, name) is None:
             raise ValueError(f"tokenizer must have a {name}, {tokenizer.name_or_path!r} has none")
 
 
 def count_tokens(tokenizer, rows: int, argument: str = "model") -> int:
-    """How many of a model's embedding rows its tokenizer uses.
-
-    Args:
-        tokenizer: of the model.
-        rows: of its vocabulary.
-        argument: what the user calls the tokenizer.
-
-    Raises:
-        ValueError: it uses more than there are.
-    """
+    """Return how many of a model's embedding rows its tokenizer uses; raise ValueError if it needs more."""
     num_tokens = vocabulary_size(tokenizer)
     if num_tokens > rows:
         raise ValueError(
@@ -652,16 +565,16 @@ def count_tokens(tokenizer, rows: int, argument: str = "model") -> int:
 
 
 def lower_unused_biases(model, num_tokens: int) -> int:
-    """Make the rows of the vocabulary that no token has improbable, by an ordinary bias in the decoder.
+    """Make the vocabulary rows without a token improbable, by an ordinary bias in the decoder.
 
-    The bias is -30, or 15 below the lowest bias of a token where that is less. They train like any other row.
+    The bias is -30, or 15 below the lowest bias of a token where that is less. The rows train like any other.
 
     Args:
         model: a `BertForMaskedLM`; changed in place.
-        num_tokens: rows that the tokenizer uses; no token has those from here on.
+        num_tokens: the first row without a token.
 
     Returns:
-        The number of these rows.
+        The number of rows without a token.
     """
     bias = model.get_output_embeddings().bias.data
     bias[num_tokens:] = min(-30.0, bias[:num_tokens].min().item() - 15.0)

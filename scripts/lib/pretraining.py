@@ -19,6 +19,7 @@ from .cli import command, say_end
 from .common import (
     REPOSITORY,
     TOKENIZER_FILES,
+    config_fields,
     empty_model,
     foreign_config,
     load_words,
@@ -188,7 +189,7 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     elif Path(source).is_file() and options.model is None:
         config = foreign_config(without_references(read_json(Path(source))), argument)
     else:
-        config = own_config(source, argument)
+        config = own_config(config_fields(source, argument), source, argument)
     if options.model is None:
         config.vocab_size = math.ceil(vocabulary / 64) * 64
     fields = dict(options.config_fields)
