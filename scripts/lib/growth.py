@@ -1,4 +1,4 @@
-"""How much longer a text becomes in a tokenizer, whose file decides that and so how much memory the library takes."""
+"""Refuse tokenizers that make texts much longer, as a tokenizer's file decides that and so the memory that it takes."""
 
 import base64
 import json
@@ -6,26 +6,19 @@ import math
 import unicodedata
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor")
-# Times that one part of a tokenizer may lengthen a text by what its file chooses. Those of published models stay below
-# 13 (Llama 2: a space becomes a character of three bytes, and one is put in front of the text).
+# The largest factor by which the file of a tokenizer may let one of its parts lengthen a text. Published models stay
+# below 13 (Llama 2: a space becomes a character of three bytes, and one is put before the text).
 LARGEST_GROWTH = 16
-# Steps that lengthen a text again each time that they come in one part.
+# Steps that lengthen a text again each time that they occur in one part.
 GROWING = ("ByteLevel", "Precompiled", "TemplateProcessing")
-# Pieces of a template, texts and special tokens alike, that are not growth.
+# Up to this many pieces of a template, texts and special tokens alike, are no growth.
 USUAL_PIECES = 8
-# Bytes that a table of characters makes of one: what NFKC makes of some, a half of its longest, and twice its longest.
+# Bytes that a table of characters may make of one character without growth, and at all. NFKC makes up to 33.
 USUAL_BYTES, MOST_BYTES = 16, 64
 
 
 def check_growth(fields: dict) -> None:
-    """Refuse a tokenizer that makes texts much longer than they are.
-
-    Args:
-        fields: of a tokenizer.json; all but its normalizer, pre-tokenizer and post-processor is passed over.
-
-    Raises:
-        ValueError: a part of it does; names the part.
-    """
+    """Raise ValueError if one of the `PARTS` of a tokenizer.json makes texts much longer than they are."""
     for name in PARTS:
         steps = list(_steps(fields.get(name)))
         growing = [step["type"] for step in steps if step["type"] in GROWING]
@@ -34,19 +27,19 @@ def check_growth(fields: dict) -> None:
 
 
 def check_backend(tokenizer) -> None:
-    """Do what `check_growth` does for a loaded tokenizer, whatever files it came from."""
+    """Apply `check_growth` to a loaded tokenizer, whatever files it came from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in PARTS:
         part = getattr(backend, name, None)
         try:
             fields = {} if part is None else json.loads(part.__getstate__())
-        except Exception:  # the library's own kind, for a step in Python, which no file can ask for
+        except Exception:  # the library's own type, for a step written in Python, which no file can ask for
             continue
         check_growth({name: fields})
 
 
 def _steps(part):
-    """The steps of a part, those of its sequences one by one."""
+    """Yield the steps of a part, those of its sequences one by one."""
     if isinstance(part, list):
         for inner in part:
             yield from _steps(inner)
@@ -74,7 +67,7 @@ def _growth(step: dict) -> float:
 
 
 def _table(text) -> bytes:
-    """What a table of characters makes of them, with zeros between: it stands behind an index that tells its size."""
+    """Return what a table makes of characters: texts with zeros between, stored after an index that states its size."""
     try:
         table = base64.b64decode(text)
     except (TypeError, ValueError):
@@ -83,5 +76,5 @@ def _table(text) -> bytes:
 
 
 def _size(text) -> int:
-    """Bytes of a text, decomposed as a later step may do it."""
+    """Return the bytes of a text that is decomposed, as a later step may do."""
     return len(unicodedata.normalize("NFKD", text).encode("utf-8", "replace")) if isinstance(text, str) else 0

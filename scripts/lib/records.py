@@ -15,11 +15,11 @@ from .cli import one_line
 
 TEXT_FILES = (".jsonl", ".json", ".txt")
 RECORD_FILES = (".jsonl", ".json", ".csv")
-# Bytes of a line, or of a JSON array: far beyond any document, and what memory holds several times.
+# The most bytes of a line or a JSON array: far more than any document, and little enough for several copies in memory.
 LONGEST_LINE = 2**29
-# Characters of a paragraph of a `.txt` file that are one document; a file without empty lines is cut at such sizes.
+# The most characters of a document in a `.txt` file; a longer paragraph becomes several documents.
 LONGEST_PARAGRAPH = 2**26
-# Characters that a tokenizer is given at once of one text: its memory is about 80 bytes a character.
+# The most characters that a tokenizer gets at once, as it needs about 80 bytes of memory for each.
 PIECE = 1_000_000
 
 
@@ -29,10 +29,10 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     Args:
         sources: names or patterns; `~` is the home directory, `**` any number of folders.
         suffixes: kinds of files that the caller reads, such as `.jsonl`; each may be gzipped (`.gz`).
-        argument: name of `sources` on the command line, for messages.
+        argument: the name of `sources` on the command line.
 
     Returns:
-        The files in the order of their sources, those of one pattern sorted. A file named twice is there twice.
+        The files in the order of their sources, those of one pattern sorted. A file named twice occurs twice.
 
     Raises:
         ValueError: nothing matches a source, or a file is of another kind.
@@ -40,9 +40,8 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     found = []
     for source in sources:
         source = os.path.expanduser(str(source))
-        matches = (
-            [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
-        )
+        names = [source] if os.path.isfile(source) else glob.glob(source, recursive=True)
+        matches = sorted(filter(os.path.isfile, names))
         if not matches:
             raise ValueError(f"{argument}: no file matches {source!r}")
         for path in matches:
@@ -53,34 +52,20 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
 
 
 def check_texts(sources: Sequence[str], text_field: str = "text", argument: str = "data") -> list[str]:
-    """Find files of documents, and read the first document of the first, so that a wrong name is reported early.
-
-    Args:
-        sources, text_field: as `read_texts` takes them.
-        argument: what the user calls the sources.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: see `read_texts`.
-    """
+    """Find the files of `read_texts`, and read the first document of the first to report a wrong name early."""
     files = find_files(sources, TEXT_FILES, argument)
     next(read_texts(files[:1], text_field), None)
     return files
 
 
 def load_dataset(source: str, split: str, argument: str = "data", **options):
-    """Load a part of a `datasets` dataset.
+    """Call `datasets.load_dataset`.
 
     Args:
         source: `id`, `id:config` or `id:config:split`.
         split: the split of a source that names none.
-        argument: name of `source` on the command line, for messages.
-        **options: of `datasets.load_dataset`.
-
-    Returns:
-        What `datasets.load_dataset` returns.
+        argument: the name of `source` on the command line.
+        **options: passed on.
 
     Raises:
         ValueError: there is no such dataset, or it cannot be reached or read.
@@ -95,14 +80,14 @@ def load_dataset(source: str, split: str, argument: str = "data", **options):
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source names a file or a pattern rather than a `datasets` id."""
+    """Tell the name of a file or a pattern from a `datasets` id."""
     suffixes = (*TEXT_FILES, ".csv", ".tsv", ".parquet")
     known = kind_of(source) in suffixes or "*" in source or source.startswith(("/", ".", "~"))
     return known or os.path.exists(source)
 
 
 def kind_of(path: str) -> str:
-    """The suffix of a file name without `.gz`, such as `.jsonl`."""
+    """Return the suffix of a file name without `.gz`, such as `.jsonl`."""
     return Path(str(path).removesuffix(".gz")).suffix
 
 
@@ -113,7 +98,7 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
         The number of the line, from 1, and the line.
 
     Raises:
-        ValueError: a line is not UTF-8, or the file is not a whole gzip file; names file and line.
+        ValueError: a line is not UTF-8 or too long, or the gzip file is damaged; names file and line.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
@@ -141,7 +126,7 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
         The number of the line (of the object in an array) where it starts, from 1, and the record.
 
     Raises:
-        ValueError: something is not a record; names file and line.
+        ValueError: the content is not a record; names file and line.
     """
     lines = read_lines(path)
     if kind_of(path) == ".csv":
@@ -171,7 +156,7 @@ def read_records(path: str) -> Iterator[tuple[int, dict]]:
 
 def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(LONGEST_LINE)  # a text may be a book; the default is 131,072 characters
-    # Strict, or else an unclosed quote turns the rest of the file into one text.
+    # Without `strict`, an unclosed quote turns the rest of the file into one text.
     rows, number = csv.DictReader(lines, strict=True), 1
     try:
         names = list(filter(None, rows.fieldnames or ()))
@@ -195,7 +180,7 @@ def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
 def _parse(path: str, number: int, text: str):
     try:
         content = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character is valid JSON but not valid text
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair is valid JSON but not valid text
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         return content
     except json.JSONDecodeError as error:
@@ -219,7 +204,7 @@ def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str
         The text of each document that is not empty, in the order of the files.
 
     Raises:
-        ValueError: see `find_files`; or a record has no such field or no string there; names file and line.
+        ValueError: see `find_files` and `read_records`; or a record has no string in that field; names file and line.
     """
     for path in find_files(sources, TEXT_FILES):
         if kind_of(path) == ".txt":
@@ -243,7 +228,7 @@ def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str
 
 
 def _bounded(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines, to more than one text where they are longer than `LONGEST_PARAGRAPH`."""
+    """Join lines to texts of up to `LONGEST_PARAGRAPH` characters, but for a longer line."""
     part, size = [], 0
     for line in lines:
         if part and size + len(line) > LONGEST_PARAGRAPH:
@@ -255,13 +240,9 @@ def _bounded(lines: Iterable[str]) -> Iterator[str]:
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cut a text at white space into pieces that a tokenizer can take one at a time.
+    """Cut a text at white space into pieces of at most `size` characters, which a tokenizer can take one at a time.
 
-    The tokens of the pieces are those of the text, but for a word of more than `size` characters.
-
-    Args:
-        text: of any length.
-        size: characters of a piece, at most.
+    The tokens of the pieces are those of the text, except in a word of more than `size` characters.
     """
     start = 0
     while len(text) - start > size:

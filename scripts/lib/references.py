@@ -1,15 +1,15 @@
-"""Find what in a model repository's JSON files makes a loader run code or read files from elsewhere.
+"""Find references in a model repository's JSON files that make a loader run code or read files from elsewhere.
 
-With `trust_remote_code=True`, transformers runs whatever code a repository's files name, even in another repository. A
-converted or pushed repository names no code but its own.
+With `trust_remote_code=True`, transformers runs any code that a repository's files name, even in another repository. A
+converted or pushed repository names only its own code.
 """
 
 import re
 from collections.abc import Collection, Iterator
 
-# Fields that name a file lead out of the repository as well: `vocab_file`, `fast_tokenizer_files`, …
+# Fields that name a file may lead out of the repository too: `vocab_file`, `fast_tokenizer_files`, …
 FILE_FIELD = re.compile(r".*_files?")
-# Fields that choose an implementation: a plain word is one that transformers or this code has, `owner/name` is fetched.
+# Fields that choose an implementation: a plain word names one of transformers or of this code, `owner/name` is fetched.
 IMPLEMENTATION_FIELDS = ("attn_implementation", "experts_implementation")
 CODE_FIELDS = (
     "auto_map",
@@ -31,8 +31,8 @@ def foreign_references(content, own_modules: Collection[str] = (), path: str = "
 
     Args:
         content: of a JSON file, or a part of it.
-        own_modules: names of the repository's own Python modules, which `auto_map` may name.
-        path: path of `content` in the file.
+        own_modules: the repository's own Python modules, which `auto_map` may name.
+        path: of `content` in the file.
 
     Yields:
         Path and value of each reference.
@@ -49,25 +49,22 @@ def foreign_references(content, own_modules: Collection[str] = (), path: str = "
     elif isinstance(content, list):
         for number, value in enumerate(content):
             yield from foreign_references(value, own_modules, f"{path}[{number}]")
-    elif isinstance(content, str) and FOREIGN_CLASS.search(content):
+    elif _is_foreign(content):
         yield f"{path}: {content!r}"
 
 
 def without_references(content):
-    """A copy of what a JSON file holds, or a loader made of it, without the fields that name code or files."""
+    """Copy the content of a JSON file, or what a loader made of it, without the fields that name code or files."""
     if isinstance(content, dict):
-        return {
-            name: without_references(value)
-            for name, value in content.items()
-            if not _is_code(str(name), value) and not (isinstance(value, str) and FOREIGN_CLASS.search(value))
-        }
+        kept = {name: value for name, value in content.items() if not _is_code(str(name), value)}
+        return {name: without_references(value) for name, value in kept.items() if not _is_foreign(value)}
     if isinstance(content, list):
-        return [
-            without_references(value)
-            for value in content
-            if not (isinstance(value, str) and FOREIGN_CLASS.search(value))
-        ]
+        return [without_references(value) for value in content if not _is_foreign(value)]
     return content
+
+
+def _is_foreign(value) -> bool:
+    return isinstance(value, str) and FOREIGN_CLASS.search(value) is not None
 
 
 def _is_code(name: str, value) -> bool:
@@ -77,7 +74,7 @@ def _is_code(name: str, value) -> bool:
 
 
 def _foreign_classes(value, own_modules: Collection[str], path: str) -> Iterator[str]:
-    """The same for the value of `auto_map`: a class, or a list or dict of classes, some of them null."""
+    """Find foreign references in the value of `auto_map`: a class, or a list or dict of classes and nulls."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _foreign_classes(inner, own_modules, f"{path}.{name}")

@@ -1,6 +1,6 @@
 """The output folder of a training run: whole checkpoints, and never a mix of two runs.
 
-torch is imported where it is used, so that a bad folder is refused at once.
+Functions import torch where they use it, so that a bad folder is refused at once.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from .staging import NEW, OLD, Input, check_target, locked, open_stage, replace,
 if TYPE_CHECKING:
     import torch
 
-# What a run leaves in its output folder, and the next run must not mix with its own.
+# Results of a run in its output folder, which the next run must not mix with its own.
 RESULTS = (
     "model*.safetensors*",
     "pytorch_model*.bin*",
@@ -36,13 +36,13 @@ RESULTS = (
     "errors.csv",
     "predictions.csv",
 )
-# What the next run replaces even where there are no results, since it would pass for its own.
-REPLACED = (*RESULTS, *TOKENIZER_FILES, ".final")
+# The folder in which a finished model is written before its files are moved.
+STAGE = ".final"
+# Files that the next run replaces even without results beside them, since they would pass for its own.
+REPLACED = (*RESULTS, *TOKENIZER_FILES, STAGE)
 NUMBERED = re.compile(r"(checkpoint|seed)-[0-9]+")
 
-# Where a finished model is written before its files are moved.
-STAGE = ".final"
-# In an output folder's stage: a run that is to replace the results there.
+# The folder, in an output folder's stage, of a run that will replace the results there.
 RUN = "run"
 
 
@@ -51,8 +51,8 @@ class Run:
     """A run with its output folder.
 
     Attributes:
-        folder: what the user named.
-        work: where the run writes: the folder, or, while that keeps the results of an earlier run, a stage beside it.
+        folder: the output folder.
+        work: the folder to write to: the output folder, or a stage beside it while that keeps an earlier run's results.
         checkpoint: to resume from; None: start at step 0.
     """
 
@@ -61,12 +61,12 @@ class Run:
     checkpoint: Optional[str]
 
     def publish(self, model: Path, keep_checkpoints: bool) -> None:
-        """End the run: its model becomes what the folder holds, in one step where that held results before.
+        """Move the model into the output folder, replacing earlier results in one step.
 
         Files in the folder that are not results of a run stay there.
 
         Args:
-            model: a folder in `work` with the files of the model, which are moved.
+            model: a folder in `work` with the files of the model.
             keep_checkpoints: do not remove the numbered checkpoints of the run.
         """
         for path in model.iterdir():
@@ -94,7 +94,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Check an output folder, make it, and keep other runs out of it until the block ends.
 
-    Results of an earlier run stay until `Run.publish`. A run that replaces some and is killed can be resumed.
+    Results of an earlier run stay until `Run.publish`. A killed run that was to replace them can be resumed.
 
     Args:
         folder: of the run.
@@ -104,16 +104,16 @@ def open_run(
         **inputs: as `check_apart` takes them.
 
     Yields:
-        The run. If the block raises, a folder that was made for it and is empty is removed.
+        The run. If the block raises, a folder that was made for it is removed if it is empty.
 
     Raises:
-        ValueError: the folder is a file, cannot be written, or holds an input, another run, or results and neither is
-            given; both are given, the run is over already, or the checkpoint is not whole.
+        ValueError: the folder is a file, cannot be written, or holds an input, another run, or results that neither
+            `overwrite` nor `resume` allows; both are given, the run is over, or the checkpoint is not whole.
     """
     folder = _check_folder(folder, overwrite, resume, inputs)
     beside = stage_of(folder) / RUN
     with contextlib.ExitStack() as stack:
-        if stage_of(folder).exists():  # what a killed run had moved away is put back first
+        if stage_of(folder).exists():  # this puts back the results that a killed run had moved away
             with open_stage(folder, "output_dir"):
                 pass
         stack.enter_context(_made(folder))
@@ -143,7 +143,7 @@ def open_run(
                 )
             checkpoint, held = _link_checkpoints(folder, checkpoint, beside)
         work.mkdir(exist_ok=True)
-        shutil.rmtree(work / STAGE, ignore_errors=True)  # of a run that was killed while it wrote its model
+        shutil.rmtree(work / STAGE, ignore_errors=True)  # left by a run that was killed while it wrote its model
         if work == beside:
             stack.callback(_clear_unless, resumable, work, held)
             print(
@@ -156,11 +156,7 @@ def open_run(
 def check_output(
     folder: Path, overwrite: bool, resume: Optional[str] = None, resumable: bool = False, **inputs: Input
 ) -> None:
-    """Refuse early what `open_run` would refuse, as far as that can be seen without a lock or a change to any folder.
-
-    Args:
-        folder, overwrite, resume, resumable, **inputs: as `open_run` takes them.
-    """
+    """Refuse early what `open_run` would refuse, as far as possible without a lock or a change to any folder."""
     folder = _check_folder(folder, overwrite, resume, inputs)
     if not overwrite and not resume:
         _refuse_results(folder, resumable)
@@ -184,18 +180,18 @@ def _refuse_results(folder: Path, resumable: bool) -> None:
 
 
 def _clear_unless(resumable: bool, work: Path, held: set[str]) -> None:
-    """Clear an unfinished run that cannot be resumed, or has no checkpoint besides those that it began with."""
+    """Clear an unfinished run that cannot be resumed, or has no checkpoint besides those that it started with."""
     if not resumable or {path.name for path in numbered(work)} <= held:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _link_checkpoints(folder: Path, checkpoint: str, beside: Path) -> tuple[str, set[str]]:
-    """Begin a run that goes on from a finished one beside that: with its checkpoints, but for later ones.
+    """Start a run beside a finished one that it continues, with links to that run's checkpoints up to this one.
 
-    The run would write those again, through a link into the old results.
+    The new run would write a later checkpoint again, through a link into the old results.
 
     Returns:
-        The checkpoint to resume from, in the new folder if it was in the old one, and the names of what was linked.
+        The checkpoint to resume from, in the new folder if it was in the old one, and the names of the linked folders.
     """
     start, new = Path(os.path.realpath(checkpoint)), stage_of(folder) / NEW
     kept = [path for path in numbered(folder, "checkpoint") if number_of(path) <= number_of(start)]
@@ -209,7 +205,7 @@ def _link_checkpoints(folder: Path, checkpoint: str, beside: Path) -> tuple[str,
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder; if the block raises, remove what was made, parent folders too, where that is empty."""
+    """Make a folder and its parents; if the block raises, remove those that were made and are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         try:
@@ -227,7 +223,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _checkpoint_of(work: Path, finished: list[str], resume: Optional[str]) -> Optional[str]:
-    """The checkpoint that a run is to resume from, see `open_run`."""
+    """Find the checkpoint to resume from, see `open_run`."""
     if resume != "last":
         fault = resume and find_fault(Path(resume))
         if fault:
@@ -245,24 +241,24 @@ def _checkpoint_of(work: Path, finished: list[str], resume: Optional[str]) -> Op
 
 
 def numbered(folder: Path, kind: str = "") -> list[Path]:
-    """The folders `checkpoint-N` and `seed-N` in a folder that hold something, by their kind and number."""
+    """List the folders `checkpoint-N` and `seed-N` in a folder that are not empty, sorted by kind and number."""
     paths = [path for path in folder.glob(f"{kind}*-*") if NUMBERED.fullmatch(path.name) and not path.is_symlink()]
     paths = [path for path in paths if path.is_dir() and any(path.iterdir())]
     return sorted(paths, key=lambda path: (path.name.partition("-")[0], number_of(path)))
 
 
 def number_of(path: Path) -> int:
-    """The number of a folder as `numbered` finds them; -1 for any other."""
+    """Return the number of a folder that `numbered` finds; -1 for any other."""
     return int(path.name.partition("-")[2]) if NUMBERED.fullmatch(path.name) else -1
 
 
 def results_of(folder: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
-    """What earlier runs left in a folder."""
+    """List the numbered folders and the results of earlier runs in a folder."""
     return numbered(folder) + [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Link all but the results of a run into another folder on the same disk, except where a name is taken."""
+    """Link everything but the results of a run into another folder on the same disk, unless its name is taken there."""
     results = results_of(source, REPLACED)
     for path in source.iterdir() if source.exists() else ():
         if path in results or os.path.lexists(target / path.name):
@@ -281,7 +277,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Optional[str]:
-    """The newest whole checkpoint of a run, or None; prints which ones are skipped and why."""
+    """Find the newest whole checkpoint of a run, or None; print which ones are skipped and why."""
     for path in reversed(numbered(folder, "checkpoint")):
         fault = find_fault(path)
         if fault is None:
@@ -291,11 +287,7 @@ def newest_checkpoint(folder: Path) -> Optional[str]:
 
 
 def find_fault(checkpoint: Path) -> Optional[str]:
-    """Why a run cannot resume from a checkpoint: a missing or truncated file, or weights that are not finite.
-
-    Returns:
-        The reason, or None for a whole checkpoint.
-    """
+    """Say why a run cannot resume from a checkpoint, or None: a missing or damaged file, or weights not finite."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:  # written last
@@ -306,15 +298,14 @@ def find_fault(checkpoint: Path) -> Optional[str]:
         return "trainer_state.json is cut off"
     if not is_state(state):
         return "trainer_state.json is not a trainer's state"
-    paths = list(checkpoint.rglob("*"))
-    odd = next((path for path in paths if not path.is_file() and not path.is_dir()), None)
-    if odd is not None:
-        return f"{odd.name} is not a file"
-    files = [path for path in paths if path.is_file()]
     for kind in ("scheduler*", "optimizer*", "*model*"):
         if not any(checkpoint.glob(kind)):
             return f"no file {kind}"
-    for path in files:
+    for path in checkpoint.rglob("*"):
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            return f"{path.name} is not a file"
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             return f"{path.name} is cut off"
         if path.suffix in (".distcp", ".metadata") and not path.stat().st_size:
@@ -334,7 +325,7 @@ def find_fault(checkpoint: Path) -> Optional[str]:
 
 
 def is_state(content) -> bool:
-    """Whether the content of a JSON file is a trainer's state, as far as a run reads it."""
+    """Check whether the content of a JSON file is a trainer's state, as far as a run reads it."""
     from transformers import TrainerState
 
     known = {field.name for field in dataclasses.fields(TrainerState)}
@@ -356,7 +347,7 @@ def is_state(content) -> bool:
 
 
 def is_finite(*tensors: "torch.Tensor") -> bool:
-    """Whether all values are finite; synchronizes with the device once."""
+    """Check whether all values are finite, with one synchronization of the device."""
     import torch
 
     parts = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]  # FSDP's parts are DTensors

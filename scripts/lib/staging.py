@@ -20,22 +20,20 @@ except ImportError:  # Windows: two runs that write the same target at once are 
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-# Inside a stage: the content that is to replace the target, and the content that it replaces.
+# Folders in a stage: the new content of the target, and the old content that it replaces.
 NEW, OLD = "new", "old"
 
-# What a script reads: a name, a pattern, a Hub id, several of these, or nothing.
+# An input of a script: a name, a pattern, a Hub id, several of these, or nothing.
 Input = Union[None, str, Path, Sequence[str]]
 
 
 def check_apart(output: Optional[Path], argument: str, **inputs: Input) -> None:
-    """Refuse an output that is, or holds, something that the same script reads. Every script asks this first.
-
-    Links, patterns and other spellings of a path are followed on both sides.
+    """Refuse an output that is or holds an input of the same script, whatever links, patterns or spellings name it.
 
     Args:
-        output: the file or folder that is written; None: nothing is.
-        argument: what the user calls the output.
-        **inputs: what the user calls each input, and its names; those that are nothing here, such as Hub ids, pass.
+        output: the file or folder to write; None: nothing is written.
+        argument: the name of the output on the command line.
+        **inputs: the inputs by their names on the command line; those that do not exist here, such as Hub ids, pass.
 
     Raises:
         ValueError: an input would be lost; names both.
@@ -56,8 +54,8 @@ def check_apart(output: Optional[Path], argument: str, **inputs: Input) -> None:
 
 
 def _places(source: str) -> Iterator[Path]:
-    """The paths of an input: its files, what they link to, and what links inside a folder point to."""
-    # A local `datasets` folder may be followed by a config and a split.
+    """List the paths of an input: its files, and the targets of links to them and in its folders."""
+    # The name of a local `datasets` folder may be followed by a config and a split.
     for name in {source, source.partition(":")[0]} - {""}:
         name = os.path.expanduser(name)
         for found in [name] if os.path.exists(name) else glob.iglob(name, recursive=True):
@@ -69,16 +67,13 @@ def _places(source: str) -> Iterator[Path]:
 
 
 def check_target(target: Path, argument: str, **inputs: Input) -> Path:
-    """Refuse an output folder that is a file, or that holds an input, as what a killed run left beside it may.
+    """Refuse an output folder that is a file, or that holds an input, itself or in what a killed run left beside it.
 
     Args:
-        target, argument, **inputs: as `staged_folder` takes them.
+        target, argument, **inputs: see `staged_folder`.
 
     Returns:
         The folder, links followed.
-
-    Raises:
-        ValueError: see above; names both.
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
@@ -94,18 +89,18 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder beside the target, which replaces the target if the block succeeds.
 
-    The stage is a hidden folder with a name that follows from the target's. What a killed run left in it is cleared by
-    the next run of the same target, and an old target that was on its way out is put back first.
+    The stage is a hidden folder whose name follows from the target's. The next run of the same target clears what a
+    killed run left there, and first puts back an old target that the killed run had moved there.
 
     Args:
-        target: the folder to make; of a symbolic link, the folder that it points to.
-        overwrite: replace a target that exists and holds files.
-        argument: what the user calls the target.
+        target: the folder to make; for a symbolic link, the folder that it points to.
+        overwrite: replace a target that holds files.
+        argument: the name of the target on the command line.
         own: names of the folders that a target of this kind holds.
         **inputs: as `check_apart` takes them; `source=args.source, data=args.data`.
 
     Yields:
-        The folder to write to. It is removed when the block raises; the target is then as it was.
+        The folder to write to. If the block raises, it is removed, and the target stays as it was.
 
     Raises:
         ValueError: the target exists and `overwrite` is not set, it is a file or cannot be made, it holds
@@ -123,7 +118,7 @@ def staged_folder(
         if content and not overwrite:
             raise ValueError(f"{argument}: {target} exists and is not an empty folder; pass --overwrite to replace it")
         folders = [path.name for path in content if path.is_dir() and path.name not in own]
-        if folders:  # a home, a checkout, a run: nothing that a script here has written whole
+        if folders:  # the target is a home, a checkout or a run, which no staged folder of ours made
             raise ValueError(
                 f"{argument}: {target} holds the folder {folders[0]}, and only a folder without subfolders is replaced"
             )
@@ -138,12 +133,12 @@ def staged_folder(
 
 @contextlib.contextmanager
 def staged_file(target: Union[str, Path]) -> Iterator[Path]:
-    """Yield a name beside a file, for another one that replaces it if the block succeeds; of a device, its own."""
+    """Yield a name beside a file for its new content, which replaces it if the block succeeds."""
     target = Path(os.path.realpath(target))
-    if target.exists() and not target.is_file():
+    if target.exists() and not target.is_file():  # a device, such as /dev/stdout
         yield target
         return
-    new = target.with_name(f".new-{target.name}")  # libraries read the kind of a picture from its end
+    new = target.with_name(f".new-{target.name}")  # libraries choose a picture's format by its suffix
     try:
         yield new
         os.replace(new, target)
@@ -152,16 +147,13 @@ def staged_file(target: Union[str, Path]) -> Iterator[Path]:
 
 
 def stage_of(target: Path) -> Path:
-    """The hidden folder beside a target in which its replacement is written, so that both are on one disk."""
+    """Return the hidden folder beside a target, and so on its disk, in which its replacement is written."""
     return target.parent / f".{target.name}.stage"
 
 
 @contextlib.contextmanager
 def open_stage(target: Path, argument: str) -> Iterator[Path]:
-    """Make a target's stage and hold a lock on it.
-
-    What is `NEW` or `OLD` there, left by a killed run or by this one, is put back or cleared at both ends, and a stage
-    that is then empty is removed.
+    """Make a target's stage and hold a lock on it; call `put_back` at both ends, and remove the stage if it is empty.
 
     Raises:
         ValueError: another run holds the lock, or the stage cannot be made.
@@ -192,7 +184,7 @@ def open_stage(target: Path, argument: str) -> Iterator[Path]:
 
 
 def put_back(target: Path, stage: Path) -> None:
-    """Put an old target back that no new one has replaced, and clear what has no use any more."""
+    """Put back an old target that no new one has replaced, and clear the rest of what a run left in its stage."""
     old, new = stage / OLD, stage / NEW
     if old.exists() and not target.exists():
         os.rename(old, target)
@@ -210,7 +202,7 @@ def replace(target: Path, stage: Path, argument: str) -> None:
     """Replace the target with `NEW` from the stage, which then holds the old content.
 
     Raises:
-        ValueError: another program created the target where the two could not be exchanged in one step.
+        ValueError: another program created the target while the two could not be exchanged in one step.
     """
     new = stage / NEW
     if not target.exists():
@@ -228,12 +220,12 @@ def replace(target: Path, stage: Path, argument: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, argument: str, target: Optional[Path] = None) -> Iterator[Optional[int]]:
-    """Hold a lock on a folder, which ends with this process.
+    """Hold a lock on a folder until the block or this process ends.
 
     Args:
         folder: to lock.
-        argument: what the user calls the target.
-        target: what is written; None: the folder itself.
+        argument: the name of the target on the command line.
+        target: for the message; None: the folder itself.
 
     Yields:
         The descriptor that holds the lock, None on Windows.
@@ -267,12 +259,12 @@ def _unlock_child() -> None:
         os.close(_descriptors.pop())
 
 
-if fcntl is not None:  # a process that prepares batches would keep the lock for as long as it outlives a killed run
+if fcntl is not None:  # a process that prepares batches may outlive a killed run, and would keep the lock
     os.register_at_fork(after_in_child=_unlock_child)
 
 
 def _signature(folder: Path) -> Optional[list[tuple]]:
-    """A value that changes when a folder or something in it changes; None where there is no folder."""
+    """Return a value that changes when a folder or something in it changes; None for a missing folder."""
     if not folder.exists():
         return None
     paths = [folder, *sorted(folder.iterdir())]
@@ -282,7 +274,7 @@ def _signature(folder: Path) -> Optional[list[tuple]]:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two paths atomically; returns False if the system cannot."""
+    """Exchange two paths atomically; return False if the system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28
@@ -292,7 +284,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def make_readable(folder: Path) -> None:
-    """Give all files and folders default permissions; some libraries write files that only the owner can read."""
+    """Give all files and folders the default permissions; some libraries write files that only the owner can read."""
     rights = folder.stat().st_mode & 0o777
     for path in folder.rglob("*"):
         path.chmod(rights if path.is_dir() else rights & 0o666)
