@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Optional
 from urllib.parse import unquote
 
-from lib.cli import Parser, command, one_line, run, say_end
+from lib.cli import Parser, command, listed, one_line, run, say_end
 from lib.common import (
     CODE_FILES,
     LARGEST_CARD,
@@ -145,8 +145,7 @@ def checked_weights(folder: Path) -> list[str]:
         said = read_json(folder / names[0])["weight_map"]
         wrong = sorted(key for key in {*said, *held} if said.get(key) != held.get(key))
         if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"folder: {names[0]} and the shards disagree about {', '.join(wrong[:3])}{more}")
+            raise ValueError(f"folder: {names[0]} and the shards disagree about {listed(wrong, 3)}")
     prefix = "bert.encoder.layer." if any(name.startswith("bert.") for name in held) else "encoder.layer."
     check_layers(held, read_json(folder / "config.json").get("num_hidden_layers"), prefix)
     return names

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from .cli import listed
 from .common import (
     check_layers,
     copy_tokenizer,
@@ -30,11 +31,12 @@ from .common import (
     say_float32,
     write_json,
 )
-from .records import find_files, read_texts
+from .records import read_texts
 
 Weights = dict[str, torch.Tensor]
 
-SHORTEST = 8  # tokens of a window: with fewer, [CLS] and [SEP] are most of what the blocks are fitted on
+# The fewest tokens of a window; in a shorter one, the blocks would be fitted mostly on [CLS] and [SEP].
+SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LayerReport:
         mean: of v·x over the tokens; 1 would be exact.
         std: of v·x over the tokens; 0 would be exact.
         inner_error: ‖new − old‖ / ‖old‖ of the feed-forward output, before residual and LayerNorm.
-        block_error: the same after them, which is what the next layer sees.
+        block_error: the same after them, in the next layer's input.
     """
 
     layer: int
@@ -63,11 +65,11 @@ class LayerReport:
 
 
 def read_source(weights: Weights, config: dict) -> Weights:
-    """Normalize the names of a BERT state dict and check its shapes.
+    """Normalize the names of a BERT's weights, and check their shapes.
 
     Args:
-        weights: as `load_weights` returns it, with or without `bert.`.
-        config: the source's config.json.
+        weights: as `load_weights` returns them, with or without `bert.`.
+        config: fields of the source's config.json.
 
     Returns:
         float32 tensors; encoder names without `bert.`, the MLM head as `cls.predictions.…`.
@@ -85,13 +87,12 @@ def read_source(weights: Weights, config: dict) -> Weights:
     expected = source_shapes(config, "cls.predictions.transform.dense.weight" in named)
     missing = [name for name in expected if name not in named]
     if missing:
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        raise ValueError(f"source: expected the weights of a BERT, but it lacks {', '.join(missing[:8])}{more}")
-    vocabulary = {"cls.predictions.decoder.weight": "VE", "cls.predictions.decoder.bias": "V"}
-    expected |= {name: shape for name, shape in {**vocabulary, "cls.predictions.bias": "V"}.items() if name in named}
+        raise ValueError(f"source: expected the weights of a BERT, but it lacks {listed(missing, 8)}")
+    optional = {"decoder.weight": "VE", "decoder.bias": "V", "bias": "V"}
+    expected |= {f"cls.predictions.{name}": optional[name] for name in optional if f"cls.predictions.{name}" in named}
     sizes = {"E": config["hidden_size"], "F": config["intermediate_size"], "V": config["vocab_size"]}
     for name, letters in expected.items():
-        # Any number of positions and token types will do.
+        # Any number of positions and token types is right.
         free = named[name].shape[0] if named[name].dim() else 0
         shape = [sizes.get(letter, free) for letter in letters]
         if list(named[name].shape) != shape:
@@ -100,14 +101,11 @@ def read_source(weights: Weights, config: dict) -> Weights:
 
 
 def source_shapes(config: dict, has_head: bool) -> dict[str, str]:
-    """Names and shapes of the weights that a BERT must have.
+    """List the weights that a BERT must have, with their shapes in the letters E, F, V and * (any number).
 
     Args:
-        config: the source's config.json.
+        config: fields of the source's config.json.
         has_head: whether it has an MLM head.
-
-    Returns:
-        Name to shape, in the letters E (hidden), F (intermediate), V (vocabulary) and * (any).
     """
     modules = {"embeddings.LayerNorm": "E"}
     for layer in range(config["num_hidden_layers"]):
@@ -125,14 +123,7 @@ def source_shapes(config: dict, has_head: bool) -> dict[str, str]:
 
 
 def convert_embeddings(source: Weights) -> Weights:
-    """Copy the embeddings, adding the mean position embedding to each token type.
-
-    Args:
-        source: as `read_source` returns it.
-
-    Returns:
-        The embeddings' tensors under the target's names.
-    """
+    """Copy the embeddings under the target's names, and add the mean position embedding to each token type."""
     kept = ("word_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
     converted = {f"bert.embeddings.{name}": source[f"embeddings.{name}"] for name in kept}
     mean_position = source["embeddings.position_embeddings.weight"].mean(dim=0)
@@ -142,16 +133,7 @@ def convert_embeddings(source: Weights) -> Weights:
 
 
 def convert_layer(source: Weights, old: int, new: int) -> Weights:
-    """Convert an encoder layer except its feed-forward gate and value.
-
-    Args:
-        source: as `read_source` returns it.
-        old: number of the layer in the source.
-        new: number of the layer in the target.
-
-    Returns:
-        The layer's tensors under the target's names, `mlp.gated_layers.weight` missing.
-    """
+    """Convert layer `old` of the source to layer `new` of the target, except for `mlp.gated_layers.weight`."""
     there, here = f"encoder.layer.{old}.", f"bert.encoder.layer.{new}."
     converted = {}
     for kind in ("weight", "bias"):
@@ -176,10 +158,10 @@ def fit_constant(inputs: torch.Tensor, ridge: float) -> torch.Tensor:
         ridge: added to the diagonal of the normal equations, in units of its mean; 0 asks for the exact solution.
 
     Returns:
-        float32 [E]. Solved in float64.
+        float32 [E], solved in float64.
 
     Raises:
-        ValueError: without a ridge there is no single solution.
+        ValueError: the ridge is too small for a single solution.
     """
     inputs = inputs.double()
     gram = inputs.T @ inputs
@@ -205,10 +187,10 @@ def fold_bias(weight: torch.Tensor, bias: torch.Tensor, constant: torch.Tensor) 
 
 
 def fit_block(mlp, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor], held_out, ridge: float):
-    """Fit a gated block to its inputs.
+    """Set the `gated_layers` of a gated block by a fit to its inputs.
 
     Args:
-        mlp: the block, whose `gated_layers` are set.
+        mlp: the block.
         hidden: float32 [T, E], its inputs.
         dense: W1, float32 [F, E], and b1, float32 [F].
         held_out: bool [T], the tokens to report on; the fit uses the others.
@@ -232,17 +214,14 @@ def fit_block(mlp, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor
 def fit_encoder(
     model, source: Weights, layers: list[int], windows: list[torch.Tensor], ridge: float
 ) -> list[LayerReport]:
-    """Run the model once and fit each feed-forward block to its input.
+    """Run the model once, and fit each feed-forward block to its input.
 
     Args:
         model: a MosaicBERT in eval mode with all of the source's weights except the gated layers.
         source: as `read_source` returns it.
-        layers: which layer of the source each layer of the model comes from.
+        layers: the layer of the source that each layer of the model comes from.
         windows: int64 [S] token ids each; every fifth is held out.
         ridge: see `fit_constant`.
-
-    Returns:
-        One report per layer.
     """
     ids = pad_sequence(windows, batch_first=True)
     mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True).bool()
@@ -265,17 +244,7 @@ def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
 
 
 def convert_head(source: Weights) -> Weights:
-    """Copy the source's MLM head.
-
-    Args:
-        source: as `read_source` returns it, with a head.
-
-    Returns:
-        The target's `cls.…` tensors.
-
-    Raises:
-        ValueError: the source's decoder is not tied to its embeddings.
-    """
+    """Copy the source's MLM head under the target's names; raise ValueError if it is not tied to the embeddings."""
     embeddings = source["embeddings.word_embeddings.weight"]
     if not torch.equal(source.get("cls.predictions.decoder.weight", embeddings), embeddings):
         raise ValueError("source: its MLM decoder is not tied to its embeddings; MosaicBERT's is")
@@ -288,14 +257,11 @@ def convert_head(source: Weights) -> Weights:
 
 
 def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
-    """Make a new MLM head.
+    """Make a new MLM head, the target's `cls.…` tensors.
 
     Args:
         embeddings: float32 [V, E], the word embeddings.
         counts: int64 [V], how often each token occurs in the text.
-
-    Returns:
-        The target's `cls.…` tensors.
     """
     width = embeddings.shape[1]
     return {
@@ -309,11 +275,7 @@ def new_head(embeddings: torch.Tensor, counts: torch.Tensor) -> Weights:
 
 
 def token_counts(paths: list[str], tokenizer, length: int, num_tokens: int, vocab_size: int) -> torch.Tensor:
-    """Count how often each token occurs in text; arguments as for `read_windows`, and V.
-
-    Returns:
-        int64 [V], zero for special tokens.
-    """
+    """Count how often each token but the special ones occurs in the text of `read_windows`, int64 [V]."""
     windows = read_windows(paths, tokenizer, length, num_tokens)
     counts = torch.bincount(torch.tensor(list(itertools.chain(*windows))), minlength=vocab_size)
     counts[tokenizer.all_special_ids] = 0
@@ -321,19 +283,19 @@ def token_counts(paths: list[str], tokenizer, length: int, num_tokens: int, voca
 
 
 def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> list[list[int]]:
-    """Cut text into windows, an equal share of each file.
+    """Cut text into windows, an equal share from each file.
 
     Args:
         paths: files for `read_texts`.
         tokenizer: a fast tokenizer.
-        length: maximum tokens per window, special tokens included.
+        length: maximum number of tokens in a window, special tokens included.
         num_tokens: approximate number of tokens to read.
 
     Returns:
         Token ids of each window, special tokens included.
 
     Raises:
-        ValueError: the files hold too little text, or `length` leaves no room for any.
+        ValueError: the files hold too little text, or `length` is too small.
     """
     if length < SHORTEST:
         raise ValueError(f"max_length: expected at least {SHORTEST} tokens, got {length}")
@@ -341,7 +303,7 @@ def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> l
     for path in tqdm(paths, desc="text", unit="file", disable=None):
         quota = num_tokens / len(paths)
         for text in read_texts([path]):
-            # Four windows per document, so that no book fills its file's share.
+            # Four windows of each document, so that no book fills its file's share.
             encoded = tokenizer(
                 text[: 40 * length], max_length=length, truncation=True, return_overflowing_tokens=True, verbose=False
             )
@@ -355,16 +317,7 @@ def read_windows(paths: list[str], tokenizer, length: int, num_tokens: int) -> l
 
 
 def convert_config(config: dict, num_layers: int, vocab_size: int, num_types: int) -> dict:
-    """Choose the fields of the target's config.
-
-    Args:
-        config: the source's config.json.
-        num_layers: L.
-        vocab_size: V, padded.
-        num_types: token types.
-
-    Returns:
-        Arguments for MosaicBERT's `BertConfig`.
+    """Choose the fields of the target's config from those of the source's.
 
     Raises:
         ValueError: the feed-forward activation is not exact GELU, or positions are not learned absolute ones.
@@ -376,19 +329,6 @@ def convert_config(config: dict, num_layers: int, vocab_size: int, num_types: in
     kept += ("initializer_range", "intermediate_size", "layer_norm_eps", "num_attention_heads", "pad_token_id")
     fields = {name: config[name] for name in kept if name in config}
     return {**fields, "num_hidden_layers": num_layers, "vocab_size": vocab_size, "type_vocab_size": num_types}
-
-
-@torch.no_grad()
-def load_rows(model, weights: Weights) -> None:
-    """Copy weights into a model whose vocabulary may be larger; the extra rows become zero.
-
-    Args:
-        model: a MosaicBERT.
-        weights: some of its tensors, by name.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in weights.items():
-        parameters[name].zero_()[: len(tensor)].copy_(tensor)
 
 
 def convert(
@@ -407,19 +347,15 @@ def convert(
         source: a BERT's folder with its tokenizer.
         target: folder to fill; made when it does not exist.
         texts: files for `read_texts`.
-        layers: which encoder layers to keep; None: all.
+        layers: the encoder layers to keep; None: all.
         multiple: the vocabulary size becomes a multiple of this.
-        length: maximum tokens per window.
+        length: maximum number of tokens in a window of text.
         tokens: approximate number of tokens to fit and report on.
         ridge: see `fit_constant`.
 
-    Returns:
-        One report per layer.
-
     Raises:
-        ValueError: the source is no BERT that can be converted, or `layers` names one that it lacks.
+        ValueError: the source is no BERT that can be converted, or lacks one of the `layers`.
     """
-    texts = find_files(texts)
     if not (source / "config.json").is_file():
         raise ValueError(f"source: expected a config.json in {source}")
     config = read_json(file_inside(source, "config.json"))
@@ -446,7 +382,9 @@ def convert(
     converted = {**convert_embeddings(weights), **head}
     for new, old in enumerate(layers):
         converted.update(convert_layer(weights, old, new))
-    load_rows(model, converted)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in converted.items():
+        parameters[name].data.zero_()[: len(tensor)].copy_(tensor)  # rows that pad the vocabulary become zero
     lower_unused_biases(model, entries)
     windows = [torch.tensor(window) for window in read_windows(texts, tokenizer, length, tokens)]
     reports = fit_encoder(model, weights, layers, windows, ridge)

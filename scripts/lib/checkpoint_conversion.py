@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from .cards import write_card
+from .cli import listed
 from .common import (
     LABELS,
     TOKENIZER_FILES,
@@ -53,13 +54,13 @@ EMBEDDING = "bert.embeddings.word_embeddings.weight"
 
 @dataclass
 class Checkpoint:
-    """What was found at the source.
+    """The content of a source.
 
     Attributes:
         weights: as saved.
         config: fields of config.json.
         folder: may hold tokenizer files and a card.
-        tokenizer_files: name to content (text) of tokenizer files stored inside a Composer checkpoint.
+        tokenizer_files: name to text of the tokenizer files inside a Composer checkpoint.
         revision: commit of a Hub id, or None.
     """
 
@@ -71,13 +72,7 @@ class Checkpoint:
 
 
 def read_composer(path: Path) -> Checkpoint:
-    """Open a Composer checkpoint.
-
-    Args:
-        path: the `.pt` file, holding `state/model/model.*`.
-
-    Returns:
-        Its weights without the `model.` prefix, and the config and tokenizer files stored in it or beside it.
+    """Open a Composer checkpoint (`.pt`), whose weights are under `state/model/model.*`.
 
     Raises:
         ValueError: the file holds pickled objects besides tensors and numbers, or no model.
@@ -114,29 +109,21 @@ def read_composer(path: Path) -> Checkpoint:
 
 
 def entry(content, *names: str):
-    """The value under a path of keys in nested dicts, or None."""
+    """Return the value under a path of keys in nested dicts, or None."""
     for name in names:
         content = content.get(name) if isinstance(content, dict) else None
     return content
 
 
 def read_config(folder: Path) -> dict:
-    """Read config.json of a folder.
-
-    Raises:
-        ValueError: there is none, or it is malformed.
-    """
+    """Read config.json of a source's folder; raise ValueError if there is none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"source: expected a config.json in {folder}; pass --config FILE")
     return read_json(file_inside(folder, "config.json"))
 
 
 def read_checkpoint(source: str, revision: Optional[str]) -> Checkpoint:
-    """Find and read the source: a Composer file, a folder, or a Hub id.
-
-    Raises:
-        ValueError: it is none of these or is incomplete.
-    """
+    """Find and read the source: a Composer file, a folder, or a Hub id; raise ValueError if it is incomplete."""
     if Path(source).is_file():
         return read_composer(Path(source))
     folder, commit = find_checkpoint(source, revision)
@@ -144,14 +131,7 @@ def read_checkpoint(source: str, revision: Optional[str]) -> Checkpoint:
 
 
 def family_names(weights: Weights) -> Weights:
-    """Rename every tensor to its name in this architecture.
-
-    Args:
-        weights: with or without `module.` and `bert.`.
-
-    Returns:
-        The same tensors; encoder names with `bert.`.
-    """
+    """Rename tensors with or without `module.` and `bert.` to their names in this architecture."""
 
     def rename(name: str) -> str:
         name = name.removeprefix("module.")
@@ -161,11 +141,7 @@ def family_names(weights: Weights) -> Weights:
 
 
 def choose_architecture(config: dict, weights: Weights) -> str:
-    """The model class of the weights, from the config or else from their names.
-
-    Returns:
-        A key of `MODEL_CLASSES`.
-    """
+    """Choose the model class, a key of `MODEL_CLASSES`, by the config or else by the names of the weights."""
     names = config.get("architectures")
     for name in names if isinstance(names, list) else ():
         name = str(name).removeprefix("Mosaic")  # as our config saves it, so that no library takes its own class
@@ -182,7 +158,7 @@ def choose_architecture(config: dict, weights: Weights) -> str:
 
 
 def model_config(config: dict, weights: Weights):
-    """Choose the fields of the new config: those of `BertConfig` and the labels of a task.
+    """Make a `BertConfig` of its own fields in the source's config and of the labels of a task.
 
     Other fields of a foreign config may lead loaders to code, kernels or quantizers, or have no meaning here. This
     architecture has no `max_position_embeddings`; loaders would truncate texts to it.
@@ -190,9 +166,6 @@ def model_config(config: dict, weights: Weights):
     Args:
         config: fields of the source's config.json.
         weights: as `family_names` returns them.
-
-    Returns:
-        A `BertConfig`.
 
     Raises:
         ValueError: a field has an invalid value, or there are fewer layers than the config says.
@@ -203,8 +176,8 @@ def model_config(config: dict, weights: Weights):
     if "classifier.weight" in weights and not fields.get("id2label"):
         fields["num_labels"] = len(weights["classifier.weight"])
     # Older code lost the tie on loading and trained the two separately.
-    apart = DECODER in weights and not torch.equal(weights[DECODER], weights.get(EMBEDDING, weights[DECODER]))
-    fields["tie_word_embeddings"] = not apart
+    decoder = weights.get(DECODER)
+    fields["tie_word_embeddings"] = decoder is None or torch.equal(decoder, weights[EMBEDDING])
     made = foreign_config(fields)
     check_layers(weights, made.num_hidden_layers, "bert.encoder.layer.")
     return made
@@ -213,15 +186,12 @@ def model_config(config: dict, weights: Weights):
 def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
     """Build the model with the checkpoint's weights.
 
-    Args:
-        checkpoint: as read.
-
     Returns:
         The model in eval mode, and the weights that only other classes of the family have (a pooler beside an
         MLM head).
 
     Raises:
-        ValueError: weights are missing, unknown, or of another shape; each is named.
+        ValueError: weights are missing, unknown, or of another shape; names them.
     """
     weights = family_names(checkpoint.weights)
     architecture = choose_architecture(checkpoint.config, weights)
@@ -233,22 +203,20 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
     if architecture == "BertModel":
         expected = {f"bert.{name}": tensor for name, tensor in expected.items()}
     extra = {name: weights[name] for name in weights if name.startswith("bert.pooler.") and name not in expected}
-    problems = []
-    missing = expected.keys() - weights.keys() - {DECODER}
-    unknown = weights.keys() - expected.keys() - extra.keys()
-    shapes = [
-        f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & weights.keys())
-        if weights[name].shape != expected[name].shape
-    ]
-    for problem, names in (("missing", sorted(missing)), ("unknown", sorted(unknown)), ("of another shape", shapes)):
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{problem}: {', '.join(names[:8])}{more}")
-    if problems:
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys() - {DECODER}),
+        "unknown": sorted(weights.keys() - expected.keys() - extra.keys()),
+        "of another shape": [
+            f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
+            for name in sorted(expected.keys() & weights.keys())
+            if weights[name].shape != expected[name].shape
+        ],
+    }
+    found = "; ".join(f"{problem}: {listed(names, 8)}" for problem, names in problems.items() if names)
+    if found:
         stock = any(name.endswith("attention.self.query.weight") for name in weights)
         hint = ". These are stock BERT's weights; convert_bert.py makes a warm start of them" if stock else ""
-        raise ValueError(f"source: the weights do not fit {architecture}; {'; '.join(problems)}{hint}")
+        raise ValueError(f"source: the weights do not fit {architecture}; {found}{hint}")
     own = {name: tensor for name, tensor in weights.items() if name not in extra}
     if len({tensor.dtype for tensor in own.values()}) > 1:
         own = {name: tensor.float() for name, tensor in own.items()}
@@ -260,7 +228,7 @@ def build_model(checkpoint: Checkpoint) -> tuple[torch.nn.Module, Weights]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Path):
-    """Write tokenizer files to the target.
+    """Write tokenizer files to the target, and set `pad_token_id` in the checkpoint's config if it is missing.
 
     Args:
         checkpoint: the source.
@@ -268,7 +236,7 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
         target: the target's folder.
 
     Returns:
-        The loaded tokenizer, or None when there are no files.
+        The loaded tokenizer, or None if there are no files.
     """
     argument, folder = "source", checkpoint.folder
     if tokenizer:
@@ -283,19 +251,22 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Optional[str], target: Pa
             raise ValueError(f"tokenizer: expected tokenizer.json, vocab.txt or vocab.json in {folder}")
         return None
     write_json(target / "config.json", {"model_type": "bert"})  # for tokenizers that do not name their class
-    return load_tokenizer(target, argument)
+    words = load_tokenizer(target, argument)
+    if checkpoint.config.get("pad_token_id") is None:
+        checkpoint.config["pad_token_id"] = words.pad_token_id
+    return words
 
 
 @torch.no_grad()
 def sample_outputs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """First output of the model (logits, or hidden states), floating."""
+    """Return the first output of the model, logits or hidden states."""
     if type(model).__name__ == "BertForMultipleChoice":
         ids, mask = ids[:, None], mask[:, None]
     return model(ids, attention_mask=mask, return_dict=False)[0]
 
 
 def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A small padded batch to compare outputs on.
+    """Make a small padded batch to compare outputs on.
 
     Args:
         tokenizer: or None.
@@ -306,7 +277,7 @@ def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tupl
         int64 [B, S] ids and int64 [B, S] mask.
 
     Raises:
-        ValueError: the files hold no text, or there is no tokenizer to read them with.
+        ValueError: the files hold no text, or there is no tokenizer for them.
     """
     if not texts:
         lengths = torch.tensor([64, 23, 1])
@@ -323,7 +294,7 @@ def sample_batch(tokenizer, texts: Optional[list[str]], vocab_size: int) -> tupl
 
 @torch.no_grad()
 def masked_loss(model, tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """Mean cross entropy in nats of a seeded 15% of the real tokens, each replaced by the mask token."""
+    """Compute the mean cross entropy in nats of a seeded 15% of the real tokens, each replaced by the mask token."""
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15) & mask.bool() & ~special
     masked = ids.masked_fill(chosen, tokenizer.mask_token_id)
@@ -331,14 +302,7 @@ def masked_loss(model, tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> floa
 
 
 def verify(before: torch.Tensor, model_folder: Path, architecture: str, ids: torch.Tensor, mask: torch.Tensor):
-    """Load the written repository as a user would and compare.
-
-    Args:
-        before: float32, the outputs of the source's weights.
-        model_folder: the new repository.
-        architecture: a key of `MODEL_CLASSES`.
-        ids: int64 [B, S].
-        mask: int64 [B, S].
+    """Load the new repository as a user would, and compare its outputs with those of the source, `before`.
 
     Returns:
         The loaded model, and the largest difference relative to the largest output.
@@ -375,14 +339,14 @@ def convert(
         revision: of a Hub id.
         config: a config.json to take instead of the source's.
         tokenizer: Hub id or folder of a tokenizer to take instead of the source's.
-        pad_vocab: make the vocabulary a multiple of this ; None: as it is.
+        pad_vocab: make the vocabulary a multiple of this; None: as it is.
         max_shard_size: largest weight file, such as `5GB`.
         license: for the card; None: what the source's card says.
         check: compare outputs before and after.
-        texts: files to take the comparison's text from; None: random tokens.
+        texts: files with the text of the comparison; None: random tokens.
 
     Returns:
-        What was done and found, a line each.
+        Lines that report what was done and found.
 
     Raises:
         ValueError: the source cannot be converted, or outputs differ.
@@ -392,8 +356,6 @@ def convert(
     if config is not None:
         checkpoint.config = read_json(config)
     words = write_tokenizer(checkpoint, tokenizer, target)
-    if words is not None and checkpoint.config.get("pad_token_id") is None:
-        checkpoint.config["pad_token_id"] = words.pad_token_id
     model, extra = build_model(checkpoint)
     architecture = type(model).__name__
     lines = [f"{architecture}, {sum(p.numel() for p in model.parameters()):,} parameters"]

@@ -331,6 +331,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Join up to `most` names, and count the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def say_end(made: str, *commands: str) -> None:
     """Print the last words of a script: what it made and where, and the commands that may follow."""
     print("\n  ".join([made + ("; next:" if commands else ""), *commands]), flush=True)
