@@ -50,18 +50,7 @@ def main() -> None:
         check_checkpoint(args.source)
         from lib.exporting import export  # after all that needs no torch
 
-        lines = export(
-            args.source,
-            stage,
-            args.format,
-            args.target.resolve().name,
-            list(dict.fromkeys(args.types)),
-            args.features,
-            args.chunked,
-            args.tokenizer,
-            args.revision,
-            args.license,
-        )
+        lines = export(args, stage)
     print("\n".join(lines))
     say_end(f"saved in {args.target}: the files above and README.md (its card), which shows how an engine reads them")
 

@@ -1,13 +1,13 @@
-"""From a checkpoint of the MosaicBERT family to the files of other engines: what export.py does once it has parsed its
-command line."""
+"""Export a checkpoint of the MosaicBERT family to the files of other engines: the work behind export.py."""
 
+import argparse
 import copy
 import importlib
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -15,11 +15,11 @@ from .cards import write_card
 from .checkpoint_conversion import build_model, read_checkpoint, write_tokenizer
 from .common import LIMITS, count_tokens, lower_unused_biases, read_json, write_json
 
-# Lengths of the texts in the batches that source and target are compared on: one token, one text, ragged, long.
+# Lengths of the texts in the batches on which source and target are compared: one token, one text, ragged, long.
 CHECKED_BATCHES = ((1,), (130,), (9, 1, 40), (3, 64, 1, 200, 17), (2048,))
-# Largest distance of outputs from the source's, as root mean squares; beyond it they are wrong, not rounded.
+# The largest relative root-mean-square error that rounding explains, by the type of the weights.
 FARTHEST = {"float32": 1e-4, "float16": 1e-2, "int8": 0.3}
-# Model classes to the pipelines that they serve, as the Hub and transformers.js call them.
+# The pipeline of each model class, as the Hub and transformers.js call it.
 TASKS = {
     "BertModel": "feature-extraction",
     "BertForMaskedLM": "fill-mask",
@@ -27,8 +27,7 @@ TASKS = {
     "BertForTokenClassification": "token-classification",
     "BertForQuestionAnswering": "question-answering",
 }
-# The model classes that the engines of each format support. None of their pipelines takes the several texts of a
-# multiple choice.
+# The model classes that the engines of each format support; none has a pipeline for multiple choice.
 SUPPORTED = {"onnx": tuple(TASKS), "gguf": ("BertModel",)}
 
 
@@ -39,7 +38,7 @@ class File(NamedTuple):
         name: its path in the target.
         kind: a key of `FARTHEST`.
         size: bytes.
-        found: what the comparison with the source found, in words.
+        found: the result of `Comparison.check`.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Comparison:
 
     Args:
         model: the source, float32, in eval mode.
-        num_tokens: rows of the vocabulary that have a token; the scores of the others are ignored.
+        num_tokens: vocabulary rows with a token; the scores of the others are ignored.
     """
 
     @torch.inference_mode()
@@ -71,15 +70,12 @@ class Comparison:
 
     @torch.inference_mode()
     def check(self, kind: str, answer: Callable) -> str:
-        """Compare a file.
+        """Compare a file with the source, and describe the difference in words.
 
         Args:
             kind: a key of `FARTHEST`.
-            answer: takes `input_ids`, `attention_mask` and `token_type_ids`, int64 [B, S], and returns the first
+            answer: a function from `input_ids`, `attention_mask` and `token_type_ids`, int64 [B, S], to the first
                 outputs of the model, or all.
-
-        Returns:
-            What was found, in words.
 
         Raises:
             ValueError: the outputs differ by more than rounding explains.
@@ -90,7 +86,7 @@ class Comparison:
                 output, truth = output[..., : self.last], truth[..., : self.last]
                 difference = (output - truth).abs()
                 distance = (difference.square().mean() / truth.square().mean()).sqrt().item()
-                if not distance <= FARTHEST[kind]:  # NaN is not
+                if not distance <= FARTHEST[kind]:  # true for NaN too
                     raise ValueError(
                         f"types: {kind} changes the outputs by {distance:.1e} of their root mean square, over "
                         f"{FARTHEST[kind]:.0e}; leave it out"
@@ -100,76 +96,55 @@ class Comparison:
         return f"outputs differ by {farthest:.1e} of their root mean square, at most by {largest:.1e} of the largest"
 
 
-def export(
-    source: str,
-    target: Path,
-    format: str,
-    name: str,
-    types: list[str],
-    features: bool = False,
-    chunked: bool = False,
-    tokenizer: Optional[str] = None,
-    revision: Optional[str] = None,
-    license: Optional[str] = None,
-) -> list[str]:
+def export(options: argparse.Namespace, target: Path) -> list[str]:
     """Export one checkpoint.
 
     Args:
-        source: Hub id, folder, or Composer file.
+        options: of the command line of export.py.
         target: folder to fill.
-        format: `onnx` or `gguf`.
-        name: of the model, for the names of GGUF files and for the card.
-        types: keys of `FARTHEST`, one file each.
-        features: export the encoder without its head.
-        chunked: ONNX: attend from some queries at a time.
-        tokenizer: Hub id or folder of a tokenizer to take instead of the source's.
-        revision: of a Hub id.
-        license: for the card; None: what the source's card says.
 
     Returns:
-        What was done and found, a line each.
+        Lines that report what was done and found.
 
     Raises:
         ValueError: the source cannot be exported, or a file gives other answers.
     """
+    format, name, types = options.format, options.target.resolve().name, list(dict.fromkeys(options.types))
     importlib.import_module(f".{format}_export", __package__)  # a missing package is reported before the work starts
-    checkpoint = read_checkpoint(source, revision)
-    words = write_tokenizer(checkpoint, tokenizer, target)
+    checkpoint = read_checkpoint(options.source, options.revision)
+    words = write_tokenizer(checkpoint, options.tokenizer, target)
     if words is None:
         raise ValueError("source: it holds no tokenizer; pass --tokenizer")
-    if checkpoint.config.get("pad_token_id") is None:
-        checkpoint.config["pad_token_id"] = words.pad_token_id
     model = build_model(checkpoint)[0].float()
     architecture = type(model).__name__
-    if features or (format == "gguf" and architecture == "BertForMaskedLM"):
+    if options.features or (format == "gguf" and architecture == "BertForMaskedLM"):
         model = model.base_model
     if type(model).__name__ not in SUPPORTED[format]:
         raise ValueError(
             f"source: {format.upper()} does not support the head of a {architecture}; --features exports its encoder"
         )
-    num_tokens = count_tokens(words, model.config.vocab_size, "tokenizer" if tokenizer else "source")
+    num_tokens = count_tokens(words, model.config.vocab_size, "tokenizer" if options.tokenizer else "source")
     if type(model).__name__ == "BertForMaskedLM":
         lower_unused_biases(model, num_tokens)
     comparison = Comparison(model, num_tokens)
     if format == "onnx":
-        files = write_onnx(model, words, target, types, chunked, comparison)
+        files = write_onnx(model, words, target, types, options.chunked, comparison)
     else:
         files = write_gguf(model, words, target, name, types, comparison)
     task = TASKS[type(model).__name__]
     limit = model.config.max_position_embeddings
     rows = "\n".join(f"| `{file}` | {kind} | {size / 1e6:,.1f} MB | {found} |" for file, kind, size, found in files)
-    made = f"`scripts/export.py --format {format}`"
-    metadata = {"library_name": {"onnx": "transformers.js", "gguf": "gguf"}[format], "pipeline_tag": task}
+    library = {"onnx": "transformers.js", "gguf": "gguf"}[format]
     write_card(
         target,
-        made,
-        source,
+        f"`scripts/export.py --format {format}`",
+        options.source,
         checkpoint.folder,
         checkpoint.revision,
-        license,
+        options.license,
         title=f"{name} in {format.upper()}",
         template=f"card_{format}.md",
-        metadata={**metadata, "tags": ["mosaicbert", format]},
+        metadata={"library_name": library, "pipeline_tag": task, "tags": ["mosaicbert", format]},
         task=task,
         files=rows,
         file=files[0].name,
@@ -182,21 +157,10 @@ def export(
 
 
 def write_onnx(model, tokenizer, target: Path, types: list[str], chunked: bool, comparison: Comparison) -> list[File]:
-    """Write the ONNX files of a model, and the config and tokenizer that their engines read.
-
-    Args:
-        model: of a class of `TASKS`.
-        tokenizer: of the model.
-        target: the folder, with the tokenizer's files.
-        types: keys of `FARTHEST`.
-        chunked: attend from some queries at a time.
-        comparison: with the model.
-
-    Returns:
-        The files.
+    """Write the ONNX files of a model, one for each type, and the config and tokenizer that their engines read.
 
     Raises:
-        ValueError: a file gives other answers.
+        ValueError: a file gives other answers than the model.
     """
     import onnx
 
@@ -208,7 +172,7 @@ def write_onnx(model, tokenizer, target: Path, types: list[str], chunked: bool, 
         fields.pop(field, None)
     write_json(target / "config.json", fields)
     if not all((target / file).is_file() for file in LIMITS):
-        tokenizer.save_pretrained(target)  # transformers.js reads no others
+        tokenizer.save_pretrained(target)  # transformers.js reads only these two
     settings = read_json(target / "tokenizer_config.json")
     write_json(target / "tokenizer_config.json", {**settings, "model_max_length": limit})
     (target / "onnx").mkdir()
@@ -222,25 +186,14 @@ def write_onnx(model, tokenizer, target: Path, types: list[str], chunked: bool, 
 
 
 def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], comparison: Comparison) -> list[File]:
-    """Write the GGUF files of an encoder, and read them back.
-
-    Args:
-        model: a `BertModel`.
-        tokenizer: of the model.
-        target: the folder; other files in it are removed.
-        name: of the model.
-        types: keys of `FARTHEST`.
-        comparison: with the model.
-
-    Returns:
-        The files.
+    """Write the GGUF files of a `BertModel`, one for each type, remove all other files, and read the new ones back.
 
     Raises:
         ValueError: the format does not support the tokenizer or the sizes, or a file holds other weights.
     """
     from .gguf_export import LABELS, read_gguf, to_gguf
 
-    for path in target.iterdir():  # the vocabulary is inside
+    for path in target.iterdir():  # a GGUF file holds the vocabulary too
         path.unlink()
     stem, files = re.sub(r"[^\w.-]", "_", name), []
     reader = copy.deepcopy(model)
@@ -248,7 +201,7 @@ def write_gguf(model, tokenizer, target: Path, name: str, types: list[str], comp
         path = target / f"{stem}-{LABELS[kind]}.gguf"
         to_gguf(model, tokenizer, path, kind, name)
         for parameter in reader.parameters():
-            parameter.data.fill_(math.nan)  # a weight that the file lacks must not be the source's
+            parameter.data.fill_(math.nan)  # a weight that the file lacks must not stay the source's
         reader.load_state_dict(read_gguf(path), strict=False)
         found = comparison.check(kind, lambda *batch: reader(*batch, return_dict=False)[:1])
         files.append(File(path.name, kind, path.stat().st_size, found))

@@ -1,4 +1,4 @@
-"""From a MosaicBERT to one GGUF file, as llama.cpp and Ollama read it: an encoder that gives mean embeddings."""
+"""Write a MosaicBERT as a GGUF file for llama.cpp and Ollama: an encoder that gives mean embeddings."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from gguf.quants import dequantize, quantize
 
 from .cli import one_line
 
-# llama.cpp's name for this very architecture: symmetric ALiBi, gate and value apart, post-LayerNorm.
+# llama.cpp's name for this architecture: symmetric ALiBi, separate gate and value, post-LayerNorm.
 ARCHITECTURE = "jina-bert-v2"
-# Types to the format's for matrices, and to the one that the metadata states for the file. Vectors stay float32.
+# The format's name of each type for matrices, and for the metadata of the file. Vectors stay float32.
 TYPES = {
     "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -26,7 +26,7 @@ EMBEDDINGS = {
     "token_embd_norm.weight": "embeddings.LayerNorm.weight",
     "token_embd_norm.bias": "embeddings.LayerNorm.bias",
 }
-# Tensors of a layer in the file to the weight that holds their rows, one after the other.
+# Tensors of a layer in the file, and our weight that holds their rows in this order.
 LAYER = {
     "attn_q.weight attn_k.weight attn_v.weight": "attention.self.Wqkv.weight",
     "attn_q.bias attn_k.bias attn_v.bias": "attention.self.Wqkv.bias",
@@ -43,7 +43,7 @@ LAYER = {
 
 
 def tensor_names(num_layers: int) -> dict[str, list[str]]:
-    """Each weight of the encoder to the tensors of the file that hold its rows, in order."""
+    """Map each weight of the encoder to the tensors of the file that hold its rows, in order."""
     names = {ours: [theirs] for theirs, ours in EMBEDDINGS.items()}
     for layer in range(num_layers):
         for theirs, ours in LAYER.items():
@@ -70,17 +70,13 @@ def check_tokenizer(tokenizer) -> None:
 
 
 def vocabulary(tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """The vocabulary as llama.cpp spells it.
-
-    Args:
-        tokenizer: passes `check_tokenizer`.
-        size: rows of the embedding.
+    """Spell a vocabulary of `size` rows as llama.cpp does.
 
     Returns:
-        Tokens with `▁` where a word starts and nothing where it goes on, and the type of each.
+        Tokens, with `▁` at the start of a word and nothing within it, and the type of each.
 
     Raises:
-        ValueError: two tokens have one spelling, so that llama.cpp would refuse the file.
+        ValueError: two tokens get one spelling, so that llama.cpp would refuse the file.
     """
     special = set(tokenizer.all_special_ids)
     tokens = [f"[PAD{index}]" for index in range(size)]
@@ -146,7 +142,7 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
     for ours, theirs in tensor_names(config.num_hidden_layers).items():
         parts = weights[ours].float().numpy()
         for part, tensor in zip(numpy.split(parts, len(theirs)), theirs):
-            # llama.cpp reads token types and vectors in float32 whatever the file's type.
+            # llama.cpp reads token types and vectors in float32, whatever the file's type.
             plain = part.ndim == 1 or tensor == "token_types.weight"
             part_type = gguf.GGMLQuantizationType.F32 if plain else matrix_type
             writer.add_tensor(tensor, quantize(part, part_type), raw_dtype=part_type)
@@ -154,7 +150,7 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:  # on a full disk NumPy only says how much it has written
+    except OSError as error:  # on a full disk NumPy only reports how much it has written
         raise OSError(f"{path.name} cannot be written, {one_line(error)}") from error
     finally:
         writer.close()

@@ -1,4 +1,4 @@
-"""From a MosaicBERT to ONNX files with dynamic batch and length, under the names that servers and browsers look for."""
+"""Write a MosaicBERT as ONNX files with dynamic batch size and length, under the names that engines look for."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxscript import opset20 as op
 from packaging.version import Version
 
-# Older ones write files for one batch size and length.
+# Older releases write files for one batch size and length.
 OLDEST_TORCH = Version("2.7")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # The outputs of each model class, as optimum and transformers.js call them.
@@ -28,18 +28,18 @@ OUTPUTS = {
     "BertForTokenClassification": ("logits",),
     "BertForQuestionAnswering": ("start_logits", "end_logits"),
 }
-# Types to the names of their files, which transformers.js asks for as fp32, fp16 and q8.
+# The file of each type, which transformers.js asks for as fp32, fp16 and q8.
 FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
-# Matrices of fewer values, such as the token types, stay float32: they take no space, and all tokens read them.
+# Matrices of fewer values, such as the token types, stay float32: they take little space, and all tokens read them.
 FEWEST_QUANTIZED = 16_384
 LARGEST_FLOAT16 = 65_504.0
-# Scores of all heads and rows in one step of chunked attention: 16 MiB in float32.
+# The scores of all heads and rows in one step of chunked attention: 16 MiB in float32.
 CHUNK_SCORES = 2**22
 DOMAIN = "mosaicbert"
 
 
 class Traced(torch.nn.Module):
-    """A model whose call has the inputs and outputs of the file, and nothing optional."""
+    """A model with exactly the inputs and outputs of the file."""
 
     def __init__(self, model):
         super().__init__()
@@ -47,13 +47,13 @@ class Traced(torch.nn.Module):
         self.num_outputs = len(OUTPUTS[type(model).__name__])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """int64 [B, S] each, to the tensors that `OUTPUTS` names."""
+        """Map three int64 [B, S] tensors to the tensors that `OUTPUTS` names."""
         return self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[: self.num_outputs]
 
 
 @onnxscript.script(onnxscript.values.Opset(DOMAIN, 1), default_opset=op)
 def attend_in_chunks(query, key, value, mask, slopes, budget):
-    """Attention with ALiBi in a loop over chunks of queries, so that no tensor of [S, S] is made.
+    """Compute attention with ALiBi in a loop over chunks of queries, without a tensor of [S, S].
 
     Args:
         query: float [B, H, S, D], times the scale.
@@ -87,7 +87,7 @@ def attend_in_chunks(query, key, value, mask, slopes, budget):
 
 
 def chunked_attention(qkv, packed, alibi_slopes, scale, dropout_p):
-    """Stand for `attend_in_chunks` while a model is traced; a function of the backend table, see `eager_attention`."""
+    """Stand in for `attend_in_chunks` while a model is traced, as a function of the table of attention backends."""
     query, key, value = (x.transpose(1, 2) for x in packed.to_rows(qkv).unbind(2))
     mask = torch.zeros_like(packed.key_mask, dtype=qkv.dtype)
     mask = mask.masked_fill(~packed.key_mask, torch.finfo(qkv.dtype).min)[:, None, None]
@@ -112,7 +112,7 @@ def quiet():
 
 def trace(model: torch.nn.Module) -> onnx.ModelProto:
     """Export a model as it is, ours or another BERT; see `to_onnx`."""
-    # Three tensors: torch takes inputs that are one tensor for one input.
+    # Three tensors, as torch takes one tensor in several arguments for one input.
     inputs = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with quiet(), torch.inference_mode():
@@ -133,13 +133,13 @@ def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
 
     Args:
         model: of a class of `OUTPUTS`, float32, in eval mode.
-        chunked: attend from some queries at a time.
+        chunked: compute attention for a few queries at a time.
 
     Returns:
-        The ONNX model; batch size and length are dynamic.
+        The ONNX model, with dynamic batch size and length.
 
     Raises:
-        ValueError: this torch cannot export with a free length, or not chunked attention.
+        ValueError: this torch cannot export a dynamic length, or chunked attention.
     """
     if Version(torch.__version__) < OLDEST_TORCH:
         raise ValueError(f"ONNX export needs torch {OLDEST_TORCH} or newer, got {torch.__version__}")
@@ -164,7 +164,7 @@ def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes in float16 and returns float32."""
+    """Copy a model to one that computes in float16 and returns float32."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     with quiet():
@@ -172,10 +172,10 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose large matrices are stored in 8 bits with one scale for each output; it computes in float32.
+    """Copy a model to one that stores large matrices in 8 bits, with a scale for each output, and computes in float32.
 
-    Engines that fold constants, ONNX Runtime among them, turn them into float32 when they load the file; OpenVINO
-    keeps them in 8 bits.
+    ONNX Runtime and other engines that fold constants turn the matrices into float32 when they load the file;
+    OpenVINO keeps them in 8 bits.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -190,7 +190,7 @@ def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
             tensors.append(tensor)
             continue
         weight = onnx.numpy_helper.to_array(tensor)
-        # A matrix that is not transposed has its outputs in columns; tables and transposed matrices have them in rows.
+        # A matrix as MatMul takes it has its outputs in columns; tables and transposed matrices have them in rows.
         scale = numpy.abs(weight).max(axis=0 if users[tensor.name] == {"MatMul"} else 1, keepdims=True) / 127
         scale[scale == 0] = 1
         rounded = numpy.rint(weight / scale).astype(numpy.int8)
@@ -205,7 +205,7 @@ def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-# Types to the conversion from the float32 model.
+# The conversion of the float32 model to each type.
 CONVERTED = {"float32": lambda model: model, "float16": to_float16, "int8": to_int8}
 
 
