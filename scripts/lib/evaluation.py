@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import math
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from tqdm import tqdm
 
 from .cli import one_line, say_end
 from .common import check_special, count_tokens, load_model, load_words
-from .records import pieces
+from .pictures import draw_lengths
+from .records import pieces, write_csv
 from .sources import SHORTEST
-from .staging import staged_file
 
 MASKED_SHARE = 0.15
 SHORTEST_DOCUMENT = 16  # tokens
@@ -29,10 +28,10 @@ def sample_documents(texts: list[str], tokenizer, longest: int, several: bool, t
     Args:
         texts: the documents.
         tokenizer: of the model.
-        longest: the longest length that is measured, in tokens.
-        several: whether other lengths are measured too; documents shorter than `longest` are then left out, and of
-            each only four times `longest` is read (otherwise sixteen times), so that no book fills the sample.
-        tokens: number of tokens to reach.
+        longest: the longest length to measure, in tokens.
+        several: whether other lengths are measured too. Documents shorter than `longest` are then left out. Each
+            document is read up to four times `longest`, otherwise sixteen times, so that no book fills the sample.
+        tokens: the number of tokens to reach.
 
     Returns:
         The tokens of each document, without special tokens.
@@ -62,10 +61,10 @@ def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tok
     """Cut documents into windows and mask the same tokens at every length.
 
     Args:
-        documents: what `sample_documents` returns.
+        documents: token ids, as `sample_documents` returns them.
         tokenizer: of the model.
-        length: tokens of a window with [CLS] and [SEP].
-        batch_tokens: approximate tokens per batch.
+        length: of a window in tokens, [CLS] and [SEP] included.
+        batch_tokens: approximate number of tokens in a batch.
 
     Yields:
         `input_ids`, `attention_mask` and `labels`, int64 [B, S] each; labels are -100 except at masked tokens.
@@ -94,10 +93,7 @@ def masked_batches(documents: list[list[int]], tokenizer, length: int, batch_tok
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict]:
-    """Measure the most memory in use while the block runs.
-
-    Args:
-        device: a CUDA device (tensors), or the CPU (the process, on Linux; elsewhere nothing is measured).
+    """Measure the peak memory of a block: of tensors on a CUDA device, of the process on the CPU of a Linux system.
 
     Yields:
         A dict whose `mib` is the peak in MiB after the block; NaN if it could not be measured.
@@ -107,7 +103,7 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif status.exists():
-        with contextlib.suppress(PermissionError):  # in some containers; the peak is then that of the whole process
+        with contextlib.suppress(PermissionError):  # in some containers; the peak is then that since the start
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current use
     yield result
     if device.type == "cuda":
@@ -117,21 +113,9 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
         result["mib"] = int(line.split()[1]) / 2**10
 
 
-def longest_input(config) -> float:
-    """Maximum number of tokens: infinite for a MosaicBERT, otherwise the size of the position table."""
-    return math.inf if hasattr(config, "alibi_starting_size") else config.max_position_embeddings
-
-
 @torch.inference_mode()
 def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tokens: int) -> dict:
-    """Score a model on windows of one length.
-
-    Args:
-        model: a masked language model in `eval()`.
-        tokenizer: its tokenizer.
-        documents: what `sample_documents` returns.
-        length: tokens of a window.
-        batch_tokens: approximate tokens per batch.
+    """Score a masked language model in eval mode on the windows of `masked_batches`.
 
     Returns:
         windows, masked (tokens scored), loss (nats), perplexity, top1 (share), tokens_per_second (of the
@@ -140,7 +124,7 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
     loss, hits, masked, windows, tokens, seconds = 0.0, 0, 0, 0, 0, 0.0
     sparse = hasattr(model.config, "sparse_prediction")
     if sparse:
-        model.config.sparse_prediction = True  # scores of the masked tokens only
+        model.config.sparse_prediction = True  # the model then scores the masked tokens only
     with peak_memory(model.device) as memory:
         batches = masked_batches(documents, tokenizer, length, batch_tokens)
         for batch in tqdm(batches, desc=f"length {length}", unit=" batches", leave=False, disable=None):
@@ -172,49 +156,8 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
     }
 
 
-def draw(rows: list[dict], path: str) -> None:
-    """Plot loss, accuracy, speed and memory by length, one line per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = {
-        "loss": "loss (nats)",
-        "top1": "top-1 accuracy",
-        "tokens_per_second": "tokens per second",
-        "peak_mib": "peak memory (MiB)",
-    }
-    # Memory is not measured on every system.
-    titles = {column: title for column, title in titles.items() if any(row[column] != "" for row in rows)}
-    figure, panels = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), layout="constrained")
-    for (column, title), axes in zip(titles.items(), panels):
-        for name in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == name and row[column] != ""]
-            axes.plot([row["length"] for row in own], [row[column] for row in own], marker="o", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("sequence length (tokens)")
-        axes.set_title(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    with staged_file(path) as new:
-        figure.savefig(new, dpi=100)
-    pyplot.close(figure)
-
-
-def write_table(rows: list[dict], path: str) -> None:
-    """Write measurements as CSV."""
-    with staged_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def find_device(name: Optional[str]) -> torch.device:
-    """The device called `name`; None: the GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """Find the device called `name`, or for None the GPU if there is one; raise ValueError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -226,23 +169,18 @@ def find_device(name: Optional[str]) -> torch.device:
 def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
     """Measure the models named by the options of evaluate_mlm.py, and print and write the table.
 
-    Args:
-        options: of the command line.
-        texts: the documents.
-
     Returns:
-        One dict a row of the table, see `COLUMNS`.
+        A dict for each row of the table, see `COLUMNS`.
 
     Raises:
         ValueError: the device or a model cannot be used, or no document is long enough.
-        OSError: a file cannot be read or written.
     """
     device = find_device(options.device)
     tokenizers = [load_words(source, trust_remote_code=options.trust_remote_code) for source in options.model]
     for tokenizer in tokenizers:
         check_special(tokenizer, "cls_token", "sep_token", "mask_token", "pad_token")
     if options.png:
-        import matplotlib  # noqa: F401  (so that it is missed before the measurements)
+        import matplotlib  # noqa: F401  (so that a missing package is noticed before the measurements)
 
     rows = []
     print(",".join(COLUMNS))
@@ -252,15 +190,16 @@ def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)
+        learned = not hasattr(model.config, "alibi_starting_size")  # a table of positions, which ends
         for length in options.max_length:
-            if length <= longest_input(model.config):
+            if not learned or length <= model.config.max_position_embeddings:
                 row = measure(model, tokenizer, documents, length, options.batch_tokens)
                 rows.append({"model": name, "length": length, **row})
                 print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
     if options.csv:
-        write_table(rows, options.csv)
+        write_csv(options.csv, COLUMNS, ([row[column] for column in COLUMNS] for row in rows))
     if options.png:
-        draw(rows, options.png)
+        draw_lengths(rows, options.png)
     written = [path for path in (options.csv, options.png) if path]
     if written:
         say_end(f"saved in {' and '.join(written)}: {len(rows)} rows")

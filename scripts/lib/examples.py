@@ -1,6 +1,6 @@
 """Read labelled texts from files or the Hub, and infer the kind of problem from the labels.
 
-Neither torch nor transformers is imported, so that a mistake in the data is reported at once.
+This module imports neither torch nor transformers, so that a mistake in the data is reported at once.
 """
 
 import argparse
@@ -16,23 +16,23 @@ import numpy as np
 from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_records
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-# What --problem calls them.
+# Their names on the command line (--problem).
 PROBLEMS = {"classification": SINGLE, "multi_label": MULTI, "regression": REGRESSION}
-# Up to this many different whole numbers, or to a tenth as many as there are examples, are taken for classes.
+# Up to this many different whole numbers, or a tenth as many as there are examples, are taken for classes.
 FEW = 20
-# Signs that often stand between several labels in one string, and the share of the labels that makes it likely.
+# Characters that often separate several labels in one string, and the share of labels with one that makes it likely.
 SEPARATORS, SEPARATED = "|;,", 0.2
 LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass
 class Examples:
-    """Texts with what belongs to each.
+    """Texts with their labels and origins.
 
-    Args:
+    Attributes:
         texts: the fields of each text, one or two strings.
-        labels: a name, a number or a list of these for each text; empty where none were read.
-        origins: where each text was read, for messages.
+        labels: a name, a number or a list of these for each text; empty if none were read.
+        origins: the file and line of each text, for messages.
     """
 
     texts: list[tuple[str, ...]]
@@ -40,18 +40,18 @@ class Examples:
     origins: list[str]
 
     def part(self, numbers: Sequence[int]) -> "Examples":
-        """The examples with these numbers, in this order."""
+        """Return the examples with these numbers, in this order."""
         return Examples(*([column[i] for i in numbers] for column in (self.texts, self.labels, self.origins)))
 
 
 @dataclasses.dataclass
 class Task:
-    """What there is to learn, and the data for it.
+    """A problem, and the data for it.
 
-    Args:
+    Attributes:
         problem: the `problem_type` of transformers.
         names: of the classes, sorted; none for a regression.
-        parts: `train`, `validation` and, where given, `test` (examples with labels) and `predict` (without).
+        parts: `train`, `validation` and, if given, `test` (examples with labels) and `predict` (without).
         truth: the encoded labels of each part that has labels.
     """
 
@@ -62,15 +62,12 @@ class Task:
 
     @property
     def judged(self) -> str:
-        """The part that says how good a model is: the test data, or else the validation data."""
+        """The part on which the best model is scored: the test data, or else the validation data."""
         return "test" if "test" in self.parts else "validation"
 
 
 def read_task(options: argparse.Namespace) -> Task:
-    """Read all data that the options of finetune_classification.py name, and print what was found.
-
-    Returns:
-        What there is to learn.
+    """Read all data that the options of finetune_classification.py name, and print the problem that they pose.
 
     Raises:
         ValueError: more than two text fields, or see `load_examples`, `infer_problem` and `encode_labels`.
@@ -96,17 +93,14 @@ def read_task(options: argparse.Namespace) -> Task:
 def load_examples(
     sources: list[str], options: argparse.Namespace, split: str, argument: Optional[str] = None, labelled: bool = True
 ) -> Examples:
-    """Read texts.
+    """Read texts; the labels of CSV files become numbers if all of them are numbers.
 
     Args:
         sources: files, patterns, or one `datasets` id as id[:config[:split]].
         options: of the command line; names the fields.
         split: the split of an id that names none.
-        argument: what the user calls the sources; None: `split` with `_data`.
-        labelled: whether labels are read too.
-
-    Returns:
-        The examples. Labels of CSV files are numbers where all of them are.
+        argument: the name of the sources on the command line; None: `split` with `_data`.
+        labelled: whether to read labels too.
 
     Raises:
         ValueError: a file is of another kind, a field is missing, a text is not a string, or a label is missing; names
@@ -152,14 +146,14 @@ def _read_label(record: dict, options: argparse.Namespace, origin: str):
 
 
 def _read_examples(sources: list[str], split: str, argument: str) -> Iterator[tuple[str, dict]]:
-    """Yield the location of an example, for messages, and its fields."""
+    """Yield the origin of each example, for messages, and its fields."""
     if len(sources) == 1 and not is_file_name(sources[0]):
         import datasets  # only needed for the Hub
 
         examples = load_dataset(sources[0], split, argument)
         names = {k: kind.names for k, kind in examples.features.items() if isinstance(kind, datasets.ClassLabel)}
         for number, example in enumerate(examples):
-            # Test splits without labels hold -1.
+            # Test splits without labels have -1 in their place.
             classes = {k: names[k][v] if v is not None and v >= 0 else None for k, v in example.items() if k in names}
             yield f"{sources[0]}, example {number}", {**example, **classes}
         return
@@ -169,12 +163,12 @@ def _read_examples(sources: list[str], split: str, argument: str) -> Iterator[tu
 
 
 def is_number(label) -> bool:
-    """Whether a label is a number that float32 holds."""
+    """Check whether a label is a number that float32 holds."""
     return isinstance(label, (int, float)) and not isinstance(label, bool) and abs(label) <= LARGEST
 
 
 def numbers_of(labels: list) -> list:
-    """The labels of a CSV file as numbers if all are numbers, otherwise as text."""
+    """Turn the labels of a CSV file into numbers if all of them are numbers."""
     for kind in (int, float):
         with contextlib.suppress(ValueError, TypeError):
             return [kind(label) for label in labels]
@@ -182,17 +176,15 @@ def numbers_of(labels: list) -> list:
 
 
 def label_name(label) -> str:
-    """The name of a label's class: `1` for 1.0 too, as pandas writes a column of integers that once had a hole."""
+    """Name a label's class: `1` for 1.0 too, which pandas writes in a column of integers that once had a hole."""
     return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
 def infer_problem(train: Examples, wanted: Optional[str] = None) -> tuple[str, list[str]]:
-    """Infer the kind of problem from training labels.
+    """Infer the kind of problem from training labels, unless `wanted`, a key of `PROBLEMS`, names it.
 
-    Args:
-        train: lists are multi-label; numbers, of which one has a fraction or a decimal point, are a regression, unless
-            they are whole and few (see `FEW`); anything else is a class.
-        wanted: a key of `PROBLEMS`: no guess.
+    Lists are multi-label. Numbers, of which one has a fraction or a decimal point, are a regression, unless they are
+    whole and few (see `FEW`). All other labels are classes.
 
     Returns:
         The `problem_type` of transformers, and the sorted names of the classes (none for a regression).
@@ -235,7 +227,7 @@ def _are_few(labels: list) -> bool:
 
 
 def hints(labels: list, problem: str, wanted: Optional[str]) -> Iterator[str]:
-    """What to try where the labels may mean something else than they were taken for, see `infer_problem`."""
+    """Suggest options where the labels may not mean what `infer_problem` took them for."""
     if wanted is not None or problem == MULTI:
         return
     if all(map(is_number, labels)):
@@ -253,7 +245,7 @@ def hints(labels: list, problem: str, wanted: Optional[str]) -> Iterator[str]:
 
 
 def check_labels(examples: Examples, problem: str) -> None:
-    """Raise ValueError for a label that is a list where that has none or the reverse, or no number of a regression."""
+    """Raise ValueError for a label of the wrong type: a list or no list for classes, no number for a regression."""
     expected = {SINGLE: "no list", MULTI: "a list", REGRESSION: "a number that float32 holds"}[problem]
     for origin, label in zip(examples.origins, examples.labels):
         is_right = is_number(label) if problem == REGRESSION else isinstance(label, list) == (problem == MULTI)
@@ -262,12 +254,7 @@ def check_labels(examples: Examples, problem: str) -> None:
 
 
 def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndarray:
-    """Turn labels into numbers.
-
-    Args:
-        examples: with labels as they are in the data.
-        problem: what `infer_problem` found.
-        names: of the classes.
+    """Turn labels into numbers, by the problem and the class names of `infer_problem`.
 
     Returns:
         int64 [N], the number of the class; float32 [N, C] of zeros and ones for multi-label; float32 [N] for a
@@ -297,10 +284,7 @@ def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndar
 
 
 def split_examples(examples: Examples) -> tuple[Examples, Examples]:
-    """Hold out a seeded tenth of the examples for validation, or as near to 100 of them as a fifth allows.
-
-    Returns:
-        The examples to train on, and those that are held out.
+    """Split examples into those to train on and a seeded tenth for validation, or up to a fifth to reach 100.
 
     Raises:
         ValueError: there are fewer than two examples.

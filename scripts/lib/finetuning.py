@@ -40,15 +40,15 @@ from .scores import DECIDING, class_scores, decide, fit_baseline, interval, scor
 from .sources import inputs
 from .training import LOG_SECONDS, CarefulTrainer, Divergence, tell_time
 
-# Below this many weights a model needs larger steps and one more epoch.
+# A model with fewer weights needs larger steps and one more epoch.
 SMALL_MODEL = 50_000_000
 # Few texts get smaller batches, and more epochs until there are this many steps.
 SMALLEST_BATCH, FEWEST_STEPS, MOST_EPOCHS = 8, 100, 20
-# Epochs without a better score after which a training stops.
+# A training stops after this many epochs without a better score.
 PATIENCE = 2
 # Fewer validation texts cannot tell one epoch from another.
 FEWEST_JUDGES = 100
-# What the Hub calls our metrics, where the names differ.
+# The Hub's names of our metrics, where they differ.
 METRIC_TYPES = {
     "macro_f1": "f1",
     "micro_f1": "f1",
@@ -56,55 +56,45 @@ METRIC_TYPES = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
 }
-# Rows of the table of classes that are printed; the card holds all.
+# The most classes whose scores are printed; the card lists all.
 SHOWN_CLASSES = 20
 
 
 def default_batch_size(texts: int) -> int:
-    """Texts in a batch for a training set of this many: 32, or a fiftieth of the texts where that is less.
-
-    Source: ours, see docs/checkpoint.md.
-    """
+    """Choose the batch size for a training set of this many texts, see docs/checkpoint.md."""
     return min(32, max(SMALLEST_BATCH, texts // 50))
 
 
 def default_rates(weights: int, steps: int) -> tuple[float, float]:
-    """The learning rate and the number of epochs.
+    """Choose the learning rate and the number of epochs for a model of this many weights and an epoch of these steps.
 
-    Args:
-        weights: of the model.
-        steps: in an epoch.
-
-    Source: ours for small models and few texts, see docs/checkpoint.md; for others what
-        https://arxiv.org/abs/1810.04805, appendix A.3, recommends.
+    Source: https://arxiv.org/abs/1810.04805, appendix A.3; for small models and few texts docs/checkpoint.md.
     """
     rate, epochs = (3e-4, 4) if weights < SMALL_MODEL else (5e-5, 3)
     return rate, float(max(epochs, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
 
 
 def keeps_best(options: argparse.Namespace, judges: int) -> bool:
-    """Whether the best epoch is kept, and a training stops early; else the last one, where the learning rate is 0.
+    """Decide by the number of validation texts, or by `patience`, whether the best epoch is kept or the last one.
 
-    Args:
-        options: of the command line; whoever gives `patience` wants the best.
-        judges: validation texts.
+    With the best epoch a training stops early; at the end of the last one the learning rate is 0.
     """
     return options.patience is not None or judges >= FEWEST_JUDGES
 
 
-def pooling(options: argparse.Namespace, model_name: str) -> dict[str, str]:
-    """What the head of a MosaicBERT reads, as a field of its config.
+def pooling(options: argparse.Namespace) -> dict[str, str]:
+    """Choose the `classifier_pooling` of a MosaicBERT, as a field of its config; {} leaves it as it is.
 
-    A masked language model has no trained pooler, so that the mean over tokens learns sooner than a new one.
+    A masked language model has no trained pooler; the mean over tokens learns sooner than a new pooler.
 
     Raises:
-        ValueError: it was asked for, and the model is no MosaicBERT.
+        ValueError: the option is given, and the model is no MosaicBERT.
     """
-    fields, wanted = config_fields(model_name), options.classifier_pooling
+    fields, wanted = config_fields(options.model), options.classifier_pooling
     if is_family(fields):
         wanted = wanted or ("mean" if task_of(fields) == "fill-mask" else None)
     elif wanted:
-        raise ValueError(f"classifier_pooling: {model_name!r} is no MosaicBERT, and has a pooling of its own")
+        raise ValueError(f"classifier_pooling: {options.model!r} is no MosaicBERT, and has a pooling of its own")
     return {"classifier_pooling": wanted} if wanted else {}
 
 
@@ -114,16 +104,16 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Ta
     Args:
         options: the own options of finetune_classification.py.
         arguments: the options of transformers' Trainer.
-        task: what `read_task` found in the data that the options name.
+        task: the result of `read_task`.
 
     Returns:
-        What `metrics.json` holds: the problem, the classes, the number of examples, the scores of each seed on the
-        validation data, their mean and standard deviation, the seeds that diverged and the step of each; under
-        `judged`, of the best seed on the test data, or else the validation data, the scores, the 95% interval of the
-        deciding one, and those of each class; and the baseline's on the same data where asked.
+        The content of `metrics.json`: the problem, the classes, the number of examples, the scores of each seed on the
+        validation data, their mean and standard deviation, the seeds that diverged and the step of each. `judged` holds
+        the scores of the best seed on the test data, or else the validation data: all metrics, the 95% interval of the
+        deciding one, and those of each class. `baseline` holds the baseline's scores on the same data.
 
     Raises:
-        ValueError: the output folder holds results, the model cannot be loaded, or several processes.
+        ValueError: the output folder holds results, the model cannot be loaded, or there are several processes.
         FloatingPointError: every seed diverged.
     """
     if arguments.world_size > 1:
@@ -132,27 +122,19 @@ def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Ta
         raise ValueError(f"label_smoothing_factor works with single-label problems, this is {task.problem}")
     for package in ("sklearn", "matplotlib"):  # so that a missing one is noticed before training
         importlib.import_module(package)
-    model_name = str(REPOSITORY) if options.model is None else options.model
-    tokenizer = load_words(model_name, trust_remote_code=options.trust_remote_code)
+    options.model = options.model or str(REPOSITORY)
     arguments.per_device_train_batch_size = options.per_device_train_batch_size or default_batch_size(
         len(task.truth["train"])
     )
-    changes = pooling(options, model_name)
     with open_run(Path(arguments.output_dir), options.overwrite, **inputs(options)) as run:
         arguments.output_dir = str(run.work)
-        return _finetune(options, arguments, task, run, model_name, tokenizer, changes)
+        return _finetune(options, arguments, task, run)
 
 
-def _finetune(
-    options: argparse.Namespace,
-    arguments: TrainingArguments,
-    task: Task,
-    run: Run,
-    model_name: str,
-    tokenizer,
-    changes: dict,
-) -> dict:
-    """Do what `finetune` does, in the folder of a run."""
+def _finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Task, run: Run) -> dict:
+    """Do the work of `finetune` in the folder of a run."""
+    tokenizer = load_words(options.model, trust_remote_code=options.trust_remote_code)
+    changes = pooling(options)
     sets, max_length = tokenize(
         task.parts, tokenizer, options.max_length, arguments.per_device_train_batch_size, options.tokens_per_batch
     )
@@ -173,7 +155,7 @@ def _finetune(
     stage, best, histories, began = run.work / STAGE, None, {}, time.perf_counter()
     for seed in options.seeds:
         try:
-            trainer = train_seed(seed, model_name, tokenizer, sets, task, options, arguments, changes)
+            trainer = train_seed(seed, tokenizer, sets, task, options, arguments, changes)
         except Divergence as error:
             print(f"seed {seed}: {error}", flush=True)
             results["diverged"][str(seed)] = error.step
@@ -219,7 +201,7 @@ def _finetune(
         draw_confusion(truth, predicted, task.names, stage / "confusion.png")
     draw_losses(histories, stage / "loss.png")
     write_json(stage / "metrics.json", results)
-    write_model_card(stage, run.folder.name, model_name, results, options)
+    write_model_card(stage, run.folder.name, results, options)
     say_float32(stage)
     run.publish(stage, options.keep_checkpoints)
     say_results(results, run.folder, options.text_fields)
@@ -228,7 +210,6 @@ def _finetune(
 
 def train_seed(
     seed: int,
-    model_name: str,
     tokenizer,
     sets: dict[str, list[dict]],
     task: Task,
@@ -236,15 +217,17 @@ def train_seed(
     arguments: TrainingArguments,
     changes: dict,
 ) -> CarefulTrainer:
-    """Train one model; the trainer that comes back holds the one of the best epoch, or of the last, see `keeps_best`.
+    """Train one model.
 
     Args:
         seed: of the head, the order and dropout.
-        model_name: folder or Hub id to start from.
         tokenizer: of the model.
         sets: tokenized examples with their labels, by part.
         task, options, arguments: as `finetune` takes them.
         changes: fields of the model's config to set.
+
+    Returns:
+        The trainer with the model of the best epoch, or of the last one, see `keeps_best`.
 
     Raises:
         ValueError: the model's weights hold NaN or infinity.
@@ -254,7 +237,7 @@ def train_seed(
     classes = {"id2label": dict(enumerate(task.names)), "label2id": {n: i for i, n in enumerate(task.names)}}
     model = load_model(
         "ForSequenceClassification",
-        model_name,
+        options.model,
         options.trust_remote_code,
         problem_type=task.problem,
         num_labels=max(1, len(task.names)),
@@ -263,7 +246,7 @@ def train_seed(
     ).float()
     count_tokens(tokenizer, model.config.vocab_size)
     if not is_finite(*model.parameters()):
-        raise ValueError(f"model: the weights of {model_name!r} hold NaN or infinity")
+        raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
     weights = sum(parameter.numel() for parameter in model.parameters())
     own = copy.copy(arguments)
     own.gradient_accumulation_steps = max(1, arguments.gradient_accumulation_steps)
@@ -299,7 +282,7 @@ def train_seed(
 
 
 def tell(problem: str, scores: dict[str, float], ends: Optional[list[float]] = None) -> str:
-    """Scores in words, the deciding one first, with its 95% interval where it is given."""
+    """Write scores in words, the deciding one first, with its 95% interval if it is given."""
     names = sorted(scores, key=lambda metric: metric != DECIDING[problem])
     parts = [f"{metric} {scores[metric]:.4f}" for metric in names]
     if ends is not None:
@@ -308,7 +291,7 @@ def tell(problem: str, scores: dict[str, float], ends: Optional[list[float]] = N
 
 
 def say_results(results: dict, folder: Path, text_fields: list[str]) -> None:
-    """Print the scores of a finished run, what it left where, and what to do next."""
+    """Print the scores of a finished run, its files and where they are, and the commands that may follow."""
     judged, problem = results["judged"], results["problem"]
     count = results["examples"][judged["data"]]
     print(f"mean of {len(results['seeds'])} on the validation data: {tell(problem, results['mean'])}")
@@ -331,13 +314,12 @@ def say_results(results: dict, folder: Path, text_fields: list[str]) -> None:
     )
 
 
-def write_model_card(folder: Path, title: str, model_name: str, results: dict, options: argparse.Namespace) -> None:
-    """Write the README.md of a fine-tuned model, with what it was trained on and how well it does."""
+def write_model_card(folder: Path, title: str, results: dict, options: argparse.Namespace) -> None:
+    """Write the README.md of a fine-tuned model, with its training data and its scores."""
     judged, problem = results["judged"], results["problem"]
     count = results["examples"][judged["data"]]
     chosen = "the epoch and the seed" if keeps_best(options, results["examples"]["validation"]) else "the seed"
     chosen = "" if judged["data"] == "test" else f", which also chose {chosen}"
-    source = Path(model_name)
     lines = [
         f"On {count:,} {judged['data']} texts{chosen}: {tell(problem, judged['scores'], judged['interval'])}.",
         f"Mean over {len(results['seeds'])} seed(s) on {results['examples']['validation']:,} validation texts: "
@@ -358,8 +340,8 @@ def write_model_card(folder: Path, title: str, model_name: str, results: dict, o
         folder,
         f"Fine-tuned by `scripts/finetune_classification.py` ({problem.replace('_', ' ')}) on "
         f"{results['examples']['train']:,} texts of up to {results['max_length']:,} tokens",
-        source=model_name,
-        folder=source if source.is_dir() else None,
+        source=options.model,
+        folder=Path(options.model) if Path(options.model).is_dir() else None,
         title=title,
         notes="## Scores\n\n" + "\n\n".join(lines),
         pairs=len(options.text_fields) == 2,
@@ -368,7 +350,7 @@ def write_model_card(folder: Path, title: str, model_name: str, results: dict, o
 
 
 def card_results(results: dict, options: argparse.Namespace) -> list[EvalResult]:
-    """The scores of a fine-tuned model as the head of its card holds them, with their number of texts and interval."""
+    """List the scores of a fine-tuned model for the head of its card, with the number of texts and the interval."""
     judged, deciding = results["judged"], DECIDING[results["problem"]]
     sources = getattr(options, f"{judged['data']}_data") or options.train_data
     is_dataset = len(sources) == 1 and not is_file_name(sources[0])

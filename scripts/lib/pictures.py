@@ -1,28 +1,32 @@
-"""Pictures of a training: its loss, and which class was taken for which."""
+"""Draw the loss of a training, a confusion matrix, and measurements by sequence length."""
 
 from pathlib import Path
+from typing import Union
 
 import numpy as np
 
+from .staging import staged_file
 
-def _axes(width: float, height: float):
+
+def _axes(width: float, height: float, panels: int = 1):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, panels, figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure, path: Union[str, Path]) -> None:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=100)
+    with staged_file(path) as new:
+        figure.savefig(new, dpi=100)
     pyplot.close(figure)
 
 
 def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
-    """Save a picture of the loss by step.
+    """Draw the loss by step.
 
     Args:
         histories: the `log_history` of each training, by its name. Losses in training are lines, those in evaluation
@@ -44,13 +48,7 @@ def draw_losses(histories: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_confusion(truth: np.ndarray, predicted: np.ndarray, names: list[str], path: Path) -> None:
-    """Save a picture of which class was taken for which: numbers of texts, coloured by their share of the true class.
-
-    Args:
-        truth, predicted: class numbers [N].
-        names: of the classes.
-        path: of the picture.
-    """
+    """Draw the confusion matrix of class numbers [N]: counts of texts, coloured by their share of the true class."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     counts = confusion_matrix(truth, predicted, labels=range(len(names)))
@@ -61,4 +59,26 @@ def draw_confusion(truth: np.ndarray, predicted: np.ndarray, names: list[str], p
     for text, count in zip(display.text_.ravel(), counts.ravel()):
         text.set_text(f"{count:,}")
     axes.set_title(f"accuracy {np.mean(predicted == truth):.3f}, {len(truth):,} texts")
+    _save(figure, path)
+
+
+def draw_lengths(rows: list[dict], path: str) -> None:
+    """Draw loss, accuracy, speed and memory by length, with one line per model of the rows of `evaluate`."""
+    titles = {
+        "loss": "loss (nats)",
+        "top1": "top-1 accuracy",
+        "tokens_per_second": "tokens per second",
+        "peak_mib": "peak memory (MiB)",
+    }
+    # Memory is not measured on every system.
+    titles = {column: title for column, title in titles.items() if any(row[column] != "" for row in rows)}
+    figure, panels = _axes(4 * len(titles), 3.6, len(titles))
+    for (column, title), axes in zip(titles.items(), panels):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name and row[column] != ""]
+            axes.plot([row["length"] for row in own], [row[column] for row in own], marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("sequence length (tokens)")
+        axes.set_title(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     _save(figure, path)

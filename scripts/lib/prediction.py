@@ -1,4 +1,4 @@
-"""Predictions of a trained classifier or regressor, and how its texts become tokens."""
+"""Tokenize the texts of a classifier or regressor, and predict with it."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from transformers import DataCollatorWithPadding
 from .examples import REGRESSION, SINGLE, Examples, Task
 from .records import pieces
 
-# Whatever the memory, a text may have this many tokens.
+# A text is never cut below this many tokens to save memory.
 SHORTEST = 16
-# Distinct characters that one line names.
+# The most distinct characters that one line names.
 SHOWN = 8
 
 
 def task_of(config) -> Task:
-    """What a fine-tuned model predicts, without data."""
+    """Read the task of a fine-tuned model, without data, from its config."""
     guess = REGRESSION if config.num_labels == 1 else SINGLE
     problem = config.problem_type or guess
     names = [] if problem == REGRESSION else [config.id2label[number] for number in range(config.num_labels)]
@@ -29,18 +29,18 @@ def task_of(config) -> Task:
 def tokenize(
     parts: dict[str, Examples], tokenizer, max_length: Optional[int], batch_size: int, tokens_per_batch: int
 ) -> tuple[dict[str, list[dict]], int]:
-    """Turn texts into tokens, and print what is lost on the way.
+    """Tokenize texts, and print what gets lost.
 
     Args:
-        parts: texts by what they are for.
+        parts: texts by their purpose.
         tokenizer: of the model.
         max_length: longer texts are cut to this many tokens; None: see `fitting_length`.
         batch_size, tokens_per_batch: as `fitting_length` takes them.
 
     Returns:
-        The inputs of the model for each text of each part, and the largest number of tokens of a text.
+        The inputs of the model for each text of each part, and the largest number of tokens in a text.
     """
-    # The first piece of a text has more tokens than are kept, and fits into memory.
+    # The first piece of a text holds more tokens than are kept, and fits into memory.
     fields = {
         name: [[next(pieces(text)) for text in field] for field in zip(*part.texts)] for name, part in parts.items()
     }
@@ -61,18 +61,15 @@ def tokenize(
 
 
 def fitting_length(lengths: Sequence[int], batch_size: int, tokens_per_batch: int) -> int:
-    """The largest length of a text with which no batch is too large.
+    """Find the largest length of a text, at least `SHORTEST` tokens, with which no batch is too large.
 
-    A batch is packed, so that it holds the tokens of its texts and no padding; the worst batch is that of the longest
-    texts. If it is too large, they are cut alike.
+    A batch is packed: it holds the tokens of its texts and no padding. The largest batch is that of the longest texts;
+    if it is too large, they are all cut to one length.
 
     Args:
         lengths: tokens of each text.
         batch_size: texts in a batch.
-        tokens_per_batch: tokens that a batch may have.
-
-    Returns:
-        Tokens; at least `SHORTEST`.
+        tokens_per_batch: the most tokens of a batch.
     """
     longest = sorted(lengths)[-batch_size:]
     for done, length in enumerate(longest):
@@ -84,7 +81,7 @@ def fitting_length(lengths: Sequence[int], batch_size: int, tokens_per_batch: in
 
 
 def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[int]], tokenizer, limit: int) -> str:
-    """One line on what a model will not see: cut and empty texts, and characters that its vocabulary lacks."""
+    """Write a line about what a model will not see: cut and empty texts, and characters that its vocabulary lacks."""
     parts = [f"{len(texts):,} texts of up to {max(lengths):,} tokens"]
     cut = sum(length > limit for length in lengths)
     parts.append(f"{cut:,} cut at {limit:,} (see --max_length)" if cut else "none cut")
@@ -94,7 +91,7 @@ def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[in
     if tokenizer.unk_token_id is not None:
         unknown = [fields for fields, row in zip(texts, ids) if tokenizer.unk_token_id in row]
         if unknown:
-            # Words that become [UNK]; of these, the characters that the vocabulary lacks anywhere in a word.
+            # The characters of these texts that the vocabulary lacks at any position of a word.
             words = {word for fields in unknown for text in fields for word in text.split()}
             characters = sorted({sign for word in words for sign in word if not sign.isascii()})
             lost = [sign for sign in characters if tokenizer.unk_token in tokenizer.tokenize(sign)]
@@ -108,16 +105,10 @@ def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[in
 
 @torch.inference_mode()
 def predict(model, tokenizer, rows: list[dict], tokens_per_batch: int) -> np.ndarray:
-    """Run a model over tokenized texts, sorted by length and in batches.
-
-    Args:
-        model: with a classification head.
-        tokenizer: of the model.
-        rows: as `tokenize` returns them.
-        tokens_per_batch: about how many tokens a batch has.
+    """Run a classifier on the rows of `tokenize`, sorted by length, in batches of about `tokens_per_batch` tokens.
 
     Returns:
-        float32 [N, C], the logits.
+        float32 [N, C], the logits in the order of the rows.
     """
     model.eval()
     collate = DataCollatorWithPadding(tokenizer)

@@ -1,4 +1,4 @@
-"""Read text and labelled records from files: JSON lines, CSV and plain text, each also gzipped."""
+"""Read text and labelled records from JSON lines, CSV and plain text, gzipped or not, and write CSV."""
 
 import csv
 import glob
@@ -10,8 +10,10 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Union
 
 from .cli import one_line
+from .staging import staged_file
 
 TEXT_FILES = (".jsonl", ".json", ".txt")
 RECORD_FILES = (".jsonl", ".json", ".csv")
@@ -191,6 +193,14 @@ def _parse(path: str, number: int, text: str):
         raise ValueError(f"{path}, line {number}: expected JSON, {one_line(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{path}, line {number}: the JSON is nested too deeply") from error
+
+
+def write_csv(path: Union[str, Path], header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write a CSV file, whole or not at all."""
+    with staged_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read_texts(sources: Sequence[str], text_field: str = "text") -> Iterator[str]:

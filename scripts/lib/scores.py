@@ -1,68 +1,54 @@
-"""How good predictions are, for each kind of problem: numbers, tables and a picture."""
+"""Score predictions for each kind of problem, and write them as tables."""
 
-import csv
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from .examples import MULTI, REGRESSION, SINGLE, Examples, Task
-from .staging import staged_file
+from .records import write_csv
 
-# The score that decides between epochs and between seeds; higher is better.
+# The metric that decides between epochs and between seeds; higher is better.
 DECIDING = {SINGLE: "accuracy", MULTI: "micro_f1", REGRESSION: "spearman"}
 RESAMPLES = 999
 
 
 def score(problem: str, predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Measure predictions.
+    """Score predictions.
 
     Args:
-        problem: what `infer_problem` found.
+        problem: a `problem_type`, see `infer_problem`.
         predicted: class numbers [N], zeros and ones [N, C], or numbers [N].
         truth: the same.
 
     Returns:
         Single-label: accuracy, macro F1, Matthews correlation. Multi-label: micro and macro F1, share of
         examples with every label right. Regression: mean squared error, Pearson and Spearman correlation
-        (0 where all predictions are the same).
+        (0 if all predictions are the same).
     """
-    from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if problem == REGRESSION:
-        varies = np.ptp(predicted) > 0 and np.ptp(truth) > 0
-        return {
-            "mse": float(np.mean((predicted - truth) ** 2)),
-            "pearson": float(pearsonr(predicted, truth)[0]) if varies else 0.0,
-            "spearman": _rank_correlation(predicted, truth),
-        }
+        mse = float(np.mean((predicted - truth) ** 2))
+        return {"mse": mse, **{name: _correlation(name, predicted, truth) for name in ("pearson", "spearman")}}
     result = {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
     }
     if problem == MULTI:
         return {**result, "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0))}
-    varies = len({*truth.tolist(), *predicted.tolist()}) > 1  # else scikit-learn warns, and says 0
+    varies = len({*truth.tolist(), *predicted.tolist()}) > 1  # else scikit-learn warns, and returns 0
     return {**result, "matthews": float(matthews_corrcoef(truth, predicted)) if varies else 0.0}
 
 
-def _rank_correlation(predicted: np.ndarray, truth: np.ndarray) -> float:
-    from scipy.stats import spearmanr
+def _correlation(name: str, predicted: np.ndarray, truth: np.ndarray) -> float:
+    from scipy import stats
 
     varies = np.ptp(predicted) > 0 and np.ptp(truth) > 0
-    return float(spearmanr(predicted, truth)[0]) if varies else 0.0
+    return float(getattr(stats, f"{name}r")(predicted, truth)[0]) if varies else 0.0
 
 
 def interval(problem: str, predicted: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Where the deciding score would lie for 95 of 100 samples of as many texts.
-
-    Args:
-        problem, predicted, truth: as `score` takes them.
-
-    Returns:
-        The lower and the upper end: Wilson's for accuracy, those of a seeded bootstrap for the others.
-    """
+    """Estimate the 95% interval of the deciding metric: Wilson's for accuracy, otherwise a seeded bootstrap's."""
     from scipy.stats import binomtest
 
     if problem == SINGLE:
@@ -71,7 +57,7 @@ def interval(problem: str, predicted: np.ndarray, truth: np.ndarray) -> list[flo
 
     def deciding(rows):
         if problem == REGRESSION:
-            return _rank_correlation(predicted[rows], truth[rows])
+            return _correlation("spearman", predicted[rows], truth[rows])
         wanted = predicted[rows].sum() + truth[rows].sum()
         return 2 * (predicted[rows] * truth[rows]).sum() / wanted if wanted else 0.0
 
@@ -81,15 +67,7 @@ def interval(problem: str, predicted: np.ndarray, truth: np.ndarray) -> list[flo
 
 
 def class_scores(predicted: np.ndarray, truth: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and support (examples that have the label) of each class.
-
-    Args:
-        predicted, truth: class numbers [N], or zeros and ones [N, C].
-        names: of the classes.
-
-    Returns:
-        A dict a class, by name.
-    """
+    """Score each class: precision, recall, F1 and support (the number of examples with the label), by its name."""
     from sklearn.metrics import precision_recall_fscore_support
 
     columns = precision_recall_fscore_support(truth, predicted, labels=range(len(names)), zero_division=0)
@@ -98,31 +76,21 @@ def class_scores(predicted: np.ndarray, truth: np.ndarray, names: list[str]) -> 
 
 
 def decide(problem: str, logits: np.ndarray) -> np.ndarray:
-    """Predictions of logits [N, C]: the largest, every one above zero, or the number itself."""
+    """Turn logits [N, C] into predictions: the largest, every one above zero, or the number itself."""
     if problem == SINGLE:
         return logits.argmax(-1)
     return (logits > 0).astype(np.float32) if problem == MULTI else logits.reshape(len(logits))
 
 
 def probabilities(problem: str, logits: np.ndarray) -> np.ndarray:
-    """Probability of each class [N, C]: they sum to one for single-label problems only."""
+    """Turn logits [N, C] into probabilities [N, C]; each row sums to one for single-label problems only."""
     from scipy.special import expit, softmax
 
     return softmax(logits, axis=-1) if problem == SINGLE else expit(logits)
 
 
 def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
-    """Fit TF-IDF of words with a linear model (logistic or ridge regression).
-
-    Args:
-        problem: what `infer_problem` found.
-        train_texts: list of strings.
-        train_labels: their encoded labels.
-        texts: list of strings to predict.
-
-    Returns:
-        Predictions like `decide`'s.
-    """
+    """Fit TF-IDF of words with a linear model, and predict `texts` in the form of `decide`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
@@ -136,31 +104,32 @@ def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
 
 
 def write_predictions(path: Path, fields: list[str], examples: Examples, task: Task, logits: np.ndarray) -> None:
-    """Write predictions as CSV: each text, what was predicted, and the probability of each class.
+    """Write predictions as CSV: each text, its prediction, and the probability of each class.
 
     Args:
         path: of the file.
         fields: names of the text fields.
         examples: the texts.
-        task: names the problem and the classes.
+        task: the problem and the classes.
         logits: [N, C], of the model.
     """
-    _write_table(path, {**_columns(fields, examples), **_predictions(task, logits)}, range(len(logits)))
+    columns = {**_columns(fields, examples), **_predictions(task, logits)}
+    write_csv(path, columns, zip(*columns.values()))
 
 
 def write_errors(
     path: Path, fields: list[str], examples: Examples, task: Task, logits: np.ndarray, truth: np.ndarray
 ) -> int:
-    """Write the texts with a wrong prediction as CSV: where each stands, its label, and as `write_predictions`.
+    """Write the texts with a wrong prediction as CSV: the columns of `write_predictions`, the origin and the label.
 
-    The most confident stand first; of a regression all texts are written, the farthest off first.
+    The most confident predictions come first; for a regression, all texts with the largest error first.
 
     Args:
         path, fields, examples, task, logits: as `write_predictions` takes them.
         truth: encoded labels.
 
     Returns:
-        How many texts were written.
+        The number of texts in the file.
     """
     predicted = decide(task.problem, logits)
     if task.problem == REGRESSION:
@@ -172,7 +141,9 @@ def write_errors(
         is_wrong = (predicted != truth).any(-1)
     order = [row for row in np.argsort(-weight, kind="stable") if is_wrong[row]]
     columns = {"origin": examples.origins, **_columns(fields, examples), "label": _words(task, truth)}
-    _write_table(path, {**columns, **_predictions(task, logits)}, order)
+    columns |= _predictions(task, logits)
+    rows = list(zip(*columns.values()))
+    write_csv(path, columns, (rows[row] for row in order))
     return len(order)
 
 
@@ -189,17 +160,9 @@ def _predictions(task: Task, logits: np.ndarray) -> dict[str, list]:
 
 
 def _words(task: Task, values: np.ndarray) -> list[str]:
-    """Encoded labels or predictions in words; several labels of a text are joined by `|`."""
+    """Write encoded labels or predictions in words; several labels of a text are joined by `|`."""
     if task.problem == REGRESSION:
         return [f"{value:.6g}" for value in values]
     if task.problem == SINGLE:
         return [task.names[value] for value in values]
     return ["|".join(name for name, there in zip(task.names, row) if there) for row in values]
-
-
-def _write_table(path: Path, columns: dict[str, list], order: Iterable[int]) -> None:
-    rows = list(zip(*columns.values()))
-    with staged_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows[row] for row in order)

@@ -7,7 +7,7 @@ import evaluate_mlm
 import pytest
 import torch
 from conftest import ROOT
-from lib import evaluation
+from lib import evaluation, pictures
 
 
 class Guess(torch.nn.Module):
@@ -72,7 +72,7 @@ def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
     whole = {"model": "a", "length": 32, "loss": 3.0, "top1": 0.4, "tokens_per_second": 900, "peak_mib": 700}
     widths = []
     for row in (whole, {**whole, "peak_mib": ""}):
-        evaluation.draw([row], tmp_path / "t.png")
+        pictures.draw_lengths([row], tmp_path / "t.png")
         widths.append(int.from_bytes((tmp_path / "t.png").read_bytes()[16:20], "big"))
     assert widths == [1600, 1200]
 
