@@ -1,11 +1,10 @@
-"""From text to rows for masked language modelling: tokenize once, cut, mask and pack without padding.
+"""Prepare text for masked language modelling: tokenize it once, and cut, mask and pack it without padding.
 
 Text becomes a folder of tokenized documents (`Documents`): one file of token ids and one of bounds. Cutting
 documents into sequences and packing sequences into rows only handles indices; tokens are copied when a row is read. A
 stream is tokenized while it is read.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -29,9 +28,9 @@ from .records import TEXT_FILES, find_files, load_dataset, pieces, read_texts
 from .sources import SHORTEST, holds_documents, is_text_file
 
 IGNORED = -100  # label of a token that is not predicted
-SHUFFLE_BUFFER = 20_000  # sequences held in memory to shuffle a stream
-BATCH_CHARACTERS = 4_000_000  # text handed to the tokenizer at once, enough to occupy all cores
-MOST_COPIES = 1000  # of a tokenized text: as often as its source is named
+SHUFFLE_BUFFER = 20_000  # sequences in memory to shuffle a stream
+BATCH_CHARACTERS = 4_000_000  # characters that the tokenizer gets at once, enough to occupy all cores
+MOST_COPIES = 1000  # of a tokenized text, which is copied as often as its source is named
 TOO_SHORT = f"the data holds no document of at least {SHORTEST} tokens"
 
 
@@ -40,11 +39,11 @@ class Documents:
 
     Args:
         folder: holds `tokens.bin`, `bounds.npy` and `documents.json`.
-        tokenizer: must have the vocabulary that the documents were tokenized with; None: not checked.
+        tokenizer: must have the vocabulary of the documents; None: not checked.
 
     Attributes:
         tokens: uint16 or int32 [T], the token ids of all documents, mapped from the file.
-        bounds: int64 [N, 2], where each document starts and ends. A document may be there more than once.
+        bounds: int64 [N, 2], the start and the end of each document, which may occur more than once.
 
     Raises:
         ValueError: the folder is not complete, or the vocabulary is another one.
@@ -65,7 +64,7 @@ class Documents:
             raise ValueError(f"{path}: expected {wanted} bytes, the file is not complete")
         path = self.folder / "bounds.npy"
         try:
-            self.bounds = np.asarray(np.load(path, mmap_mode="r"))  # which allocates nothing for the size that it tells
+            self.bounds = np.asarray(np.load(path, mmap_mode="r"))  # a mapped file allocates no memory for its size
         except (OSError, OverflowError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: expected an array of NumPy, {one_line(error)}") from error
         ordered = self.bounds.dtype == np.int64 and self.bounds.ndim == 2 and self.bounds.shape[1] == 2
@@ -81,17 +80,17 @@ class Documents:
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary, the same for every release of the library that reads it."""
+    """Hash a vocabulary in a way that no release of the tokenizers library changes."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenize texts into a folder that `Documents` opens; a fast tokenizer uses all cores.
+    """Tokenize texts without special tokens into a folder that `Documents` opens; a fast tokenizer uses all cores.
 
     Args:
-        parts: the texts, one iterable per source. An iterable that occurs again is not tokenized again.
-        tokenizer: used without special tokens.
-        folder: where to write; it appears only when complete.
+        parts: the texts, one iterable per source. An iterable that occurs twice is tokenized once.
+        tokenizer: of the model.
+        folder: to make; it appears only when complete.
 
     Raises:
         ValueError: no document has `SHORTEST` tokens, or the folder cannot be made.
@@ -139,12 +138,12 @@ def encode(
     """Tokenize texts of any length in batches that occupy all cores and bound the memory.
 
     Args:
-        texts: each with whatever tells whose it is.
+        texts: pairs of an owner, which may be anything, and a text.
         tokenizer: used without special tokens.
         dtype: of the ids.
 
     Yields:
-        Whose a text is, and its token ids, `dtype` [T].
+        The owner of each text, and its token ids, `dtype` [T].
     """
     parts = []
     for batch in _batches(texts):
@@ -163,7 +162,7 @@ def encode(
 
 
 def _batches(texts: Iterable[tuple[Any, str]]) -> Iterator[list[tuple[Any, str, bool]]]:
-    """Batches of pieces: whose each is, its text, and whether it is the last of its document."""
+    """Cut texts into pieces, and yield batches of them: owner, text, and whether it is the document's last piece."""
     batch, characters = [], 0
     for owner, text in texts:
         left = len(text)
@@ -190,26 +189,21 @@ class _Source:
 
 
 def open_sources(sources: Sequence[str], text_field: str, argument: str = "data") -> list[_Source]:
-    """Find the text behind `sources`, one entry per file.
+    """Find the text of `sources`, one entry per file.
 
     Args:
         sources: names or patterns of `TEXT_FILES`, folders of MDS shards, or `datasets` ids (`id` or `id:config`).
-        text_field: name of the field that holds the text.
-        argument: name of `sources` on the command line, for messages.
+        text_field: the field that holds the text.
+        argument: the name of `sources` on the command line.
 
     Raises:
         ValueError: no file matches, or there is no such text field.
     """
-    opened = {}
-    found = []
+    names = []
     for source in sources:
-        is_file = is_text_file(source, argument)
-        names = find_files([source], TEXT_FILES, argument) if is_file else [source]
-        for name in names:
-            if name not in opened:
-                opened[name] = _open_source(name, text_field)
-            found.append(opened[name])
-    return found
+        names += find_files([source], TEXT_FILES, argument) if is_text_file(source, argument) else [source]
+    opened = {name: _open_source(name, text_field) for name in dict.fromkeys(names)}
+    return [opened[name] for name in names]
 
 
 def _open_source(name: str, text_field: str) -> _Source:
@@ -250,13 +244,13 @@ def load_documents(
     text_field: str = "text",
     cache_dir: Optional[str] = None,
 ) -> list[Documents]:
-    """Open tokenized documents and tokenize text, which is cached for the next run.
+    """Open tokenized documents, and tokenize text, which is cached for the next run.
 
     Args:
-        sources: folders that `tokenize` wrote, and whatever `open_sources` takes.
+        sources: folders that `tokenize` wrote, and sources of `open_sources`.
         tokenizer: of the model.
-        text_field: name of the field that holds the text.
-        cache_dir: where tokenized text is kept; None: `mosaicbert` in the cache of Hugging Face.
+        text_field: the field that holds the text.
+        cache_dir: the folder for tokenized text; None: `mosaicbert` in the cache of Hugging Face.
 
     Returns:
         One entry per tokenized folder, and one for all text.
@@ -286,7 +280,7 @@ def cut_documents(
     Args:
         sizes: int [N], tokens of each document.
         lengths: maximum tokens of a sequence, [CLS] and [SEP] included; each cut draws one of these.
-        shares: for each length, the share of all tokens that is cut to it; they sum to 1.
+        shares: the share of all tokens that is cut to each length; they sum to 1.
         seed: of the draws, as `numpy.random.default_rng` takes it.
 
     Returns:
@@ -319,11 +313,12 @@ class Sequences:
     """Sequences of tokenized documents, as indices.
 
     Attributes:
-        documents: where the tokens are.
+        documents: hold the tokens.
         part: int64 [N], the index in `documents` of each sequence.
         start: int64 [N], its first token there.
         size: int64 [N], its tokens without [CLS] and [SEP].
         cls_token_id, sep_token_id: put before and after each.
+        vocabulary: the bound of all token ids.
     """
 
     documents: list[Documents]
@@ -343,10 +338,10 @@ class Sequences:
         return self.size + 2
 
     def concatenate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Join sequences sorted by length, since attention serves neighbours of equal length in one call.
+        """Join sequences in order of their length, since attention takes neighbours of equal length in one call.
 
         Args:
-            numbers: int64 [M], which sequences.
+            numbers: int64 [M], indices of the sequences.
 
         Returns:
             Token ids, int64 [T], and the length of each sequence, int64 [M].
@@ -375,15 +370,7 @@ def load_sequences(
     text_field: str = "text",
     cache_dir: Optional[str] = None,
 ) -> Sequences:
-    """Tokenize documents where that is still to be done, and cut them.
-
-    Args:
-        sources, tokenizer, text_field, cache_dir: as `load_documents` takes them.
-        lengths, shares, seed: as `cut_documents` takes them.
-
-    Raises:
-        ValueError: see `load_documents`.
-    """
+    """Load documents with the arguments of `load_documents`, and cut them with those of `cut_documents`."""
     documents = load_documents(sources, tokenizer, text_field, cache_dir)
     bounds = np.concatenate([folder.bounds for folder in documents])
     owners, begins, size = cut_documents(bounds[:, 1] - bounds[:, 0], lengths, shares, seed)
@@ -401,36 +388,29 @@ def stream_sequences(
     seed: int,
     text_field: str = "text",
 ):
-    """Tokenize and cut documents while they are read, for data that is too large to be tokenized first.
-
-    Args:
-        sources, tokenizer, text_field: as `load_documents` takes them, but for tokenized folders.
-        lengths, shares, seed: as `cut_documents` takes them.
+    """Do as `load_sequences`, but tokenize and cut documents while they are read, for data that is too large to store.
 
     Returns:
         A `datasets.IterableDataset` with the columns `input_ids` and `length`, one sequence a row.
 
     Raises:
-        ValueError: see `open_sources`, or the tokenizer lacks a token that is needed.
+        ValueError: see `open_sources`; the tokenizer lacks a special token, or a source is already tokenized.
     """
     check_special(tokenizer, "cls_token", "sep_token", "mask_token")
     for source in filter(holds_documents, sources):
         raise ValueError(f"streaming: {source!r} is already tokenized; leave out --streaming")
     import datasets
 
-    # Else the library looks for the first text, and stumbles where there is none.
+    # Without features the library looks for the first text, and raises an error of its own if there is none.
     features = datasets.Features({"text": datasets.Value("string")})
-    stream = functools.partial(datasets.IterableDataset.from_generator, features=features)
     parts = []
     for source in sources:
-        if is_text_file(source):
-            settings = {"sources": find_files([source], TEXT_FILES), "text_field": text_field}
-            parts.append(stream(_examples_of_files, gen_kwargs=settings))
-        elif os.path.isdir(source):
-            settings = {"folders": [source], "text_field": text_field}
-            parts.append(stream(_examples_of_shards, gen_kwargs=settings))
-        else:
+        if not is_text_file(source) and not os.path.isdir(source):
             parts.append(_load_dataset(source, text_field, streaming=True))
+            continue
+        read, names = (_read_shards, [source]) if os.path.isdir(source) else (read_texts, find_files([source]))
+        settings = {"read": read, "names": names, "text_field": text_field}
+        parts.append(datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=settings))
     dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
     return datasets.concatenate_datasets(parts).map(
         _cut_batch,
@@ -445,13 +425,8 @@ def stream_sequences(
     )
 
 
-def _examples_of_files(sources: list[str], text_field: str):
-    for text in read_texts(sources, text_field):
-        yield {"text": text}
-
-
-def _examples_of_shards(folders: list[str], text_field: str):
-    for text in _read_shards(folders, text_field):
+def _examples(read, names: list[str], text_field: str) -> Iterator[dict[str, str]]:
+    for text in read(names, text_field):
         yield {"text": text}
 
 
@@ -466,15 +441,13 @@ def _cut_batch(batch: dict[str, list], indices: list[int], tokenizer, lengths, s
 
 
 class Masking:
-    """Chooses the tokens to predict, as BERT does.
-
-    Of the chosen tokens `mask_token_share` become [MASK]; of the others half become a random token, and half stay.
-    Special tokens are not chosen.
+    """Chooses the tokens to predict, as BERT does, but never special tokens.
 
     Args:
-        tokenizer: says what [MASK] and the special tokens are.
+        tokenizer: of the model.
         probability: share of the tokens that is chosen, in [0, 1].
-        mask_token_share: share of the chosen tokens that becomes [MASK], in [0, 1].
+        mask_token_share: share of the chosen tokens that becomes [MASK], in [0, 1]; half of the others become a random
+            token, and half stay.
 
     Source: https://arxiv.org/abs/1810.04805, section 3.1; 30% is https://arxiv.org/abs/2312.17482, section 3.2.
     """
@@ -510,13 +483,12 @@ class Masking:
 
 
 def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Collate rows of `Masking` into one batch without padding.
+    """Collate rows of `Masking` into one batch without padding, with the names of DataCollatorWithFlattening.
 
     Returns:
-        `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], where each sequence
-        starts; `max_length_q` and `max_length_k`, tokens of the longest. The names are those of transformers'
-        DataCollatorWithFlattening. `masked_lm_positions`, int64 [M], the positions with a label; passing them avoids a
-        device synchronization.
+        `input_ids` and `labels`, int64 [1, T]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [N + 1], the start of each
+        sequence; `max_length_q` and `max_length_k`, tokens of the longest; `masked_lm_positions`, int64 [M], the
+        positions with a label, which avoid a device synchronization.
     """
     batch = {
         name: torch.from_numpy(np.concatenate([row[name] for row in rows]))[None] for name in ("input_ids", "labels")
@@ -531,18 +503,17 @@ def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 class PackedRows(torch.utils.data.Dataset):
     """Masked rows of concatenated sequences; row i is a function of i and the seed alone, so a run can resume anywhere.
 
-    Rows past the first pass repeat the same rows in another order, with other masks.
+    Later passes have the same rows in another order, with other masks.
 
     Args:
-        sequences: what `load_sequences` returns.
-        tokenizer: as `Masking` takes it.
-        tokens_per_row: tokens of a row, at most.
-        mask_probability, mask_token_share: as `Masking` takes them.
+        sequences: as `load_sequences` returns them.
+        tokenizer, mask_probability, mask_token_share: as `Masking` takes them.
+        tokens_per_row: the most tokens of a row.
         seed: of the order and the masks.
 
     Attributes:
         rows_per_pass: rows in one pass over all sequences.
-        num_rows: what `len` returns, one pass at first; a run sets it to what it needs.
+        num_rows: the length, one pass at first; a run sets it to the number that it needs.
 
     Raises:
         ValueError: a sequence is longer than a row.
@@ -589,14 +560,10 @@ class PackedRows(torch.utils.data.Dataset):
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Endless rows as in `PackedRows` from a stream, which is read again in another order when it ends.
-
-    Args:
-        sequences: what `stream_sequences` returns.
-        tokenizer, tokens_per_row, mask_probability, seed, mask_token_share: as `PackedRows` takes them.
+    """Endless rows as in `PackedRows` from the stream of `stream_sequences`, read again in another order at its end.
 
     Raises:
-        ValueError: while it is read, when the stream holds no sequence, or one that is longer than a row.
+        ValueError: while it is read, if the stream holds no sequence.
     """
 
     def __init__(
