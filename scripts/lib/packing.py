@@ -563,7 +563,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     """Endless rows as in `PackedRows` from the stream of `stream_sequences`, read again in another order at its end.
 
     Raises:
-        ValueError: while it is read, if the stream holds no sequence.
+        ValueError: while it is read, if the stream holds no sequence, or one that is longer than a row.
     """
 
     def __init__(
@@ -588,6 +588,10 @@ class StreamedRows(torch.utils.data.IterableDataset):
             self.sequences.set_epoch(number)
             for sequence in self.sequences:
                 ids = sequence["input_ids"]
+                if len(ids) > self.tokens_per_row:
+                    raise ValueError(
+                        f"tokens_per_row must be at least the longest sequence, {len(ids)}, got {self.tokens_per_row}"
+                    )
                 if row and filled + len(ids) > self.tokens_per_row:
                     row.sort(key=len)
                     lengths = np.array([len(part) for part in row])

@@ -54,12 +54,12 @@ class PretrainingTrainer(CarefulTrainer):
     """Trainer with the recipe's schedule, unshuffled rows, and speed in the log.
 
     Each logged loss comes with `tokens_per_second` and `mfu` (model FLOPs utilization: the FLOPs of forward and
-    backward, without recomputation, over what the device can do) of the steps since the last one, and with `seconds`,
-    the time spent training so far, evaluation and saving left out.
+    backward, without recomputation, relative to the device's peak) of the steps since the last one, and with `seconds`,
+    the time spent in training so far, without evaluation and saving.
 
     Args:
-        options: of the command line; `warmup_share`, `final_lr_share` and `max_seconds` are read.
-        peak_flops: FLOPs a second that one process's device can do.
+        options: of the command line.
+        peak_flops: peak FLOPs per second of one process's device.
         **kwargs: as Trainer takes them.
     """
 
@@ -101,10 +101,10 @@ class PretrainingTrainer(CarefulTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _clear_counts(self):
-        self._tokens, self._pairs, self._predicted = 0, 0, 0  # of this process; the last two live on the device
+        self._tokens, self._pairs, self._predicted = 0, 0, 0  # of this process; the last two stay on the device
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # counted in `store_flos`; reading a number in each step would synchronize with the device
+        return 0  # `store_flos` counts them; reading a number in each step would synchronize with the device
 
     def store_flos(self) -> None:
         config = self.accelerator.unwrap_model(self.model).config
@@ -143,7 +143,7 @@ class PretrainingTrainer(CarefulTrainer):
 
 
 class StopOnTime(TrainerCallback):
-    """Ends training when the schedule has used up its time."""
+    """Ends the training when the schedule has used up its time."""
 
     def __init__(self, trainer: PretrainingTrainer):
         self.trainer = trainer
@@ -154,7 +154,7 @@ class StopOnTime(TrainerCallback):
 
 
 def make_agreement():
-    """A function that broadcasts a number from process 0, through the CPU to avoid a GPU synchronization."""
+    """Make a function that broadcasts a number from process 0, on the CPU to avoid a synchronization of the GPU."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return lambda number: number
     group = torch.distributed.new_group(backend="gloo")
@@ -168,18 +168,15 @@ def make_agreement():
 
 
 def build_model(options: argparse.Namespace, vocabulary: int):
-    """Make or load the model to train, in float32.
+    """Make or load the model to train: a `BertForMaskedLM` of this repository's code in float32.
 
     Args:
         options: of the command line; `model` to start from, or `config` or nothing for random weights, and
             `config_fields` on top.
         vocabulary: entries of the tokenizer. Random weights get the next multiple of 64 as `vocab_size`.
 
-    Returns:
-        A `BertForMaskedLM` of this repository's code, whatever code its source brings.
-
     Raises:
-        ValueError: a field is unknown or its value is refused, the vocabulary does not fit, or the weights hold NaN or
+        ValueError: a field is unknown or has an invalid value, the vocabulary does not fit, or the weights hold NaN or
             infinity.
     """
     argument = "config" if options.model is None else "model"
@@ -211,22 +208,14 @@ def build_model(options: argparse.Namespace, vocabulary: int):
 
 
 def load_tokenizer(options: argparse.Namespace):
-    """The tokenizer that the options name.
-
-    Raises:
-        ValueError: a folder holds no model or no tokenizer.
-    """
+    """Load the tokenizer that the options name."""
     if options.tokenizer is not None:
         return load_words(options.tokenizer, "tokenizer", files=TOKENIZER_FILES)
     return load_words(str(REPOSITORY) if options.model is None else options.model)
 
 
 def tokenize_only(options: argparse.Namespace) -> None:
-    """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`.
-
-    Raises:
-        ValueError: see `open_sources`, `staged_folder` and `tokenize`.
-    """
+    """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`."""
     parts = open_sources(options.train_data, options.text_field, "train_data")
     tokenizer = load_tokenizer(options)
     with staged_folder(Path(options.output_dir), options.overwrite, "output_dir", **inputs(options)) as new:
@@ -248,7 +237,7 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
         The trainer, after training.
 
     Raises:
-        ValueError: options that contradict each other or the data; each names what was wrong.
+        ValueError: options contradict each other or the data.
         FloatingPointError: the loss or the weights became NaN or infinite.
     """
     if arguments.n_gpu > 1:
@@ -262,7 +251,7 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
     shares = [share / sum(shares) for share in shares]
     with contextlib.ExitStack() as stack:
         run = None
-        if arguments.process_index == 0:  # which holds the lock for all
+        if arguments.process_index == 0:  # this process holds the lock for all
             folder, resume = Path(arguments.output_dir), options.resume_from_checkpoint
             run = stack.enter_context(open_run(folder, options.overwrite, resume, resumable=True, **inputs(options)))
         (run,) = broadcast_object_list([run])
@@ -273,7 +262,7 @@ def train(options: argparse.Namespace, arguments: TrainingArguments) -> Pretrain
 def _train(
     options: argparse.Namespace, arguments: TrainingArguments, shares: list[float], run: Run
 ) -> PretrainingTrainer:
-    """Do what `train` does, in the folder of a run."""
+    """Do the work of `train` in the folder of a run."""
     tokenizer = load_tokenizer(options)
     set_seed(arguments.seed)
     model = build_model(options, len(tokenizer))
@@ -325,7 +314,7 @@ def _train(
         )
     if options.dataloader_num_workers is None and not arguments.use_cpu:
         arguments.dataloader_num_workers = 1 if options.streaming else 2
-    # Else accelerate reads a stream in one process and hands out slices of each tensor, boundaries included.
+    # Otherwise accelerate reads a stream in one process and distributes slices of each tensor, boundaries included.
     arguments.accelerator_config.dispatch_batches = False
     sparse_prediction, model.config.sparse_prediction = model.config.sparse_prediction, True
     trainer = PretrainingTrainer(
@@ -343,28 +332,24 @@ def _train(
         trainer.evaluate()
     model.config.sparse_prediction = sparse_prediction
     save(trainer, run, options)
-    # A process that just ended would cut the connections of those that still work, which could abort them.
+    # A process that ends early cuts its connections to those that still work, which could abort them.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return trainer
 
 
 def save(trainer: PretrainingTrainer, run: Run, options: argparse.Namespace) -> None:
-    """Write the trained model as a repository that loads by itself, and remove the checkpoints.
-
-    Raises:
-        FloatingPointError: the last step left NaN or infinity in the weights.
-    """
+    """Write the trained model as a repository that loads by itself, and remove the checkpoints."""
     trainer.check_weights()
     trainer.model.to(getattr(torch, options.save_dtype))
-    if trainer.is_fsdp_enabled:  # else Trainer 5.0 writes no model at all, since each process holds a part
+    if trainer.is_fsdp_enabled:  # otherwise Trainer 5.0 writes no model at all, since each process holds a part
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     stage = run.work / STAGE
     trainer.save_model(str(stage))
     trainer.save_state()
     if trainer.is_world_process_zero():
         say_float32(stage)
-        if importlib.util.find_spec("matplotlib"):  # which a cluster's environment may lack
+        if importlib.util.find_spec("matplotlib"):  # a cluster's environment may lack it
             draw_losses({"": trainer.state.log_history}, stage / "loss.png")
         write_model_card(stage, run.folder.name, options.model, trainer.state)
         run.publish(stage, options.keep_checkpoints)
@@ -379,14 +364,14 @@ def save(trainer: PretrainingTrainer, run: Run, options: argparse.Namespace) -> 
 
 
 def evaluation_words(options: argparse.Namespace, folder: Path) -> list:
-    """Arguments for evaluate_mlm.py that compare a trained model with the one that it started from."""
+    """List the arguments of evaluate_mlm.py that compare a trained model with the one that it started from."""
     files = [name for name in options.validation_data if is_file_name(name) and not os.path.isdir(name)]
     words = ["--model", *filter(None, [options.model]), folder, "--data", *(files or ["FILE"])]
     return words if options.text_field == "text" else [*words, "--text_field", options.text_field]
 
 
 def write_model_card(folder: Path, title: str, source: Optional[str], state) -> None:
-    """Write the README.md of a pretrained model, with the tokens, the losses and the loss curve of the run."""
+    """Write the README.md of a pretrained model, with the tokens, the losses and the loss curve of its training."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = {name: value for entry in state.log_history for name, value in entry.items()}
     notes = [

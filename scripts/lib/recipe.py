@@ -1,4 +1,4 @@
-"""The learning rate schedule of pretraining, and the FLOPs of a step; needs nothing but torch."""
+"""The learning rate schedule of pretraining, and the FLOPs of a step."""
 
 import time
 from collections.abc import Callable
@@ -8,13 +8,7 @@ import torch
 
 
 def linear_schedule(step: float, warmup: int, total: int, final: float) -> float:
-    """The learning rate of a step relative to its peak: linear warmup from 0, then linear decay.
-
-    Args:
-        step: number of the step, from 0; fractional when time sets the pace.
-        warmup: warmup steps.
-        total: steps of the run.
-        final: value at the end of the decay.
+    """Compute the learning rate of a step relative to its peak: linear warmup from 0, then linear decay to `final`.
 
     Source: https://arxiv.org/abs/2312.17482, appendix A.
     """
@@ -26,15 +20,16 @@ def linear_schedule(step: float, warmup: int, total: int, final: float) -> float
 class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
     """`linear_schedule` by steps or by the clock, whichever is further on.
 
-    The first step takes time without counting as progress: it compiles kernels, and would otherwise use up the warmup.
-    `state_dict` includes the time used, so a resumed run continues with the rest.
+    The time of the first step is no progress: it compiles kernels, and would otherwise use up the warmup. `state_dict`
+    includes the elapsed time, so that a resumed run continues with the rest.
 
     Args:
         optimizer: whose learning rates are set.
-        warmup, total, final: as `linear_schedule` takes them, in steps.
-        max_seconds: when the run is to end, from `start_clock` on; None: the clock does not count.
-        agree: turns the processes' numbers into one.
-        clock: seconds, from any origin.
+        warmup, total: steps of the warmup, and of the whole run.
+        final: learning rate at the end relative to the peak.
+        max_seconds: the duration of the run from `start_clock` on; None: the clock does not count.
+        agree: a function that turns the numbers of all processes into one.
+        clock: returns the time in seconds, from any origin.
     """
 
     STATE = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "elapsed", "first_step")
@@ -60,7 +55,7 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
 
     @property
     def position(self) -> float:
-        """How far the run is, in steps out of `total`."""
+        """The progress of the run, in steps out of `total`."""
         if self.max_seconds is None:
             return self.last_epoch
         left = max(self.max_seconds - self.first_step, 1e-9)
@@ -80,16 +75,16 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
         super().step()
 
     def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group."""
+        """Return the learning rate of each parameter group."""
         share = linear_schedule(self.position, self.warmup, self.total, self.final)
         return [peak * share for peak in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; steps and shares come from the command line."""
+        """Return the state for a checkpoint; steps and shares come from the command line."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Continue from `state_dict`."""
         fits = isinstance(state, dict) and len(state.get("base_lrs", ())) == len(self.base_lrs)
         if not fits or not all(isinstance(state.get(name), int) for name in ("last_epoch", "_step_count")):
             raise ValueError("the state belongs to another kind of schedule")
@@ -97,17 +92,17 @@ class LinearSchedule(torch.optim.lr_scheduler.LRScheduler):
 
 
 def count_flops(config, tokens, pairs, predicted):
-    """FLOPs of the matrix products in one training step: forward, and backward at twice that.
+    """Count the FLOPs of the matrix products in a training step: forward, and twice as many in the backward pass.
 
     Args:
         config: of the model.
-        tokens: tokens of the batch.
+        tokens: of the batch.
         pairs: sum of the squared lengths of its sequences.
         predicted: tokens with a label.
 
     Returns:
-        The number, of the type of the counts: integers, or tensors that stay on their device. A multiply and an add are
-        two.
+        The number, of the type of the counts: integers, or tensors that stay on their device. A multiply and an add
+        count as two.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 2 * tokens * (4 * hidden**2 + 3 * hidden * inner) + 4 * pairs * hidden
@@ -116,7 +111,7 @@ def count_flops(config, tokens, pairs, predicted):
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large matrix product, the best of five, on `device` in `dtype`."""
+    """Measure the FLOPs per second of a large matrix product on `device` in `dtype`, the best of five."""
     size = 2048 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []

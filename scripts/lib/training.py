@@ -20,20 +20,21 @@ from .cli import one_line
 from .common import unpickling_problem
 from .runs import is_finite, numbered
 
-# Time between two lines of the log, in seconds, where no step count was asked for.
+# Seconds between two lines of the log, unless --logging_steps is given.
 LOG_SECONDS = 10.0
 
 
 class CarefulTrainer(Trainer):
     """A Trainer that logs in lines and stops when the loss or the weights are no longer finite.
 
-    No step synchronizes with the device: the first loss that is not finite is noted there, and read when the log reads
-    a loss anyway. A checkpoint is saved only after its weights have been checked. Needs `logging_nan_inf_filter` off.
+    No step synchronizes with the device: it keeps the number of the first step whose loss is not finite, which is read
+    when the log reads a loss anyway. A checkpoint is saved only after a check of its weights. `logging_nan_inf_filter`
+    must be off.
 
     Args:
-        seconds_between_logs: besides every `logging_steps` the loss is logged when so much time has passed, and at
-            least ten times in a training. None: only every `logging_steps`.
-        max_seconds: when the training ends, where the clock ends it.
+        seconds_between_logs: the loss is logged after so much time too, and at least ten times in a training. None:
+            only every `logging_steps`.
+        max_seconds: the duration of the training, if the clock ends it.
         **kwargs: as Trainer takes them.
     """
 
@@ -48,12 +49,12 @@ class CarefulTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        logging.disable_progress_bar()  # one for the files of each checkpoint
+        logging.disable_progress_bar()  # each checkpoint would show one for its files
         if not self.args.disable_tqdm:
             self.add_callback(Bars(self, max_seconds))
         self.add_callback(LogLines(seconds_between_logs, max_seconds))
-        self.tokens_trained = 0  # by this process; int64 [] on the device where batches are padded
-        self._bad_step = None  # int64 [] on the device, 0 while every loss was finite
+        self.tokens_trained = 0  # by this process; int64 [] on the device if batches are padded
+        self._bad_step = None  # int64 [] on the device, 0 while every loss is finite
         self._last_saved = None
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -72,7 +73,7 @@ class CarefulTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def check_weights(self) -> None:
-        """Raise Divergence where the loss of a step, or a weight now, is not finite."""
+        """Raise Divergence if the loss of an earlier step, or a weight now, is not finite."""
         if self._bad_step is not None and self._bad_step.item():
             self._stop_diverged("the loss")
         if not is_finite(*self.model.parameters()):
@@ -80,7 +81,7 @@ class CarefulTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         self.check_weights()
-        # Trainer would delete old checkpoints by their age, a user's `checkpoint-best` among them.
+        # Trainer would delete old checkpoints by their age, and a user's `checkpoint-best` with them.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
@@ -116,7 +117,7 @@ class CarefulTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             if checkpoint is None or self.is_fsdp_enabled or not isinstance(optimizer, torch.optim.AdamW):
-                return  # others keep what they like
+                return  # other optimizers may keep any state
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 held = [kept for kept in optimizer.state[parameter].values() if torch.is_tensor(kept) and kept.dim()]
                 if not held or any(kept.shape != parameter.shape for kept in held):
@@ -141,7 +142,7 @@ class CarefulTrainer(Trainer):
 
 @contextlib.contextmanager
 def _resuming(checkpoint: Optional[str]) -> Iterator[None]:
-    """Name the checkpoint in whatever error its files cause."""
+    """Name the checkpoint in any error that its files cause."""
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
@@ -158,9 +159,9 @@ class Divergence(FloatingPointError):
     """The loss or the weights of a run are no longer finite.
 
     Args:
-        step: the first one where that was so.
+        step: the first such step.
         what: the loss or a weight.
-        kept: the last checkpoint, None where there is none.
+        kept: the last checkpoint, or None.
     """
 
     def __init__(self, step: int, what: str, kept: Optional[str]):
@@ -173,12 +174,7 @@ class Divergence(FloatingPointError):
 
 
 class Bars(ProgressCallback):
-    """Progress bars of training and evaluation, with tokens a second and without the log.
-
-    Args:
-        trainer: whose tokens are counted.
-        max_seconds: when the training ends, where the clock ends it.
-    """
+    """Progress bars of training and evaluation, with tokens per second and without the log."""
 
     def __init__(self, trainer: CarefulTrainer, max_seconds: Optional[float] = None):
         super().__init__()
@@ -190,7 +186,7 @@ class Bars(ProgressCallback):
         self.current_step = state.global_step
         if self.training_bar is None:
             return
-        if self.max_seconds:  # the bar is one of time, as nobody knows how many steps there will be
+        if self.max_seconds:  # the bar shows time, as the number of steps is unknown
             self.training_bar.total = self.max_seconds
             self.training_bar.bar_format = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         else:
@@ -201,11 +197,11 @@ class Bars(ProgressCallback):
         if self.training_bar is None:
             return
         now = time.perf_counter()
-        if self.refreshed == self.began or now - self.refreshed > 1:  # reading the tokens may wait for the device
+        if self.refreshed == self.began or now - self.refreshed > 1:  # reading the tokens may synchronize the device
             self.refreshed = now
             speed = int(self.trainer.tokens_trained) * args.world_size / (now - self.began)
             self.training_bar.set_postfix_str(f"{shorten(speed)} tok/s", refresh=False)
-        if self.max_seconds:  # a bar beyond its end loses its length
+        if self.max_seconds:  # beyond its end the bar would lose its length
             done = min(now - self.began, self.max_seconds) - self.training_bar.n
         else:
             done = state.global_step - self.current_step
@@ -217,11 +213,7 @@ class Bars(ProgressCallback):
 
 
 class LogLines(TrainerCallback):
-    """Prints the log as lines, has it written often enough, and says early how long the training will take.
-
-    Args:
-        seconds_between_logs, max_seconds: as `CarefulTrainer` takes them.
-    """
+    """Prints the log as lines, asks for it often enough, and says early how long the training will take."""
 
     def __init__(self, seconds_between_logs: Optional[float] = None, max_seconds: Optional[float] = None):
         self.interval, self.max_seconds = seconds_between_logs, max_seconds
@@ -236,7 +228,7 @@ class LogLines(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        # Processes log together, and their clocks differ.
+        # Processes must log in the same step, and their clocks differ.
         if self.interval and args.world_size == 1 and now - self.logged > self.interval:
             control.should_log = True
         if self.warm is None:  # the first step takes longer than the others
@@ -262,7 +254,7 @@ def _write_line(state, line: str) -> None:
 
 
 def tell_time(seconds: float) -> str:
-    """A time in its largest two units, such as `4 min 20 s`."""
+    """Write a time in its two largest units, such as `4 min 20 s`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -271,10 +263,10 @@ def tell_time(seconds: float) -> str:
 
 
 def format_log(step: int, max_steps: Optional[int], logs: dict[str, float]) -> Optional[str]:
-    """One entry of the log as a line, such as `step 120/3000  loss 3.41  lr 4.9e-04  142k tok/s`.
+    """Write a training loss or an evaluation as a line, such as `step 120/3000  loss 3.41  lr 4.9e-04  142k tok/s`.
 
     Returns:
-        The line; None unless it is a training loss or an evaluation.
+        The line; None for any other entry of the log.
     """
     parts = [f"step {step}" if max_steps is None else f"step {step}/{max_steps}"]
     parts += [f"{logs['progress']:.0%}"] if "progress" in logs else []
@@ -296,6 +288,6 @@ def format_log(step: int, max_steps: Optional[int], logs: dict[str, float]) -> O
 
 
 def shorten(number: float) -> str:
-    """A number with three digits and k, M or G, such as 142k."""
+    """Write a number with three digits and k, M or G, such as 142k."""
     power = min(3, int(math.log10(max(number, 1)) // 3))
     return f"{number / 1000**power:.3g}{' kMG'[power].strip()}"
