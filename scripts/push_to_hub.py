@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Push a model folder to the Hugging Face Hub: weights, config, tokenizer, card and code, in one commit.
 
-The folder is checked first: every file that loaders need is there and whole, and nothing in it refers to code of
-another repository. Only the files of a model repository go up, and the images that its card shows; they are listed
+The folder is checked first: every file that loaders need must be there and whole, and nothing may refer to code of
+another repository. Only the files of a model repository and the images in its card are pushed; the script lists them
 first. Weights and tokenizer files on the Hub that the new ones replace are deleted in the same commit. A branch that
-does not exist is made. Log in with `hf auth login` or set HF_TOKEN.
+does not exist is created. Log in with `hf auth login` or set HF_TOKEN.
 
     push_to_hub.py my-mosaic-bert me/my-mosaic-bert --dry_run
     push_to_hub.py my-mosaic-bert me/my-mosaic-bert --private
@@ -40,33 +40,27 @@ from lib.references import foreign_references
 OWN_MODULES = {name.removesuffix(".py") for name in CODE_FILES}
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")
 NEEDED_FILES = (*CODE_FILES, "config.json", "README.md", "tokenizer_config.json")
-# Of the tokenizer's files one must be there.
+# A repository must hold one of these files.
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-# Files at the top of a repository that loaders may use instead of, or along with, the pushed ones.
+# Files at the top of a repository that loaders may use instead of the pushed ones or in addition to them.
 REPLACED_PATTERNS = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 REPLACED_PATTERNS += ("tf_model*", "flax_model*", "adapter_config.json", "adapter_model*")
 REPLACED_PATTERNS += ("generation_config.json", "*processor_config.json")
-# No part of it looks beyond the next bracket, which would take quadratic time.
+# No part of the pattern looks beyond the next bracket, which would take quadratic time.
 IMAGE = re.compile(
     r"!\[(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))|<img\b[^<>]*?\bsrc=[\"']?([^\"'\s<>]+)",
     re.IGNORECASE,
 )
-# Those to JSON are scores, such as metrics.json; others may lead to files of a checkout.
+# Only links to JSON, such as metrics.json, are followed; others may lead to files of a checkout.
 LINK = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))")
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """Check that a folder is a complete repository, and list its files.
-
-    Args:
-        folder: to be pushed.
-
-    Returns:
-        Paths inside the folder, `/` between folders, sorted.
+    """Check that a folder is a complete repository, and list its files, sorted and with `/` between folders.
 
     Raises:
-        ValueError: a file is missing, damaged or outside the folder, `auto_map` is incomplete, or something refers to
+        ValueError: a file is missing, damaged or outside the folder, `auto_map` is incomplete, or a file refers to
             code or files elsewhere.
     """
     if not (folder / "config.json").is_file():
@@ -78,13 +72,10 @@ def files_to_push(folder: Path) -> list[str]:
     missing = [name for name in AUTO_CLASSES if not isinstance(auto_map, dict) or name not in auto_map]
     if missing:
         raise ValueError(f"folder: auto_map in config.json lacks {', '.join(missing)}")
-    odd = [
-        name
-        for name in (*TOKENIZER_FILES, "LICENSE")
-        if os.path.lexists(folder / name) and not (folder / name).is_file()
-    ]
-    if odd:
-        raise ValueError(f"folder: expected {odd[0]} to be a file")
+    optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if os.path.lexists(folder / name)]
+    for name in optional:
+        if not (folder / name).is_file():
+            raise ValueError(f"folder: expected {name} to be a file")
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ValueError(f"folder: expected {' or '.join(VOCABULARIES)}")
     for name in REFERRING_FILES:
@@ -92,7 +83,6 @@ def files_to_push(folder: Path) -> list[str]:
         foreign = list(foreign_references(read_json(folder / name), modules)) if (folder / name).is_file() else []
         if foreign:
             raise ValueError(f"folder: {name} leads to code or files outside of the repository: {', '.join(foreign)}")
-    optional = [name for name in (*TOKENIZER_FILES, "LICENSE") if (folder / name).is_file()]
     files = {*NEEDED_FILES, *optional, *checked_weights(folder), *card_files(folder)}
     for name in files:
         file_inside(folder, name)
@@ -106,7 +96,7 @@ def files_to_push(folder: Path) -> list[str]:
 
 
 def check_model(folder: Path) -> None:
-    """Build the model without memory, compare it with the weights, and load the tokenizer, as a loader would.
+    """Build the model on the meta device, compare it with the weights, and load the tokenizer, as a loader would.
 
     Raises:
         ValueError: a weight is missing, unknown, of another shape or not finite, or the tokenizer does not fit.
@@ -115,7 +105,7 @@ def check_model(folder: Path) -> None:
 
     checkpoint = read_checkpoint(str(folder), None)
     if not checkpoint.config.get("id2label"):
-        checkpoint.config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}  # what loaders assume
+        checkpoint.config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}  # as loaders assume
     try:
         model, _ = build_model(checkpoint)
     except ValueError as error:
@@ -124,11 +114,11 @@ def check_model(folder: Path) -> None:
 
 
 def checked_weights(folder: Path) -> list[str]:
-    """Names of a folder's weight files, and of their index if there is one.
+    """List a folder's weight files, and their index if there is one.
 
     Raises:
-        ValueError: there are no safetensors, a file is truncated, the index contradicts the files, or a layer that
-            the config speaks of is missing.
+        ValueError: there are no safetensors, a file is truncated, the index contradicts the files, or a layer of the
+            config is missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -152,10 +142,10 @@ def checked_weights(folder: Path) -> list[str]:
 
 
 def card_files(folder: Path) -> set[str]:
-    """Paths of the files of its own repository that the card shows (images) or links to (JSON).
+    """List the files of its own repository that the card shows (images) or links to (JSON).
 
     Raises:
-        ValueError: one is missing, is not an image, or lies outside the folder, or the card is not UTF-8.
+        ValueError: one is missing, is not an image, or is outside the folder, or the card is not UTF-8.
     """
     files = set()
     try:
@@ -179,7 +169,7 @@ def card_files(folder: Path) -> set[str]:
 
 
 def card_head(folder: Path) -> str:
-    """The metadata at the top of the card, as the Hub reads it."""
+    """Return the metadata at the top of the card, as the Hub reads it."""
     lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     ends = [number for number, line in enumerate(lines) if line.strip() == "---"][:2]
     if len(ends) < 2 or ends[0] != 0:
@@ -187,30 +177,21 @@ def card_head(folder: Path) -> str:
     return "\n".join(lines[1 : ends[1]])
 
 
-def connect(token: Optional[str], anonymous: bool = False):
-    """A client of the Hub, logged in where a token is given or stored.
-
-    Raises:
-        ValueError: there is no token, and the client may not be anonymous.
-    """
+def connect(anonymous: bool):
+    """Make a client of the Hub with the user's token; raise ValueError without one unless it may be anonymous."""
     from huggingface_hub import HfApi, get_token
 
-    token = token or get_token()
+    token = get_token()
     if not token and not anonymous:
         raise ValueError("not logged in to the Hub; run `hf auth login` or set HF_TOKEN")
     return HfApi(token=token)
 
 
 def remote_state(api, repo_id: str, branch: Optional[str]) -> tuple[Optional[str], list[str]]:
-    """Inspect a branch of a repository on the Hub.
-
-    Args:
-        api: a client.
-        repo_id: `owner/name`.
-        branch: None: the main branch. One that does not exist starts from it.
+    """Inspect a branch of a repository on the Hub, by default and for a missing branch the main branch.
 
     Returns:
-        The commit at its tip, and the paths of its files; None and no files where there is no such repository.
+        The commit at its tip, and the paths of its files; None and no files if there is no such repository.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -225,15 +206,7 @@ def remote_state(api, repo_id: str, branch: Optional[str]) -> tuple[Optional[str
 
 
 def replaced_files(there: list[str], files: list[str]) -> list[str]:
-    """The files on the Hub that loaders would still use beside the new ones.
-
-    Args:
-        there: paths on the Hub.
-        files: paths that are pushed.
-
-    Returns:
-        Paths to delete, sorted.
-    """
+    """List the files `there` on the Hub that loaders would still use beside the new ones, sorted."""
     return sorted(
         name
         for name in set(there) - set(files)
@@ -247,22 +220,20 @@ def push(
     private: Optional[bool] = None,
     branch: Optional[str] = None,
     message: str = "Upload MosaicBERT",
-    token: Optional[str] = None,
     dry_run: bool = False,
 ) -> Optional[str]:
     """Check a folder, print its files, and push them as one commit.
 
     Args:
-        folder: to be pushed.
-        repo_id: `owner/name`; made when it does not exist.
-        private: whether a new repository is private; None: what the account's settings say.
-        branch: where the commit goes, made when it does not exist; None: the main branch.
+        folder: to push.
+        repo_id: `owner/name`; created if it does not exist.
+        private: whether a new repository is private; None: as the account's settings say.
+        branch: to push to, created if it does not exist; None: the main branch.
         message: of the commit.
-        token: None: the one that is logged in.
         dry_run: print, and change nothing on the Hub.
 
     Returns:
-        The commit's hash, or None where nothing was pushed.
+        The commit's hash, or None for a dry run.
 
     Raises:
         ValueError: the folder is not complete, or nobody is logged in.
@@ -271,7 +242,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
-    api = connect(token, anonymous=dry_run)
+    api = connect(anonymous=dry_run)
     files = files_to_push(folder)
     sizes = {name: (folder / name).stat().st_size for name in files}
     for name, size in sizes.items():
@@ -292,10 +263,10 @@ def push(
             return None
         operations = [CommitOperationAdd(name, str((folder / name).resolve())) for name in files]
         operations += [CommitOperationDelete(name) for name in replaced]
-        # The deletions were chosen from that parent; the Hub refuses if somebody else has pushed since.
+        # The deletions were chosen for this parent; the Hub refuses if somebody else has pushed since.
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=parent)
     except Exception as error:
-        # huggingface_hub lets its HTTP library's errors pass: requests' OSErrors before 1.0, httpx's errors since.
+        # huggingface_hub passes on the errors of its HTTP library: requests' OSErrors before 1.0, httpx's since.
         from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
         if isinstance(error, HfHubHTTPError) or not from_network:
             raise

@@ -27,7 +27,7 @@ EMBEDDINGS = """
 For sentence embeddings take the mean of `last_hidden_state` over real tokens, or let sentence-transformers do it:
 `SentenceTransformer("REPOSITORY", trust_remote_code=True)`.
 """
-# The end of the name of a model class, and the task of its models.
+# The Hub's task for models whose class has a name with this ending.
 TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
@@ -39,21 +39,18 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def task_of(config: dict) -> str:
-    """The task that the Hub files a model under, from the fields of its config.json."""
+    """Return the Hub's task for a model, from the fields of its config.json."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
     return next((task for end, task in TASKS.items() if str(name).endswith(end)), "feature-extraction")
 
 
 def usage(config: dict, pairs: bool = False) -> str:
-    """The block of Python that predicts with a model.
+    """Write the Python code that predicts with a model, in which REPOSITORY stands for the model's id.
 
     Args:
-        config: fields of its config.json; the class and the kind of problem are read.
+        config: fields of its config.json.
         pairs: whether it reads pairs of texts.
-
-    Returns:
-        Python, in which REPOSITORY stands for the model's id.
     """
     task, options = task_of(config), ""
     if task == "fill-mask":
@@ -72,14 +69,14 @@ def usage(config: dict, pairs: bool = False) -> str:
 
 
 def labels_of(config: dict) -> list[str]:
-    """The labels that a config names, none where they are numbered only."""
+    """List the labels that a config names; none if they are only numbered."""
     labels = config.get("id2label")
     names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
     return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def in_markdown(text: str) -> str:
-    """Text that stays text in Markdown, on one line."""
+    """Put a text on one line, with an escape before each character that means something in Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#!|~])", r"\\\1", " ".join(text.split()))
 
 
@@ -101,20 +98,20 @@ def write_card(
     """Write the README.md of a model.
 
     Args:
-        target: the new model's folder; its config.json says what it is for.
-        made: how it was made, one sentence of Markdown.
-        source: Hub id, folder or file of the model that it was made from; of a local path only the name is shown. None:
-            it was trained from random weights.
-        folder: where the source's own README.md may lie.
-        revision: commit of the source, None when unknown.
-        license: identifier such as `apache-2.0`; None: what the source's card says, or `unknown`.
+        target: the new model's folder; its config.json tells its task.
+        made: how it was made, in Markdown.
+        source: Hub id, folder or file of the original model; only the name of a local path is shown. None: the model
+            was trained from random weights.
+        folder: may hold the source's own README.md.
+        revision: commit of the source, None if unknown.
+        license: identifier such as `apache-2.0`; None: the one in the source's card, or `unknown`.
         title: None: the name of the source.
-        notes: Markdown to end with.
+        notes: Markdown for the end.
         template: name of the template beside this file.
-        metadata: what the Hub reads, beside or instead of what is said of every model here.
+        metadata: for the card's head, in addition to that of every model here or instead of it.
         pairs: whether it reads pairs of texts.
         results: scores, for the card's head.
-        **fields: what else the template asks for.
+        **fields: other fields of the template.
     """
     import yaml
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -157,7 +154,7 @@ def write_card(
 
 
 def stated_metadata(folder: Path) -> dict[str, str]:
-    """What the card in a folder says of `license` and `base_model`; values that are not identifiers are left out."""
+    """Read `license` and `base_model` from the card in a folder, without values that are not identifiers."""
     import yaml
     from huggingface_hub import metadata_load
 
