@@ -3,15 +3,15 @@
 
 Attention: query, key and value merge into `Wqkv`. Positions: ALiBi replaces the position embedding, whose
 mean is added to the token types. Feed-forward: MosaicBERT multiplies gelu(gate) by a value and has no bias, BERT has a
-bias and no value. On every LayerNorm output x some vector v has v·x close to 1, so that with
+bias and no value. For every LayerNorm there is a vector v with v·x close to 1 for each output x, so that with
 
     gate rows = W1 + b1 vᵀ        value rows = v
 
 the new block computes gelu(W1 x + b1 (v·x)) · (v·x), almost what the old one did. v is fitted by least squares, layer
 by layer, to the new model's own activations on the text given with --data. The report is on a held-out fifth of it.
 
-The MLM head is the source's. Without one, the decoder is tied to the embeddings, its bias is the log of how often each
-token occurs in the text, and the transform is the identity with a LayerNorm scale of 0.3: measured on MiniLM, answers
+The MLM head is the source's. If the source has none, the decoder is tied to the embeddings, its bias is the log of each
+token's frequency in the text, and the transform is the identity with a LayerNorm scale of 0.3: on MiniLM, predictions
 then start near the frequencies and leave them sooner than with a scale of 1 or a random transform.
 
     convert_bert.py bert-base-uncased my-warm-start --data "corpus/*.jsonl.gz"
@@ -42,7 +42,7 @@ def main() -> None:
     parser.option("--pad_vocab", "make the vocabulary a multiple of N", positive_integer, 64)
     parser.option("--max_length", "tokens in a window of text", positive_integer, 128)
     parser.option("--tokens", "tokens to fit and report on", positive_integer, 25_000)
-    parser.option("--ridge", "keeps v short; 0 is exact, but v may be long", not_negative, 1e-6)
+    parser.option("--ridge", "keep v short; 0 is exact, but v may be long", not_negative, 1e-6)
     parser.option("--revision", "branch, tag or commit of a Hub id")
     parser.option("--license", **LICENSE)
     parser.option("--overwrite", "replace an existing target", action="store_true")
@@ -65,19 +65,8 @@ def main() -> None:
         f"next layer sees, largest in layer {worst.layer} ({worst.block_error:.1%}). Replacing positions with "
         "ALiBi adds to this, so continue training before you use the model."
     )
-    say_end(
-        f"saved in {args.target}: a warm start with its card",
-        command(
-            "pretrain_mlm.py",
-            "--model",
-            args.target,
-            "--train_data",
-            *args.data,
-            *TEN_MINUTES,
-            "--output_dir",
-            f"{args.target}-trained",
-        ),
-    )
+    words = ["--model", args.target, "--train_data", *args.data, *TEN_MINUTES, "--output_dir", f"{args.target}-trained"]
+    say_end(f"saved in {args.target}: a warm start with its card", command("pretrain_mlm.py", *words))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 """Turn a published MosaicBERT-family checkpoint, or Composer's, into a complete repository with this code.
 
 SOURCE is a Hub id or a folder of any repository of the family (mosaic-bert-base, DNABERT-2, their fine-tuned
-descendants, …), or a Composer checkpoint (`.pt`) together with the config and tokenizer that Composer put into it, or
-that lie beside it. TARGET gets the code, safetensors, config.json with the full `auto_map`, the tokenizer and a card.
-Weights keep their values and dtype; rows of the vocabulary without a token get a low bias in the decoder.
-No code of the source runs, and nothing in TARGET refers to code outside of it.
+descendants, …), or a Composer checkpoint (`.pt`) with its config and tokenizer inside or beside it. TARGET gets the
+code, safetensors, config.json with the full `auto_map`, the tokenizer and a card. Weights keep their values and dtype;
+vocabulary rows without a token get a low bias in the decoder. No code of the source runs, and nothing in TARGET refers
+to code outside of it.
 
     convert_checkpoint.py mosaicml/mosaic-bert-base my-mosaic-bert --tokenizer bert-base-uncased --verify
     convert_checkpoint.py runs/ep1-ba70000-rank0.pt my-mosaic-bert --verify --data validation.jsonl.gz
@@ -23,7 +23,7 @@ from lib.staging import staged_folder
 
 
 def size(text: str) -> str:
-    """Type of an option that takes a size of files, such as `5GB`."""
+    """Type of an option that takes the size of a file, such as `5GB`."""
     if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", text):
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB, got {text!r}")
     return text

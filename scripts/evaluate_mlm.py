@@ -5,12 +5,13 @@
         --max_length 128 512 2048 8192 --csv lengths.csv --png lengths.png
 
 Each document is cut into windows of a length, [CLS] and [SEP] included. A seeded 15% of the tokens become [MASK], and
-only those are scored. With several lengths only documents that fill the longest are used, so that all rows are about
-the same text. A model with learned positions is only measured up to the length that it has positions for.
+only those are scored. With several lengths only documents that fill the longest are used, so that all rows measure the
+same text. A model with learned positions is measured only up to the length of its position table.
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -18,19 +19,8 @@ from lib import cli
 from lib.common import REPOSITORY
 
 
-def file_of_kind(suffix: str):
-    """Type of an option that names a file to write, with the only suffix that it may have."""
-
-    def new_file(text: str) -> str:
-        if not text.endswith(suffix):
-            raise argparse.ArgumentTypeError(f"expected a name that ends with {suffix}, got {text!r}")
-        return cli.new_file(text)
-
-    return new_file
-
-
 def make_parser() -> cli.Parser:
-    """The command line."""
+    """Define the command line."""
     parser = cli.Parser(__doc__)
     parser.option("--model", "folders or Hub ids", default=[str(REPOSITORY)], nargs="+", metavar="MODEL")
     parser.option("--name", "name of each model in the table (default: the folder's name)", nargs="+", metavar="NAME")
@@ -46,23 +36,23 @@ def make_parser() -> cli.Parser:
         nargs="+",
     )
     parser.option("--tokens", "approximate number of tokens to read", cli.positive_integer, 65_536)
-    parser.option("--batch_tokens", "approximate tokens per batch", cli.positive_integer, 8192)
-    parser.option("--dtype", "of the model", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.option("--batch_tokens", "approximate number of tokens per batch", cli.positive_integer, 8192)
+    parser.option("--dtype", "dtype of the model", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.option("--device", "such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.option("--trust_remote_code", **cli.TRUST)
-    parser.option("--csv", "write the table to this file", file_of_kind(".csv"), metavar="FILE")
-    parser.option("--png", "draw the table to this file", file_of_kind(".png"), metavar="FILE")
+    parser.option("--csv", "write the table to this file", partial(cli.new_file, suffix=".csv"), metavar="FILE")
+    parser.option("--png", "draw the table to this file", partial(cli.new_file, suffix=".png"), metavar="FILE")
     return parser
 
 
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command line and read the data that it names; mistakes there are reported before torch is imported.
+    """Parse a command line and read its data, so that mistakes are reported before torch is imported.
 
     Returns:
         The options, with a name for each model, and the documents.
 
     Raises:
-        ValueError: options that contradict each other, a folder without a model, or see `read_texts`.
+        ValueError: options contradict each other, a folder holds no model, or see `read_texts`.
     """
     options = make_parser().parse_args(words)
     from lib.common import check_model  # after the parser, so that --help stays fast
@@ -83,7 +73,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
 
 
 def main() -> None:
-    """Parse the command line, measure, print the table, and write the files requested."""
+    """Parse the command line, measure, print the table, and write the requested files."""
     options, texts = parse()
     from lib import evaluation  # after the parser, so that --help stays fast
 

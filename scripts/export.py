@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Export a MosaicBERT to ONNX or to GGUF, for the engines that people serve encoders with.
+"""Export a MosaicBERT to ONNX or GGUF, for engines that serve encoders.
 
 SOURCE is a Hub id or a folder of any repository of the family (mosaic-bert-base, DNABERT-2, their fine-tuned
 descendants, …). ONNX files serve the model's own task in ONNX Runtime, OpenVINO, transformers.js, sentence-transformers
-and optimum. GGUF files give embeddings in llama.cpp and Ollama. TARGET gets one file for each type, what its engines
-read beside it, and a card. Each file is compared with the source before TARGET appears, and the card says how far apart
-their outputs are.
+and optimum. GGUF files give embeddings in llama.cpp and Ollama. TARGET gets one file for each type, the other files
+that its engines read, and a card. Each file is compared with the source before TARGET appears, and the card says how
+much their outputs differ.
 
     export.py mosaicml/mosaic-bert-base my-onnx --format onnx --tokenizer bert-base-uncased
     export.py ./my-classifier my-onnx --format onnx --types int8
@@ -23,8 +23,8 @@ def main() -> None:
     """Parse the command line and export."""
     parser = Parser(__doc__)
     parser.add_argument("source", help="Hub id, folder, or Composer .pt file")
-    parser.add_argument("target", type=Path, help="folder to make")
-    parser.option("--format", "of the files", required=True, choices=("onnx", "gguf"))
+    parser.add_argument("target", type=Path, help="folder to create")
+    parser.option("--format", "format of the files", required=True, choices=("onnx", "gguf"))
     parser.option(
         "--types",
         "one file for each; int8 applies to weights only, and is Q8_0 in GGUF",
@@ -35,13 +35,13 @@ def main() -> None:
     parser.option("--features", "export the encoder without its head, for embeddings", action="store_true")
     parser.option(
         "--chunked",
-        "ONNX: attention over a few queries at a time, so that memory does not grow with the square of the length",
+        "ONNX: compute attention for a few queries at a time, so that memory does not grow with the squared length",
         action="store_true",
     )
     parser.option("--tokenizer", "Hub id or folder of a tokenizer, instead of the source's", metavar="ID")
     parser.option("--revision", "branch, tag or commit of a Hub id")
     parser.option("--license", **LICENSE)
-    parser.option("--overwrite", "replace a target that exists", action="store_true")
+    parser.option("--overwrite", "replace an existing target", action="store_true")
     args = parser.parse_args()
     if args.chunked and args.format != "onnx":
         parser.error("--chunked is for --format onnx: llama.cpp computes attention itself")

@@ -16,7 +16,7 @@ def check_text(text: str, mask: str) -> None:
 
 
 def main() -> None:
-    """Parse the command line and print the five likeliest words with their probabilities."""
+    """Parse the command line and print the five most likely words with their probabilities."""
     parser = cli.Parser(__doc__)
     parser.add_argument("text", help="a sentence with one [MASK]")
     parser.option("--model", "folder or Hub id (default: this repository)", default=str(REPOSITORY))

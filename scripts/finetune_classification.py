@@ -5,11 +5,11 @@
     python scripts/finetune_classification.py --train_data nyu-mll/glue:mrpc --validation_data nyu-mll/glue:mrpc \\
         --text_fields sentence1 sentence2 --output_dir runs/mrpc
 
-The labels decide what kind of problem it is, unless --problem says it: lists of names are multi-label; numbers with a
-fraction are a regression, and so are many different numbers that are written with a decimal point; anything else is
-single-label. Written to --output_dir: the model of the best seed as a repository that loads by itself, with its card,
-`metrics.json`, `loss.png`, `confusion.png` (single-label), `errors.csv` (the texts it got wrong, the most confident
-first; for a regression all texts, the farthest off first), and `predictions.csv` where --predict is given.
+The labels decide the kind of problem, unless --problem names it: lists of names are multi-label; numbers with a
+fraction are a regression, and so are many different numbers that are written with a decimal point; all others are
+single-label. --output_dir gets the model of the best seed as a repository that loads by itself, with its card,
+`metrics.json`, `loss.png`, `confusion.png` (single-label), `errors.csv` (the texts with a wrong prediction, the most
+confident first; for a regression all texts, the largest error first), and `predictions.csv` if --predict is given.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RECIPE = {
     "weight_decay": 0.01,
     "logging_steps": 50,  # at most, see --logging_steps
     "report_to": "none",
-    "logging_nan_inf_filter": False,  # it would hide what must stop a run
+    "logging_nan_inf_filter": False,  # it would hide a loss that must stop a run
     "save_only_model": True,
     "save_total_limit": 1,
 }
@@ -34,13 +34,13 @@ REFUSED = {
     "seed": "give --seeds",
     "eval_strategy": "models are compared after each epoch",
     "save_strategy": "models are compared after each epoch",
-    "load_best_model_at_end": "the best epoch is kept where --patience is given, or where 100 validation texts tell it",
+    "load_best_model_at_end": "the best epoch is kept if --patience is given or there are 100 validation texts",
     "metric_for_best_model": "the kind of problem decides it",
 }
 
 
 def make_parser() -> cli.TrainingParser:
-    """The command line."""
+    """Define the command line."""
     parser = cli.TrainingParser(__doc__, RECIPE, REFUSED, "%(prog)s --train_data DATA --output_dir DIR")
     data = parser.section("data")
     data(
@@ -52,8 +52,8 @@ def make_parser() -> cli.TrainingParser:
     )
     data(
         "--validation_data",
-        "the same, with the default split `validation` (default: a tenth of the training data, of less than 1,000 "
-        "texts up to a fifth)",
+        "the same, with the default split `validation` (default: a tenth of the training data, or up to a fifth of "
+        "fewer than 1,000 texts)",
         default=[],
         nargs="+",
         metavar="DATA",
@@ -65,7 +65,7 @@ def make_parser() -> cli.TrainingParser:
         nargs="+",
         metavar="DATA",
     )
-    data("--predict", "texts without labels, whose predictions go to predictions.csv", metavar="FILE")
+    data("--predict", "texts without labels; their predictions are written to predictions.csv", metavar="FILE")
     data(
         "--text_fields",
         "field that holds the text, or two fields for pairs of texts",
@@ -75,16 +75,16 @@ def make_parser() -> cli.TrainingParser:
     )
     data("--label_field", "field that holds the label, or the list of labels", default="label", metavar="NAME")
     data("--label_separator", "split strings of labels at this text, for files without lists", metavar="TEXT")
-    data("--problem", "what the labels are", choices=["classification", "multi_label", "regression"])
+    data("--problem", "kind of the labels", choices=["classification", "multi_label", "regression"])
     data(
         "--max_length",
-        "truncate longer texts to this many tokens (default: what the longest text needs, unless the longest "
-        "texts exceed --tokens_per_batch)",
+        "truncate longer texts to this many tokens (default: the length of the longest text, unless a batch of the "
+        "longest texts exceeds --tokens_per_batch)",
         cli.positive_integer,
     )
     data(
         "--tokens_per_batch",
-        "most tokens in a batch; decides memory use where --max_length is not given",
+        "maximum number of tokens in a batch; decides memory use unless --max_length is given",
         cli.positive_integer,
         16_384,
     )
@@ -100,19 +100,19 @@ def make_parser() -> cli.TrainingParser:
     )
     training(
         "--num_train_epochs",
-        "maximum number of passes over the training data (default: 4 below 50 million weights, otherwise "
-        "3; of few texts up to 20, for 100 steps)",
+        "maximum number of passes over the training data (default: 4 below 50 million weights, otherwise 3; for few "
+        "texts up to 20, to reach 100 steps)",
         cli.positive_number,
     )
     training(
         "--patience",
-        "stop after this many epochs without a better score, and keep the best (default: 2; with less than 100 "
+        "stop after this many epochs without a better score, and keep the best (default: 2; with fewer than 100 "
         "validation texts the last epoch is kept)",
         cli.positive_integer,
     )
     training(
         "--per_device_train_batch_size",
-        "texts per step (default: 32, of less than 1,600 texts a fiftieth, at least 8)",
+        "texts per step (default: 32, or a fiftieth of fewer than 1,600 texts, but at least 8)",
         cli.positive_integer,
     )
     training("--per_device_eval_batch_size", "texts per batch in evaluation", cli.positive_integer, 64)
@@ -124,8 +124,8 @@ def make_parser() -> cli.TrainingParser:
     )
     training(
         "--classifier_pooling",
-        "what the head reads: the first token through a pooler, or the mean over all (default: the mean where the "
-        "model is a masked language model, whose pooler is new)",
+        "input of the head: the first token through a pooler, or the mean over all tokens (default: the mean for a "
+        "masked language model, whose pooler would be new)",
         choices=["cls", "mean"],
     )
     training("--use_cpu", "train on the CPU even where there is a GPU", bool, False)
@@ -139,10 +139,10 @@ def make_parser() -> cli.TrainingParser:
 
 
 def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "TrainingArguments", "Task"]:  # noqa: F821
-    """Parse a command line and read the data that it names; mistakes there are reported before torch is imported.
+    """Parse a command line and read its data, so that mistakes are reported before torch is imported.
 
     Returns:
-        The own options, transformers' `TrainingArguments`, and what there is to learn.
+        The own options, transformers' `TrainingArguments`, and the task.
     """
     parser = make_parser()
     options, rest = parser.parse_own(words)

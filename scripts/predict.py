@@ -1,4 +1,4 @@
-"""Predict with a classifier or a regressor that finetune_classification.py made: one row a text, as CSV.
+"""Predict with a classifier or a regressor of finetune_classification.py, and write one row per text as CSV.
 
 python scripts/predict.py runs/topics new.csv predictions.csv
 """
@@ -20,7 +20,7 @@ def main() -> None:
     parser.option(
         "--max_length", "truncate longer texts to this many tokens (default: --tokens_per_batch)", cli.positive_integer
     )
-    parser.option("--tokens_per_batch", "approximate tokens per batch", cli.positive_integer, 16_384)
+    parser.option("--tokens_per_batch", "approximate number of tokens per batch", cli.positive_integer, 16_384)
     parser.option("--device", "such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.option("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Train a MosaicBERT masked language model: from random weights, from a checkpoint, or on from where a run stopped.
+"""Train a MosaicBERT masked language model: from random weights, from a checkpoint, or from where a run stopped.
 
 Batches hold no padding: documents are cut into sequences, and sequences are concatenated into rows. The defaults are
 MosaicBERT's published recipe; every option of transformers' TrainingArguments works too (--help_all).
@@ -33,9 +33,9 @@ RECIPE = {
     "save_total_limit": 2,
     "report_to": "none",
     "remove_unused_columns": False,  # rows have their own keys
-    "average_tokens_across_devices": True,  # every predicted token has the same weight, on whichever process it is
+    "average_tokens_across_devices": True,  # every predicted token has the same weight, whatever its process
     "ddp_find_unused_parameters": False,
-    "logging_nan_inf_filter": False,  # it synchronizes in each step and hides losses that must stop a run
+    "logging_nan_inf_filter": False,  # it synchronizes in each step, and hides a loss that must stop a run
 }
 REFUSED = {
     "label_smoothing_factor": "label smoothing would give weight to the padded entries of the vocabulary",
@@ -58,7 +58,7 @@ def config_field(text: str) -> tuple[str, Any]:
 
 
 def make_parser() -> cli.TrainingParser:
-    """The command line."""
+    """Define the command line."""
     parser = cli.TrainingParser(__doc__, RECIPE, REFUSED, "%(prog)s --train_data DATA ... --output_dir DIR")
     data = parser.section("data")
     data(
@@ -73,7 +73,7 @@ def make_parser() -> cli.TrainingParser:
     data("--text_field", "field that holds the text", default="text", metavar="NAME")
     data("--streaming", "tokenize while training instead of before", bool, False)
     data("--tokenize_only", "write the tokenized --train_data to --output_dir and stop", bool, False)
-    data("--cache_dir", "where tokenized text is kept (default: in the cache of Hugging Face)", metavar="DIR")
+    data("--cache_dir", "folder for tokenized text (default: in the cache of Hugging Face)", metavar="DIR")
     data(
         "--max_length",
         "tokens per sequence, [CLS] and [SEP] included; several lengths are mixed",
@@ -83,7 +83,7 @@ def make_parser() -> cli.TrainingParser:
     )
     data(
         "--length_shares",
-        "share of the tokens that is cut to each --max_length (default: equal shares)",
+        "share of the tokens for each --max_length (default: equal shares)",
         cli.positive_number,
         [],
         nargs="+",
@@ -137,7 +137,7 @@ def make_parser() -> cli.TrainingParser:
     training("--final_lr_share", "final learning rate relative to the peak", cli.share, 0.02)
     training(
         "--decoupled_weight_decay",
-        "weight decay per step at the peak, whatever --learning_rate is (AdamW's own is this divided by it)",
+        "weight decay per step at the peak, independent of --learning_rate (AdamW's own is this divided by it)",
         cli.not_negative,
         1e-5,
     )
@@ -157,7 +157,7 @@ def make_parser() -> cli.TrainingParser:
         "processes that prepare batches (default: 2 with a GPU, otherwise none)",
         cli.whole_number,
     )
-    training("--seed", "of weights, order, masks and dropout", cli.seed, 42)
+    training("--seed", "seed of weights, order, masks and dropout", cli.seed, 42)
     training(
         "--logging_steps",
         "steps between two lines of the log (default: 50 or a tenth of the training, and every ten seconds)",
@@ -172,7 +172,7 @@ def make_parser() -> cli.TrainingParser:
     )
 
     output = parser.section("output")
-    output("--output_dir", "folder of the run, and of the trained model at its end", required=True, metavar="DIR")
+    output("--output_dir", "folder of the run, and at its end of the trained model", required=True, metavar="DIR")
     output("--resume_from_checkpoint", "`last`, or the folder of a checkpoint", metavar="DIR")
     output("--overwrite", "replace the results of an earlier run", bool, False)
     output("--keep_checkpoints", "keep the checkpoints when the run is over", bool, False)
@@ -186,11 +186,7 @@ def make_parser() -> cli.TrainingParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what can be seen in the options and the files that they name, before torch is imported.
-
-    Raises:
-        ValueError: options that contradict each other, or files and folders that cannot be used.
-    """
+    """Raise ValueError for options that contradict each other or name unusable files, before torch is imported."""
     from lib.common import TOKENIZER_FILES, check_model  # after the parser, so that --help stays fast
     from lib.runs import check_output
     from lib.sources import SHORTEST, check_sources, holds_documents, inputs

@@ -4,7 +4,7 @@
 #     scripts/train_checkpoint.sh CORPUS OUTPUT SECONDS [options of pretrain_mlm.py]
 #
 # CORPUS holds *.jsonl.gz, among them wiki_vital, gensim_wiki and sotu, which are read more often than the others.
-# OUTPUT gets the tokenized text (tokens/) and the run (run/); the same command goes on where it was cut off.
+# OUTPUT gets the tokenized text (tokens/) and the run (run/); the same command continues where it was cut off.
 # SECONDS is the time for everything, tokenizing included. The learning rate reaches its end within that time.
 #
 # The checkpoint that ships took 1,480 steps, 193 million tokens, in 124 seconds on one H100, from the one before it
