@@ -51,7 +51,7 @@ def main() -> None:
     with staged_folder(args.target, args.overwrite, source=args.source, data=args.data) as stage:
         folder, commit = find_checkpoint(args.source, args.revision)
         weight_files(folder)
-        from lib.bert_conversion import convert  # after all that needs no torch
+        from lib.bert_conversion import convert  # late, as it imports torch
 
         reports = convert(folder, stage, files, args.layers, args.pad_vocab, args.max_length, args.tokens, args.ridge)
         report = "\n".join(map(str, reports))

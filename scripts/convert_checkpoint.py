@@ -49,7 +49,7 @@ def main() -> None:
         check_checkpoint(args.source)
         if args.data is not None:
             check_texts(args.data)
-        from lib.checkpoint_conversion import convert  # after all that needs no torch
+        from lib.checkpoint_conversion import convert  # late, as it imports torch
 
         lines = convert(
             args.source,

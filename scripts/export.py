@@ -48,7 +48,7 @@ def main() -> None:
     inputs = {"source": args.source, "tokenizer": args.tokenizer}
     with staged_folder(args.target, args.overwrite, own=("onnx",), **inputs) as stage:
         check_checkpoint(args.source)
-        from lib.exporting import export  # after all that needs no torch
+        from lib.exporting import export  # late, as it imports torch
 
         lines = export(args, stage)
     print("\n".join(lines))

@@ -1,1 +1,1 @@
-"""What the commands in `scripts/` are made of; the model never imports it."""
+"""Modules behind the commands in `scripts/`; the model never imports them."""

@@ -41,7 +41,7 @@ SHORTEST = 8
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one feed-forward block kept its function, on held-out text.
+    """The fit of one feed-forward block, measured on held-out text.
 
     Attributes:
         layer: number of the layer in the source.
@@ -239,7 +239,7 @@ def fit_encoder(
 
 
 def relative_error(new: torch.Tensor, old: torch.Tensor) -> float:
-    """‖new − old‖ / ‖old‖ over all elements."""
+    """Return ‖new − old‖ / ‖old‖ over all elements."""
     return ((new - old).norm() / old.norm()).item()
 
 

@@ -12,7 +12,7 @@ from .common import LARGEST_CARD, file_inside, read_json
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-# How a model is loaded and used, by the task that the Hub files it under.
+# Code that loads and uses a model, for the tasks with a pipeline and for the others.
 PIPELINE = """from transformers import pipeline
 
 model = pipeline("{task}", model="REPOSITORY", trust_remote_code=True{options})

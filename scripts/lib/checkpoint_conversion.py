@@ -86,8 +86,8 @@ def read_composer(path: Path) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
-            f"source: {path.name} is not opened, {unpickling_problem(error)}; of a Composer checkpoint that you trust, "
-            "save only state/model and state/integrations"
+            f"source: {path.name} is not opened, {unpickling_problem(error)}; if you trust this Composer checkpoint, "
+            "save only its state/model and state/integrations"
         ) from error
     model = entry(content, "state", "model")
     if not isinstance(model, dict):
@@ -315,7 +315,7 @@ def verify(before: torch.Tensor, model_folder: Path, architecture: str, ids: tor
     after = sample_outputs(model, ids, mask)[..., : before.shape[-1]]
     difference = ((after - before).abs().max() / before.abs().max()).item()
     if not difference <= 1e-4:
-        raise ValueError(f"verify: outputs before and after differ by {difference:.1e} of the largest, over 1e-4")
+        raise ValueError(f"verify: outputs before and after differ by {difference:.1e} of the largest, more than 1e-4")
     return model, difference
 
 

@@ -100,7 +100,7 @@ def check_labels(fields: dict, where: str = "config.json") -> None:
 
 
 def empty_model(name: str, config):
-    """Build a model of the class `name` in eval mode on the meta device, as a config may ask for endless memory.
+    """Build a model of the class `name` in eval mode on the meta device, whatever memory it would need.
 
     Raises:
         ValueError: the config describes no such model.
@@ -141,7 +141,7 @@ def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         path.write_bytes(text.encode("utf-8"))
-    except UnicodeEncodeError as error:  # JSON can spell half a character: "\\ud800"
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud800"
         raise ValueError(f"{path.name}: expected valid Unicode, {one_line(error)}") from error
 
 
@@ -188,7 +188,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def load_words(source: str, argument: str = "model", trust_remote_code: bool = False, **options):
-    """Load a tokenizer by `load_from` and `_load_words`, without the question whether its code may run."""
+    """Load a tokenizer by `load_from` and `_load_words`; nothing asks whether its code may run."""
     return load_from(_load_words, source, argument, trust_remote_code=trust_remote_code, **options)
 
 
@@ -449,8 +449,8 @@ def unpickling_problem(error: Exception) -> str:
     """Explain why a pickle of weights was not opened, where torch's own message advises to open it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
-        return f"it holds {found[1]}, which is more than tensors"
-    return "it is damaged or no pickle of tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        return f"it holds {found[1]}, which is not a tensor"
+    return "it is damaged or not a pickle of tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
 
 
 def check_weights(content, where: str) -> dict[str, "torch.Tensor"]:

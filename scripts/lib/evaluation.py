@@ -143,7 +143,7 @@ def measure(model, tokenizer, documents: list[list[int]], length: int, batch_tok
             windows += len(labels)
             tokens += batch["attention_mask"].sum().item()
     if not masked:
-        raise ValueError(f"tokens: too few were read for one of them to be masked at length {length}")
+        raise ValueError(f"tokens: too few were read to mask one at length {length}")
     loss /= masked
     return {
         "windows": windows,
@@ -190,7 +190,7 @@ def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)
-        learned = not hasattr(model.config, "alibi_starting_size")  # a table of positions, which ends
+        learned = not hasattr(model.config, "alibi_starting_size")  # its position table limits the length
         for length in options.max_length:
             if not learned or length <= model.config.max_position_embeddings:
                 row = measure(model, tokenizer, documents, length, options.batch_tokens)

@@ -88,7 +88,7 @@ class Comparison:
                 distance = (difference.square().mean() / truth.square().mean()).sqrt().item()
                 if not distance <= FARTHEST[kind]:  # true for NaN too
                     raise ValueError(
-                        f"types: {kind} changes the outputs by {distance:.1e} of their root mean square, over "
+                        f"types: {kind} changes the outputs by {distance:.1e} of their root mean square, more than "
                         f"{FARTHEST[kind]:.0e}; leave it out"
                     )
                 farthest = max(farthest, distance)

@@ -94,7 +94,7 @@ def pooling(options: argparse.Namespace) -> dict[str, str]:
     if is_family(fields):
         wanted = wanted or ("mean" if task_of(fields) == "fill-mask" else None)
     elif wanted:
-        raise ValueError(f"classifier_pooling: {options.model!r} is no MosaicBERT, and has a pooling of its own")
+        raise ValueError(f"classifier_pooling: {options.model!r} is not a MosaicBERT and has its own pooling")
     return {"classifier_pooling": wanted} if wanted else {}
 
 

@@ -18,7 +18,7 @@ TYPES = {
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "int8": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# The type as file names spell it; Ollama and the Hub choose a file by it.
+# The name of each type in file names, by which Ollama and the Hub choose a file.
 LABELS = {kind: matrix_type.name for kind, (matrix_type, _) in TYPES.items()}
 EMBEDDINGS = {
     "token_embd.weight": "embeddings.word_embeddings.weight",
@@ -157,7 +157,7 @@ def to_gguf(encoder: torch.nn.Module, tokenizer, path: Path, kind: str, name: st
 
 
 def read_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of an encoder back, float32 under the names of `BertModel`, without a pooler."""
+    """Read the weights of an encoder back in float32, under the names of `BertModel` and without a pooler."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     num_layers = sum(name.endswith("attn_q.weight") for name in tensors)
     weights = {}

@@ -129,7 +129,7 @@ def trace(model: torch.nn.Module) -> onnx.ModelProto:
 
 
 def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
-    """Export a model in float32, its weights inside.
+    """Export a model in float32, with its weights in the file.
 
     Args:
         model: of a class of `OUTPUTS`, float32, in eval mode.
@@ -159,7 +159,7 @@ def to_onnx(model: torch.nn.Module, chunked: bool = False) -> onnx.ModelProto:
         result.functions.append(attend_in_chunks.to_function_proto())
         result = onnx.inliner.inline_local_functions(result)
     for part in (result, result.graph, *result.graph.node, *result.graph.value_info):
-        del part.metadata_props[:]  # traces with the paths of this machine
+        del part.metadata_props[:]  # stack traces with the paths of this machine
     return result
 
 

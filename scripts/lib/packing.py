@@ -53,7 +53,7 @@ class Documents:
         self.folder = Path(folder)
         about = read_json(self.folder / "documents.json")
         if about.get("dtype") not in ("uint16", "int32") or not isinstance(about.get("tokens"), int):
-            raise ValueError(f"{self.folder / 'documents.json'}: expected what --tokenize_only writes, got {about}")
+            raise ValueError(f"{self.folder / 'documents.json'}: expected the output of --tokenize_only, got {about}")
         if tokenizer is not None and about.get("vocabulary") != hash_vocabulary(tokenizer):
             raise ValueError(
                 f"{self.folder} was tokenized with another vocabulary than that of {tokenizer.name_or_path!r}"
@@ -70,7 +70,7 @@ class Documents:
         ordered = self.bounds.dtype == np.int64 and self.bounds.ndim == 2 and self.bounds.shape[1] == 2
         starts, ends = self.bounds.T if ordered else (np.ones(1), np.zeros(1))
         if not len(starts) or starts.min() < 0 or (ends < starts).any() or ends.max() > about["tokens"]:
-            raise ValueError(f"{path}: expected where documents start and end in {about['tokens']} tokens")
+            raise ValueError(f"{path}: expected the starts and ends of documents in {about['tokens']} tokens")
         if (ends - starts).sum(dtype=np.float64) > MOST_COPIES * about["tokens"]:
             raise ValueError(f"{path}: expected each of {about['tokens']} tokens in at most {MOST_COPIES} documents")
         self.tokens = np.asarray(np.memmap(self.folder / "tokens.bin", about["dtype"], "r"))

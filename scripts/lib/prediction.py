@@ -97,7 +97,7 @@ def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[in
             lost = [sign for sign in characters if tokenizer.unk_token in tokenizer.tokenize(sign)]
             shown = " ".join(lost[:SHOWN]) + (" …" if lost[SHOWN:] else "")
             parts.append(
-                f"{len(unknown):,} with what becomes {tokenizer.unk_token}"
+                f"{len(unknown):,} with text that becomes {tokenizer.unk_token}"
                 + (f" ({shown})" if lost else " (words too long for the tokenizer)")
             )
     return "; ".join(parts)

@@ -182,7 +182,7 @@ def _read_rows(path: str, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
 def _parse(path: str, number: int, text: str):
     try:
         content = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair is valid JSON but not valid text
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair is valid JSON, but not valid text
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         return content
     except json.JSONDecodeError as error:

@@ -71,7 +71,7 @@ class Run:
         """
         for path in model.iterdir():
             path.chmod(0o644)
-        # The weights last, so that they never meet older files.
+        # The weights are moved last, so that they never stand beside older files.
         for path in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(path, self.work / path.name)
         model.rmdir()
@@ -139,7 +139,7 @@ def open_run(
         elif work == beside and not goes_on:
             if unfinished:
                 raise ValueError(
-                    f"resume_from_checkpoint: {beside} holds an unfinished run; go on with that by `last`, or remove it"
+                    f"resume_from_checkpoint: {beside} holds an unfinished run; continue it with `last`, or remove it"
                 )
             checkpoint, held = _link_checkpoints(folder, checkpoint, beside)
         work.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ def check_output(
 
 def _check_folder(folder: Path, overwrite: bool, resume: Optional[str], inputs: dict[str, Input]) -> Path:
     if overwrite and resume:
-        raise ValueError("overwrite: starts a run again, so it must not be given with resume_from_checkpoint")
+        raise ValueError("overwrite starts a run again, so it must not be given with resume_from_checkpoint")
     return check_target(folder, "output_dir", **inputs)
 
 
@@ -175,7 +175,7 @@ def _refuse_results(folder: Path, resumable: bool) -> None:
     if not results and not numbered(beside):
         return
     holds = f"{folder} holds {results[0].name} of an earlier run" if results else f"{beside} holds an unfinished run"
-    choice = "go on with --resume_from_checkpoint last, or " if resumable else ""
+    choice = "continue with --resume_from_checkpoint last, or " if resumable else ""
     raise ValueError(f"output_dir: {holds}; {choice}replace it with --overwrite")
 
 
@@ -318,7 +318,7 @@ def find_fault(checkpoint: Path) -> Optional[str]:
             except SafetensorError:
                 return f"{path.name} is cut off"
             if dtypes != {True}:
-                return f"{path.name} holds other than floating-point weights"
+                return f"{path.name} holds weights that are not floating-point"
             if names:
                 return f"{path.name} holds NaN or infinity in {names[0]}"
     return None

@@ -49,8 +49,8 @@ def check_apart(output: Optional[Path], argument: str, **inputs: Input) -> None:
             for path in _places(str(source)):
                 if any(os.path.samestat(os.stat(place), there) for place in (path, *path.parents)):
                     holds = "is" if os.path.samefile(path, output) else "holds"
-                    what = "a file" if os.path.isfile(output) else "a folder"
-                    raise ValueError(f"{argument}: {output} {holds} {source}, which {name} reads; name {what} apart")
+                    other = "another file" if os.path.isfile(output) else "another folder"
+                    raise ValueError(f"{argument}: {output} {holds} {source}, which {name} reads; choose {other}")
 
 
 def _places(source: str) -> Iterator[Path]:

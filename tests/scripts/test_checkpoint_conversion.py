@@ -262,7 +262,7 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
             return print, ("code ran",)
 
     composer_file(tmp_path / "bad.pt", callbacks=Surprise())
-    message = "bad.pt is not opened, it holds (builtins.)?print, which is more than tensors"
+    message = "bad.pt is not opened, it holds (builtins.)?print, which is not a tensor"
     with pytest.raises(ValueError, match=message):
         checkpoint_conversion.convert(str(tmp_path / "bad.pt"), tmp_path / "new")
 

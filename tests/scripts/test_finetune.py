@@ -293,7 +293,7 @@ def test_the_head_of_a_masked_language_model_reads_the_mean_unless_it_is_told_ot
 
 def test_a_stock_bert_keeps_its_pooling(start, train, tmp_path):
     stock_bert(tmp_path / "bert")
-    with pytest.raises(ValueError, match="classifier_pooling: '.*bert' is no MosaicBERT, and has a pooling of its own"):
+    with pytest.raises(ValueError, match="classifier_pooling: '.*bert' is not a MosaicBERT and has its own pooling"):
         run(tmp_path / "bert", tmp_path, train_data=train, classifier_pooling="mean")
     assert not (tmp_path / "out").exists()
 

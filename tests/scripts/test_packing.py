@@ -236,7 +236,7 @@ def test_damaged_bounds_are_named(tokens, tokenizer, bounds):
     """Bounds of 2^62 tokens were once cut without end."""
     path = tokens / "bounds.npy"
     path.write_bytes(bounds) if isinstance(bounds, bytes) else np.save(path, np.array(bounds))
-    message = "bounds.npy: expected (an array of NumPy|where documents start|each of .* at most 1000 documents)"
+    message = "bounds.npy: expected (an array of NumPy|the starts and ends|each of .* at most 1000 documents)"
     with pytest.raises(ValueError, match=message):
         sequences_of(tokens, tokenizer)
 
@@ -246,9 +246,9 @@ def test_damaged_bounds_are_named(tokens, tokenizer, bounds):
     [
         ("{", "documents.json: expected JSON"),
         ("[]", "documents.json: expected a JSON object"),
-        ("{}", "documents.json: expected what --tokenize_only writes, got {}"),
-        ({"dtype": "object"}, "documents.json: expected what --tokenize_only writes"),
-        ({"tokens": "9" * 10}, "documents.json: expected what --tokenize_only writes"),
+        ("{}", "documents.json: expected the output of --tokenize_only, got {}"),
+        ({"dtype": "object"}, "documents.json: expected the output of --tokenize_only"),
+        ({"tokens": "9" * 10}, "documents.json: expected the output of --tokenize_only"),
         ({"tokens": 10**30}, r"tokens.bin: expected 20+ bytes"),
         ({"vocabulary": None}, "another vocabulary than that of"),
     ],

@@ -50,7 +50,7 @@ def test_cut_empty_and_unknown_texts_are_reported_in_one_line(tokenizer, capsys)
     parts = {"train": Examples(texts[:2], [], []), "test": Examples(texts[2:], [], [])}
     rows, limit = prediction.tokenize(parts, tokenizer, 16, 32, 1000)
     assert capsys.readouterr().out == (
-        "4 texts of up to 32 tokens; 1 cut at 16 (see --max_length); 1 empty; 1 with what becomes [UNK] "
+        "4 texts of up to 32 tokens; 1 cut at 16 (see --max_length); 1 empty; 1 with text that becomes [UNK] "
         "(☃ \U0001f600)\n"
     )
     assert limit == 16 and [len(row["input_ids"]) for row in rows["train"]] == [16, 3]
@@ -61,7 +61,7 @@ def test_cut_empty_and_unknown_texts_are_reported_in_one_line(tokenizer, capsys)
 
 def test_words_that_no_tokenizer_splits_are_reported(tokenizer, capsys):
     prediction.tokenize({"test": Examples([(WORDS[0] * 200,)], [], [])}, tokenizer, None, 1, 1000)
-    assert "1 with what becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
+    assert "1 with text that becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
 
 
 def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokenizer, tmp_path, run_script, capsys):

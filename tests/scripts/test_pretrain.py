@@ -247,7 +247,7 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
         ({"torch_compile": "fast"}, "torch_compile must be one of .*inductor.*, got 'fast'"),
         ({"max_seconds": 9, "lr_scheduler_type": "cosine"}, "max_seconds needs lr_scheduler_type linear"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: there is no such folder"),
-        ({"resume_from_checkpoint": "last", "overwrite": True}, "overwrite: starts a run again, so it must not be"),
+        ({"resume_from_checkpoint": "last", "overwrite": True}, "overwrite starts a run again, so it must not be"),
     ],
 )
 def test_arguments_that_cannot_work_together_are_named(corpus, tokenizer, tmp_path, flags, message):
@@ -370,7 +370,7 @@ def test_results_of_another_run_are_kept_unless_overwrite_is_given(corpus, token
     flags = command_line(corpus, tokenizer, tmp_path, max_steps=2, save_steps=1)
     run([*flags, "--keep_checkpoints"])
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
-    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run; go on with --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run; continue with --resume_from"):
         run(flags)
     (tmp_path / "notes.txt").write_text("mine")
     run([*flags, "--overwrite", "--seed", "1"])

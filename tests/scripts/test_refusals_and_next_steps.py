@@ -47,7 +47,7 @@ REFUSALS = [
     ("convert_checkpoint", "./gone new", r"source: expected a folder or a Hub id \(owner/name\), got './gone'"),
     ("convert_checkpoint", "broken new", "broken: expected model.safetensors or pytorch_model.bin"),
     ("convert_checkpoint", "model new --license a|b", "--license: expected an identifier such as apache"),
-    ("convert_checkpoint", "model model", "target: .*model is model, which source reads; name a folder apart"),
+    ("convert_checkpoint", "model model", "target: .*model is model, which source reads; choose another folder"),
     ("evaluate_mlm", "--model model --data gone.txt", "data: no file matches 'gone.txt'"),
     ("evaluate_mlm", "--model . --data documents.jsonl", "model: the folder '.' holds no config.json"),
     ("evaluate_mlm", "--model model --data documents.jsonl --text_field body", "text_field must be one of .*'text'"),

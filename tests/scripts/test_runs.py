@@ -83,7 +83,7 @@ def test_a_run_that_overwrites_and_was_killed_is_resumed_beside_the_old_results(
     folder, beside = tmp_path / "out", tmp_path / ".out.stage" / "run"
     fill(folder, "model.safetensors", "checkpoint-9/weights")
     whole_checkpoint(beside / "checkpoint-5", monkeypatch)
-    with pytest.raises(ValueError, match="holds .* of an earlier run; go on with --resume_from_checkpoint last, or "):
+    with pytest.raises(ValueError, match="holds .* of an earlier run; continue with --resume_from_checkpoint last, "):
         with runs.open_run(folder, overwrite=False, resumable=True):
             pass
     for resume in ("last", str(beside / "checkpoint-5")):
@@ -110,7 +110,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_results_until_new_ones_are_who
         assert list(tmp_path.iterdir()) == [folder]  # it has saved nothing
     with runs.open_run(folder, False, str(folder / "checkpoint-10"), resumable=True) as run:
         fill(run.work, "checkpoint-20/weights")
-    with pytest.raises(ValueError, match="^resume_from_checkpoint: .*run holds an unfinished run; go on with that by"):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .*run holds an unfinished run; continue it with"):
         with runs.open_run(folder, False, str(folder / "checkpoint-10"), resumable=True):
             pass
     with runs.open_run(folder, False, "last", resumable=True) as run:
@@ -142,7 +142,7 @@ def test_a_run_that_overwrites_is_forgotten_by_the_next_one_that_does(tmp_path, 
 def test_an_unfinished_run_whose_folder_is_gone_is_not_mixed_with_the_next(tmp_path, monkeypatch):
     beside = tmp_path / ".out.stage" / "run"
     whole_checkpoint(beside / "checkpoint-5", monkeypatch)
-    message = "out.stage/run holds an unfinished run; go on with .* or replace it with --over"
+    message = "out.stage/run holds an unfinished run; continue with .* or replace it with --over"
     with pytest.raises(ValueError, match=message):
         with runs.open_run(tmp_path / "out", False, resumable=True):
             pass

@@ -232,7 +232,7 @@ def home(tmp_path):
 @pytest.mark.parametrize("target", ["runs", "linked"])
 def test_a_target_that_holds_an_input_is_refused_however_that_is_spelt(home, target, spelling):
     source = str(spelling(home))
-    message = f"^output: .*runs(.stage)? (is|holds) {re.escape(source)}, which data reads; name a folder apart"
+    message = f"^output: .*runs(.stage)? (is|holds) {re.escape(source)}, which data reads; choose another folder"
     with pytest.raises(ValueError, match=message):
         with staging.staged_folder(home / target, True, "output", model=None, data=["someone/model", source]):
             pass
@@ -248,7 +248,7 @@ def test_inputs_beside_and_around_an_output_are_allowed(home):
 
 def test_a_file_that_is_written_is_no_input(home):
     staging.check_apart(home / "apart" / "table.csv", "csv", data=str(home / "apart"))
-    with pytest.raises(ValueError, match="^csv: .*link.jsonl is .*corpus.jsonl, which data reads; name a file apart"):
+    with pytest.raises(ValueError, match="^csv: .*link.jsonl is .*corpus.jsonl, which data reads; choose another file"):
         staging.check_apart(home / "link.jsonl", "csv", data=home / "runs" / "corpus.jsonl")
 
 
