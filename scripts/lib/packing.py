@@ -497,7 +497,7 @@ def flatten_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
     longest = int(lengths.max())
     boundaries = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-    return {**batch, **boundaries, "masked_lm_positions": (batch["labels"][0] != -100).nonzero().flatten()}
+    return {**batch, **boundaries, "masked_lm_positions": (batch["labels"][0] != IGNORED).nonzero().flatten()}
 
 
 class PackedRows(torch.utils.data.Dataset):

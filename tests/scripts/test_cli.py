@@ -3,6 +3,7 @@
 import argparse
 import configparser
 import dataclasses
+import functools
 import re
 import sys
 
@@ -23,7 +24,8 @@ def parser():
     made.add_argument("--license", help="for the card")
     for flag, kind in (("seed", cli.seed), ("workers", cli.whole_number), ("config", cli.old_file)):
         made.add_argument(f"--{flag}", type=kind)
-    made.add_argument("--csv", type=cli.new_file)
+    made.add_argument("--csv", type=functools.partial(cli.new_file, suffix=".csv"))
+    made.add_argument("--out", type=cli.new_file)
     return made
 
 
@@ -42,7 +44,8 @@ def parser():
         (["x", "--workers", "-1"], "argument --workers: expected 0 or a positive integer, got '-1'"),
         (["x", "--config", "gone.json"], "argument --config: expected a file, got 'gone.json'"),
         (["x", "--csv", "gone/x.csv"], "argument --csv: expected a file in a writable folder, got 'gone/x"),
-        (["x", "--csv", "."], "argument --csv: expected a file in a writable folder, got '.'"),
+        (["x", "--csv", "x.txt"], "argument --csv: expected a name that ends with .csv, got 'x.txt'"),
+        (["x", "--out", "."], "argument --out: expected a file in a writable folder, got '.'"),
     ],
 )
 def test_a_wrong_call_ends_in_one_line(arguments, message, capsys):

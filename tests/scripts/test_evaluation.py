@@ -77,6 +77,11 @@ def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
     assert widths == [1600, 1200]
 
 
+def test_documents_without_a_masked_token_are_named(plain_tokenizer):
+    with pytest.raises(ValueError, match="^tokens: too few were read to mask one at length 32"):
+        evaluation.measure(Guess(50), plain_tokenizer, [[7] * 4], 32, 64)
+
+
 def test_too_short_documents_are_named():
     class Words:
         def __call__(self, text, **_):

@@ -1,5 +1,6 @@
 """scripts/lib/packing.py: text is tokenized once, cut, masked and packed without losing or mixing anything."""
 
+import itertools
 import json
 import pickle
 import sys
@@ -134,6 +135,13 @@ def test_a_stream_without_text_is_named_and_one_beside_others_is_passed_over(cor
         next(iter(packing.StreamedRows(empty, tokenizer, 64, 0.3, 0)))
     both = packing.stream_sequences([str(tmp_path / "empty.txt"), str(corpus)], tokenizer, [32], [1.0], 0)
     assert len(next(iter(packing.StreamedRows(both, tokenizer, 64, 0.3, 0)))["input_ids"]) > 32
+
+
+def test_a_stream_with_a_sequence_that_is_longer_than_a_row_is_named(corpus, tokenizer):
+    """It once became a row of its own, beyond the memory that --tokens_per_row allows."""
+    stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
+    with pytest.raises(ValueError, match=r"^tokens_per_row must be at least the longest sequence, \d\d, got 20"):
+        list(itertools.islice(packing.StreamedRows(stream, tokenizer, 20, 0.3, 0), 1000))
 
 
 def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokenizer):

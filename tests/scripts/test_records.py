@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+import types
 
 import pytest
 from lib import records
@@ -65,6 +67,7 @@ def test_a_bad_text_file_is_named_with_its_line(tmp_path, name, content, message
         ('text,label\n"half" quoted,y\n', "a.csv, line 2: expected CSV, ',' expected after '\"'"),
         ("text,label\rx,y\r", "a.csv, line 1: expected CSV, new-line character seen in unquoted field"),
         ("text,text,label\nx,z,y\n", r"a.csv, line 1: expected distinct column names, got \['text', 'text'"),
+        ("text;label\nx;y\n", "a.csv, line 1: expected commas between the columns, got ';' in 'text;label'"),
     ],
 )
 def test_csv_that_would_be_misread_is_named_with_the_line_where_the_record_starts(tmp_path, content, message):
@@ -85,6 +88,16 @@ def test_files_are_found_by_name_and_pattern(tmp_path, monkeypatch):
     for source in ("missing.jsonl", "*.txt", "folder.jsonl"):
         with pytest.raises(ValueError, match="no file matches '.*"):
             find_files([str(tmp_path / source)], TEXT_FILES)
+
+
+def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch):
+    def load_dataset(name, config, split):
+        raise FileNotFoundError(f"no {config} of {name},\nno {split}")
+
+    library = types.SimpleNamespace(load_dataset=load_dataset, exceptions=types.SimpleNamespace(DatasetsError=KeyError))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(ValueError, match="^data: 'a/b:c' is neither a file nor a dataset, no c of a/b, no train$"):
+        records.load_dataset("a/b:c", "train")
 
 
 def test_lines_arrays_and_csv_fields_without_end_are_named(tmp_path, monkeypatch):
