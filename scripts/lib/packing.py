@@ -8,6 +8,7 @@ stream is tokenized while it is read.
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -507,7 +508,7 @@ class PackedRows(torch.utils.data.Dataset):
 
     Args:
         sequences: as `load_sequences` returns them.
-        tokenizer, mask_probability, mask_token_share: as `Masking` takes them.
+        masking: masks a row.
         tokens_per_row: the most tokens of a row.
         seed: of the order and the masks.
 
@@ -519,16 +520,8 @@ class PackedRows(torch.utils.data.Dataset):
         ValueError: a sequence is longer than a row.
     """
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens_per_row: int,
-        mask_probability: float,
-        seed: int,
-        mask_token_share: float = 0.8,
-    ):
-        self.sequences = sequences
+    def __init__(self, sequences: Sequences, masking: Masking, tokens_per_row: int, seed: int):
+        self.sequences, self.masking, self.seed = sequences, masking, seed
         lengths = sequences.lengths
         if lengths.max() > tokens_per_row:
             raise ValueError(
@@ -543,7 +536,6 @@ class PackedRows(torch.utils.data.Dataset):
             filled += length
         self.bounds = [*starts, len(lengths)]
         self.rows_per_pass = self.num_rows = len(starts)
-        self.masking, self.seed = Masking(tokenizer, mask_probability, mask_token_share), seed
         self._pass = None
 
     def __len__(self):
@@ -560,24 +552,18 @@ class PackedRows(torch.utils.data.Dataset):
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Endless rows as in `PackedRows` from the stream of `stream_sequences`, read again in another order at its end.
+    """Rows as in `PackedRows` from the stream of `stream_sequences`, read again in another order at its end.
+
+    Attributes:
+        num_rows: infinite at first; with a finite number a process reads the stream once, up to so many rows.
 
     Raises:
         ValueError: while it is read, if the stream holds no sequence, or one that is longer than a row.
     """
 
-    def __init__(
-        self,
-        sequences,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens_per_row: int,
-        mask_probability: float,
-        seed: int,
-        mask_token_share: float = 0.8,
-    ):
+    def __init__(self, sequences, masking: Masking, tokens_per_row: int, seed: int):
         self.sequences = sequences.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).with_format("numpy")
-        self.masking = Masking(tokenizer, mask_probability, mask_token_share)
-        self.tokens_per_row, self.seed = tokens_per_row, seed
+        self.masking, self.tokens_per_row, self.seed, self.num_rows = masking, tokens_per_row, seed, math.inf
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -593,12 +579,19 @@ class StreamedRows(torch.utils.data.IterableDataset):
                         f"tokens_per_row must be at least the longest sequence, {len(ids)}, got {self.tokens_per_row}"
                     )
                 if row and filled + len(ids) > self.tokens_per_row:
-                    row.sort(key=len)
-                    lengths = np.array([len(part) for part in row])
-                    generator = np.random.default_rng((self.seed, worker.id if worker else 0, index))
-                    yield self.masking(np.concatenate(row).astype(np.int64), lengths, generator)
+                    yield self._mask(row, worker, index)
                     index, row, filled = index + 1, [], 0
+                    if index == self.num_rows:
+                        return
                 row.append(ids)
                 filled += len(ids)
             if not row and not index:
                 raise ValueError(TOO_SHORT)
+            if self.num_rows < math.inf:
+                yield self._mask(row, worker, index)
+                return
+
+    def _mask(self, row: list[np.ndarray], worker, index: int) -> dict[str, np.ndarray]:
+        row.sort(key=len)
+        generator = np.random.default_rng((self.seed, worker.id if worker else 0, index))
+        return self.masking(np.concatenate(row).astype(np.int64), np.array([len(part) for part in row]), generator)

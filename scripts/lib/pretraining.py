@@ -32,6 +32,7 @@ from .common import (
 )
 from .packing import (
     IGNORED,
+    Masking,
     PackedRows,
     StreamedRows,
     flatten_rows,
@@ -276,7 +277,8 @@ def _train(
                 sequences = load(sources, tokenizer, lengths, shares, arguments.seed, options.text_field, **settings)
         except ValueError as error:
             raise ValueError(f"{argument}: {error}") from error
-        return kind(sequences, tokenizer, options.tokens_per_row, probability, arguments.seed, options.mask_token_share)
+        masking = Masking(tokenizer, probability, options.mask_token_share)
+        return kind(sequences, masking, options.tokens_per_row, arguments.seed)
 
     train_rows = rows("train_data", options.max_length, shares, options.mask_probability)
     eval_rows = {}

@@ -83,7 +83,7 @@ def test_masking_is_bert_s_80_10_10_and_spares_special_tokens(tokenizer):
 
 def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
     sequences = sequences_of(corpus, tokenizer)
-    rows = packing.PackedRows(sequences, tokenizer, 100, 0.0, seed=0)
+    rows = packing.PackedRows(sequences, packing.Masking(tokenizer, 0.0), 100, seed=0)
     seen = []
     for i in range(len(rows)):
         row = rows[i]
@@ -94,7 +94,7 @@ def test_each_sequence_is_in_one_row_of_a_pass(corpus, tokenizer):
 
 def test_a_row_depends_on_its_number_alone_and_the_next_pass_is_masked_afresh(corpus, tokenizer):
     def make():
-        return packing.PackedRows(sequences_of(corpus, tokenizer), tokenizer, 100, 0.3, seed=0)
+        return packing.PackedRows(sequences_of(corpus, tokenizer), packing.Masking(tokenizer, 0.3), 100, seed=0)
 
     one, other = make(), pickle.loads(pickle.dumps(make()))  # as a worker process gets it
     size = one.rows_per_pass
@@ -115,7 +115,7 @@ def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, t
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
     stored = sequences_of(corpus, tokenizer)
     assert sorted(tuple(row["input_ids"]) for row in stream) == sorted(all_of(stored))
-    rows = packing.StreamedRows(stream, tokenizer, 100, 0.0, seed=0)
+    rows = packing.StreamedRows(stream, packing.Masking(tokenizer, 0.0), 100, seed=0)
     passes, iterator = [], iter(rows)
     for _ in range(2):
         row, taken = [], 0
@@ -130,24 +130,37 @@ def test_a_stream_gives_the_same_text_and_starts_over_in_another_order(corpus, t
 def test_a_stream_without_text_is_named_and_one_beside_others_is_passed_over(corpus, tokenizer, tmp_path):
     """The library once looked for the first text, and raised StopIteration."""
     (tmp_path / "empty.txt").write_text("\n\n")
+    masking = packing.Masking(tokenizer, 0.3)
     empty = packing.stream_sequences([str(tmp_path / "empty.txt")], tokenizer, [32], [1.0], 0)
     with pytest.raises(ValueError, match="^the data holds no document of at least 8 tokens"):
-        next(iter(packing.StreamedRows(empty, tokenizer, 64, 0.3, 0)))
+        next(iter(packing.StreamedRows(empty, masking, 64, 0)))
     both = packing.stream_sequences([str(tmp_path / "empty.txt"), str(corpus)], tokenizer, [32], [1.0], 0)
-    assert len(next(iter(packing.StreamedRows(both, tokenizer, 64, 0.3, 0)))["input_ids"]) > 32
+    assert len(next(iter(packing.StreamedRows(both, masking, 64, 0)))["input_ids"]) > 32
+
+
+def test_a_stream_of_so_many_rows_is_read_once_and_in_one_order(corpus, tokenizer):
+    """Validation data that is streamed once had no end."""
+    stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
+    rows = packing.StreamedRows(stream, packing.Masking(tokenizer, 0.0), 100, seed=0)
+    rows.num_rows = 3
+    first, again = (np.concatenate([row["input_ids"] for row in rows]) for _ in range(2))
+    assert (first == again).all() and 200 < len(first) <= 300
+    rows.num_rows = 10**6
+    found = [tuple(part) for row in rows for part in np.split(row["input_ids"], row["lengths"].cumsum()[:-1])]
+    assert sorted(found) == sorted(all_of(sequences_of(corpus, tokenizer)))
 
 
 def test_a_stream_with_a_sequence_that_is_longer_than_a_row_is_named(corpus, tokenizer):
     """It once became a row of its own, beyond the memory that --tokens_per_row allows."""
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
     with pytest.raises(ValueError, match=r"^tokens_per_row must be at least the longest sequence, \d\d, got 20"):
-        list(itertools.islice(packing.StreamedRows(stream, tokenizer, 20, 0.3, 0), 1000))
+        list(itertools.islice(packing.StreamedRows(stream, packing.Masking(tokenizer, 0.3), 20, 0), 1000))
 
 
 def test_a_worker_process_without_a_file_of_its_own_gives_no_rows(corpus, tokenizer):
     pytest.importorskip("datasets")
     stream = packing.stream_sequences([str(corpus)], tokenizer, [32], [1.0], seed=0)
-    rows = packing.StreamedRows(stream, tokenizer, 100, 0.0, seed=0)
+    rows = packing.StreamedRows(stream, packing.Masking(tokenizer, 0.0), 100, seed=0)
     loader = iter(torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2, collate_fn=packing.flatten_rows))
     assert [next(loader)["input_ids"].shape[0] for _ in range(4)] == [1] * 4
 

@@ -125,7 +125,7 @@ def follow(commands, run_script, **words):
 
 def test_a_pretrained_model_is_filled_compared_and_pushed_next(folder, run_script, capsys):
     data = ["--train_data", "documents.jsonl", "--validation_data", "documents.jsonl", "--output_dir", "runs/adapted"]
-    run_script(pretrain_mlm, "--model", "model", *data, *TRAINED)
+    run_script(pretrain_mlm, "--model", "model", *data, *TRAINED, "--streaming")
     made, commands = final_lines(capsys)
     assert made == f"{folder}/runs/adapted: the model, README.md (its card), log_history.json, loss.png; next:"
     assert all((folder / "runs/adapted" / name).is_file() for name in re.findall(r"\w+\.\w+", made))
