@@ -218,11 +218,9 @@ class TrainingParser(Parser):
             options.use_cpu = True
         others = self._others()
         names = {field.name for field in dataclasses.fields(others.dataclass_types[0]) if field.init}
-        recipe = {"disable_tqdm": not sys.stderr.isatty(), **self.recipe}
-        others.set_defaults(**{name: value for name, value in recipe.items() if name in names})
-        others.set_defaults(
-            **{name: value for name, value in vars(options).items() if name in names and value is not None}
-        )
+        own = {name: value for name, value in vars(options).items() if value is not None}
+        defaults = {"disable_tqdm": not sys.stderr.isatty(), **self.recipe, **own}
+        others.set_defaults(**{name: value for name, value in defaults.items() if name in names})
         arguments, unknown = others.parse_args_into_dataclasses(rest, return_remaining_strings=True)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
