@@ -39,12 +39,11 @@ FORWARD, QUERY, KEY_VALUE = "_forward_kernel", "_query_gradient_kernel", "_key_v
     [
         ("sm_90", FORWARD, torch.bfloat16, 64, ()),
         ("sm_90", QUERY, torch.bfloat16, 64, ()),
-        ("sm_90", KEY_VALUE, torch.bfloat16, 64, ()),
-        ("sm_80", FORWARD, torch.float16, 80, ("dropout",)),
+        ("sm_90", KEY_VALUE, torch.bfloat16, 64, ("dropout",)),
+        ("sm_80", FORWARD, torch.float16, 80, ("dropout", "holes", "masked")),
         ("sm_80", QUERY, torch.float32, 64, ()),
         ("sm_100", QUERY, torch.bfloat16, 16, ("holes", "masked")),
-        ("gfx942", FORWARD, torch.bfloat16, 32, ("holes", "masked")),
-        ("gfx942", KEY_VALUE, torch.bfloat16, 32, ("dropout",)),
+        ("gfx942", QUERY, torch.bfloat16, 64, ("dropout",)),
     ],
 )
 def test_attention_kernels_compile_without_a_device(report, target, name, dtype, head_dim, extras):

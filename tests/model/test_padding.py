@@ -113,6 +113,14 @@ def test_flattened_sequences_count_positions_from_their_start():
     assert packed.first_tokens(torch.tensor([1, 2, 3, 4, 5])[:, None]).flatten().tolist() == [1, 0, 3]
 
 
+def test_packing_is_differentiable():
+    mask = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    packed = pack_padded(mask, (2, 3), CPU)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    packed.unpack(packed.pack(x) * 2).sum().backward()
+    assert torch.equal(x.grad, (mask * 2.0)[..., None].expand(2, 3, 4))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("model_class", [BertModel, BertForMaskedLM, BertForSequenceClassification], ids=name_of)
 def test_texts_in_rows_whose_padding_is_kept_have_the_numbers_of_dropped_padding(model_class, masked):
