@@ -57,7 +57,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
     options = make_parser().parse_args(words)
     from lib.common import check_model  # after the parser, so that --help stays fast
     from lib.records import read_texts
-    from lib.sources import SHORTEST
+    from lib.sources import check_lengths
     from lib.staging import check_apart
 
     for argument in ("csv", "png"):
@@ -67,8 +67,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
     options.name = options.name or [Path(model).resolve().name for model in options.model]
     if len(options.name) != len(options.model):
         raise ValueError(f"name: expected {len(options.model)} names, got {len(options.name)}")
-    if min(options.max_length) < SHORTEST + 2:
-        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
+    check_lengths(options.max_length)
     return options, list(read_texts(options.data, options.text_field))
 
 

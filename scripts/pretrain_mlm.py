@@ -189,15 +189,14 @@ def check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that contradict each other or name unusable files, before torch is imported."""
     from lib.common import TOKENIZER_FILES, check_model  # after the parser, so that --help stays fast
     from lib.runs import check_output
-    from lib.sources import SHORTEST, check_sources, holds_documents, inputs
+    from lib.sources import check_lengths, check_sources, holds_documents, inputs
     from lib.staging import check_target
 
     if options.model is not None and options.config is not None:
         raise ValueError("config must not be given with model, which brings its own")
     if options.length_shares and len(options.length_shares) != len(options.max_length):
         raise ValueError(f"length_shares must be one positive number for each max_length, got {options.length_shares}")
-    if min(options.max_length) < SHORTEST + 2:
-        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(options.max_length)}")
+    check_lengths(options.max_length)
     if options.streaming and options.num_train_epochs:
         raise ValueError("num_train_epochs needs data of a known size, give max_steps for a stream")
     folder = Path(options.output_dir)

@@ -91,11 +91,11 @@ def files_to_push(folder: Path) -> list[str]:
     unknown = [f"{name} {value!r}" for name, value in auto_map.items() if classes.get(name) != value]
     if unknown:
         raise ValueError(f"folder: auto_map in config.json names {unknown[0]}, which this code does not define")
-    check_model(folder)
+    check_loading(folder)
     return sorted(files)
 
 
-def check_model(folder: Path) -> None:
+def check_loading(folder: Path) -> None:
     """Build the model on the meta device, compare it with the weights, and load the tokenizer, as a loader would.
 
     Raises:

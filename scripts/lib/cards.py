@@ -38,7 +38,7 @@ TASKS = {
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def task_of(config: dict) -> str:
+def hub_task(config: dict) -> str:
     """Return the Hub's task for a model, from the fields of its config.json."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
@@ -52,7 +52,7 @@ def usage(config: dict, pairs: bool = False) -> str:
         config: fields of its config.json.
         pairs: whether it reads pairs of texts.
     """
-    task, options = task_of(config), ""
+    task, options = hub_task(config), ""
     if task == "fill-mask":
         return PIPELINE.format(task=task, options="", call='model(f"One word is a {model.tokenizer.mask_token}.")')
     if task == "token-classification":
@@ -123,7 +123,7 @@ def write_card(
     license = license or stated.get("license") or "unknown"
     config = read_json(target / "config.json") if (target / "config.json").is_file() else {}
     title = title or ("MosaicBERT" if source is None else f"{name.split('/')[-1]} as MosaicBERT")
-    common = {"library_name": "transformers", "pipeline_tag": task_of(config), "tags": ["mosaicbert", "custom_code"]}
+    common = {"library_name": "transformers", "pipeline_tag": hub_task(config), "tags": ["mosaicbert", "custom_code"]}
     metadata = {**common, **(metadata or {})}
     base = name if is_hub_id else stated.get("base_model")
     metadata |= {"base_model": base} if base else {}
@@ -134,7 +134,7 @@ def write_card(
         origin = "none: trained from random weights"
     else:
         origin = f"[{name}](https://huggingface.co/{name})" if is_hub_id else f"`{name}`, a local file or folder"
-    more = EMBEDDINGS if task_of(config) in ("fill-mask", "feature-extraction") else ""
+    more = EMBEDDINGS if hub_task(config) in ("fill-mask", "feature-extraction") else ""
     labels = labels_of(config)
     if labels:
         more += f"\nIts labels are {', '.join(map(in_markdown, labels))}.\n"

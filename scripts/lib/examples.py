@@ -200,7 +200,7 @@ def infer_problem(train: Examples, wanted: Optional[str] = None) -> tuple[str, l
         problem = MULTI if are_lists == {True} else REGRESSION if _are_amounts(labels) else SINGLE
     else:
         problem = PROBLEMS[wanted]
-    check_labels(train, problem)
+    check_label_types(train, problem)
     if problem == MULTI:
         names = sorted({label_name(name) for label in labels for name in label})
         if not names:
@@ -244,7 +244,7 @@ def hints(labels: list, problem: str, wanted: Optional[str]) -> Iterator[str]:
             )
 
 
-def check_labels(examples: Examples, problem: str) -> None:
+def check_label_types(examples: Examples, problem: str) -> None:
     """Raise ValueError for a label of the wrong type: a list or no list for classes, no number for a regression."""
     expected = {SINGLE: "no list", MULTI: "a list", REGRESSION: "a number that float32 holds"}[problem]
     for origin, label in zip(examples.origins, examples.labels):
@@ -261,9 +261,9 @@ def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndar
         regression.
 
     Raises:
-        ValueError: a label that the training data lacks, or see `check_labels`; names file and line.
+        ValueError: a label that the training data lacks, or see `check_label_types`; names file and line.
     """
-    check_labels(examples, problem)
+    check_label_types(examples, problem)
     if problem == REGRESSION:
         return np.array(examples.labels, dtype=np.float32)
     number = {name: i for i, name in enumerate(names)}

@@ -12,25 +12,11 @@ from typing import Optional
 
 import numpy as np
 from huggingface_hub import EvalResult
-from transformers import (
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from .cards import in_markdown, task_of, write_card
+from .cards import hub_task, in_markdown, write_card
 from .cli import command, say_end
-from .common import (
-    REPOSITORY,
-    config_fields,
-    count_tokens,
-    is_family,
-    load_model,
-    load_words,
-    say_float32,
-    write_json,
-)
+from .common import REPOSITORY, config_fields, count_tokens, is_family, load_model, load_words, say_float32, write_json
 from .examples import REGRESSION, SINGLE, Task
 from .pictures import draw_confusion, draw_losses
 from .prediction import predict, tokenize
@@ -92,7 +78,7 @@ def pooling(options: argparse.Namespace) -> dict[str, str]:
     """
     fields, wanted = config_fields(options.model), options.classifier_pooling
     if is_family(fields):
-        wanted = wanted or ("mean" if task_of(fields) == "fill-mask" else None)
+        wanted = wanted or ("mean" if hub_task(fields) == "fill-mask" else None)
     elif wanted:
         raise ValueError(f"classifier_pooling: {options.model!r} is not a MosaicBERT and has its own pooling")
     return {"classifier_pooling": wanted} if wanted else {}

@@ -33,6 +33,7 @@ SHUFFLE_BUFFER = 20_000  # sequences in memory to shuffle a stream
 BATCH_CHARACTERS = 4_000_000  # characters that the tokenizer gets at once, enough to occupy all cores
 MOST_COPIES = 1000  # of a tokenized text, which is copied as often as its source is named
 TOO_SHORT = f"the data holds no document of at least {SHORTEST} tokens"
+TOO_LONG = "tokens_per_row must be at least the longest sequence, {}, got {}"
 
 
 class Documents:
@@ -524,9 +525,7 @@ class PackedRows(torch.utils.data.Dataset):
         self.sequences, self.masking, self.seed = sequences, masking, seed
         lengths = sequences.lengths
         if lengths.max() > tokens_per_row:
-            raise ValueError(
-                f"tokens_per_row must be at least the longest sequence, {lengths.max()}, got {tokens_per_row}"
-            )
+            raise ValueError(TOO_LONG.format(lengths.max(), tokens_per_row))
         self.order = np.random.default_rng(seed).permutation(len(lengths))
         starts, filled = [0], 0
         for index, length in enumerate(lengths[self.order].tolist()):
@@ -575,9 +574,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             for sequence in self.sequences:
                 ids = sequence["input_ids"]
                 if len(ids) > self.tokens_per_row:
-                    raise ValueError(
-                        f"tokens_per_row must be at least the longest sequence, {len(ids)}, got {self.tokens_per_row}"
-                    )
+                    raise ValueError(TOO_LONG.format(len(ids), self.tokens_per_row))
                 if row and filled + len(ids) > self.tokens_per_row:
                     yield self._mask(row, worker, index)
                     index, row, filled = index + 1, [], 0

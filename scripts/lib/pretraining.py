@@ -208,7 +208,7 @@ def build_model(options: argparse.Namespace, vocabulary: int):
     return model.float()
 
 
-def load_tokenizer(options: argparse.Namespace):
+def chosen_tokenizer(options: argparse.Namespace):
     """Load the tokenizer that the options name."""
     if options.tokenizer is not None:
         return load_words(options.tokenizer, "tokenizer", files=TOKENIZER_FILES)
@@ -218,7 +218,7 @@ def load_tokenizer(options: argparse.Namespace):
 def tokenize_only(options: argparse.Namespace) -> None:
     """Tokenize the training data into `output_dir`, which a later run takes as `--train_data`."""
     parts = open_sources(options.train_data, options.text_field, "train_data")
-    tokenizer = load_tokenizer(options)
+    tokenizer = chosen_tokenizer(options)
     with staged_folder(Path(options.output_dir), options.overwrite, "output_dir", **inputs(options)) as new:
         tokenize(parts, tokenizer, new)
     named = ((f"--{name}", getattr(options, name)) for name in ("model", "config", "tokenizer"))
@@ -264,7 +264,7 @@ def _train(
     options: argparse.Namespace, arguments: TrainingArguments, shares: list[float], run: Run
 ) -> PretrainingTrainer:
     """Do the work of `train` in the folder of a run."""
-    tokenizer = load_tokenizer(options)
+    tokenizer = chosen_tokenizer(options)
     set_seed(arguments.seed)
     model = build_model(options, len(tokenizer))
 

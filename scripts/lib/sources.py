@@ -40,6 +40,12 @@ def is_text_file(source: str, argument: str = "data") -> bool:
     return is_file_name(source)
 
 
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Raise ValueError if a length of sequences leaves too little room beside [CLS] and [SEP]."""
+    if min(lengths) < SHORTEST + 2:
+        raise ValueError(f"max_length must be at least {SHORTEST + 2}, got {min(lengths)}")
+
+
 def check_sources(sources: Sequence[str], text_field: str, argument: str) -> None:
     """Raise ValueError early if a source of `load_documents` cannot be found, or its first document not be read."""
     for source in sources:
