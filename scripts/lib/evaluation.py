@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,8 +110,8 @@ def peak_memory(device: torch.device) -> Iterator[dict]:
     if device.type == "cuda":
         result["mib"] = torch.cuda.max_memory_allocated(device) / 2**20
     elif status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        result["mib"] = int(line.split()[1]) / 2**10
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)  # some sandboxes do not state it
+        result["mib"] = int(found[1]) / 2**10 if found else math.nan
 
 
 @torch.inference_mode()

@@ -54,7 +54,8 @@ class Documents:
     def __init__(self, folder: Path, tokenizer: Optional[PreTrainedTokenizerBase] = None):
         self.folder = Path(folder)
         about = read_json(self.folder / "documents.json")
-        if about.get("dtype") not in ("uint16", "int32") or not isinstance(about.get("tokens"), int):
+        number = about.get("tokens")
+        if about.get("dtype") not in ("uint16", "int32") or not isinstance(number, int) or number < 1:
             raise ValueError(f"{self.folder / 'documents.json'}: expected the output of --tokenize_only, got {about}")
         if tokenizer is not None and about.get("vocabulary") != hash_vocabulary(tokenizer):
             raise ValueError(

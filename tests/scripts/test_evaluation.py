@@ -77,6 +77,17 @@ def test_the_picture_has_a_panel_for_each_column_that_was_measured(tmp_path):
     assert widths == [1600, 1200]
 
 
+def test_a_system_that_states_no_peak_of_memory_is_measured_without_it(tmp_path, monkeypatch):
+    """A status without the peak, as sandboxes may have it, once ended the measurement."""
+    (tmp_path / "status").write_text("VmRSS:\t  1000 kB\n")
+    monkeypatch.setattr(evaluation, "Path", lambda name: tmp_path / name.rpartition("/")[2])
+    for peak in (math.nan, 2.0):
+        with evaluation.peak_memory(torch.device("cpu")) as memory:
+            pass
+        assert memory["mib"] == pytest.approx(peak, nan_ok=True)
+        (tmp_path / "status").write_text("VmRSS:\t  1000 kB\nVmHWM:\t  2048 kB\n")
+
+
 def test_documents_without_a_masked_token_are_named(plain_tokenizer):
     with pytest.raises(ValueError, match="^tokens: too few were read to mask one at length 32"):
         evaluation.measure(Guess(50), plain_tokenizer, [[7] * 4], 32, 64)

@@ -270,6 +270,7 @@ def test_damaged_bounds_are_named(tokens, tokenizer, bounds):
         ("{}", "documents.json: expected the output of --tokenize_only, got {}"),
         ({"dtype": "object"}, "documents.json: expected the output of --tokenize_only"),
         ({"tokens": "9" * 10}, "documents.json: expected the output of --tokenize_only"),
+        ({"tokens": 0}, "documents.json: expected the output of --tokenize_only"),
         ({"tokens": 10**30}, r"tokens.bin: expected 20+ bytes"),
         ({"vocabulary": None}, "another vocabulary than that of"),
     ],
