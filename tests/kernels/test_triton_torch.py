@@ -133,7 +133,7 @@ def served_here(monkeypatch):
 
 @on_kernels
 def test_a_model_computes_the_same_under_another_default_device(served_here):
-    model = tiny_model(attn_implementation="triton").to(DEVICE)
+    model = tiny_model(attn_implementation="triton", num_attention_heads=2).to(DEVICE)
     ids, mask = (tensor.to(DEVICE) for tensor in ragged_batch([9, 5]))
     expected = loss_and_gradients(model, ids, attention_mask=mask, labels=ids)
     with torch.device("meta"):
@@ -149,7 +149,7 @@ def test_compiled_model_is_one_graph_with_an_operator_for_each_attention(served_
         graphs.append(graph)
         return graph
 
-    model = tiny_model(attn_implementation="triton").to(DEVICE)
+    model = tiny_model(attn_implementation="triton", num_attention_heads=2).to(DEVICE)
     ids, mask = (tensor.to(DEVICE) for tensor in ragged_batch([9, 5]))
     with torch.no_grad():
         logits = torch.compile(model, fullgraph=True, backend=record)(ids, attention_mask=mask).logits

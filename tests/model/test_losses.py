@@ -76,11 +76,10 @@ def test_a_batch_without_a_label_has_zero_loss_whatever_num_items_in_batch_says(
         assert_has_zero_loss(head(model_class, num_hidden_layers=1), {**call, "num_items_in_batch": items})
 
 
-@pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForQuestionAnswering], ids=name_of)
-def test_a_batch_without_a_label_has_zero_loss_under_compile(model_class):
+def test_a_batch_without_a_label_has_zero_loss_under_compile():
     torch._dynamo.reset()
-    call = {**without_labels(model_class), "num_items_in_batch": torch.tensor(0)}
-    assert_has_zero_loss(torch.compile(head(model_class, num_hidden_layers=1), backend="eager"), call)
+    call = {**without_labels(BertForMaskedLM), "num_items_in_batch": torch.tensor(0)}
+    assert_has_zero_loss(torch.compile(head(BertForMaskedLM, num_hidden_layers=1), backend="eager"), call)
 
 
 def without_labels(model_class):
