@@ -44,6 +44,8 @@ REFERRING_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.j
 LARGEST_FILE = 2**26
 # The most bytes of a card.
 LARGEST_CARD = 2**20
+# The most levels of a JSON file, each of which takes several calls to walk.
+DEEPEST = 100
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
@@ -125,7 +127,7 @@ def read_bounded(path: Path, most: int = LARGEST_FILE) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; raise ValueError, which names the file, if it holds no object."""
+    """Read a JSON file; raise ValueError, which names the file, if it holds no object of at most `DEEPEST` levels."""
     text = read_bounded(path)
     try:
         content = json.loads(text.decode("utf-8"))
@@ -133,6 +135,12 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: expected JSON, {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {str(content)[:60]!r}")
+    parts = [content]
+    for _ in range(DEEPEST):
+        inner = [value for part in parts for value in (part.values() if isinstance(part, dict) else part)]
+        parts = [value for value in inner if isinstance(value, (dict, list))]
+    if parts:
+        raise ValueError(f"{path}: expected JSON, got more than {DEEPEST} levels")
     return content
 
 

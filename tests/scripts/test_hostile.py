@@ -94,6 +94,7 @@ NO_OBJECT = {
     "byte order mark": b"\xef\xbb\xbf{}",
     "deep": b"[" * 100_000,
     "deeper": b'{"a":' * 100_000,
+    "deep and whole": b'{"a":[' * 300 + b"]}" * 300,
     "long number": b'{"a": ' + b"9" * 5_000 + b"}",
 }
 
