@@ -128,7 +128,7 @@ def make_parser() -> cli.TrainingParser:
         "masked language model, whose pooler would be new)",
         choices=["cls", "mean"],
     )
-    training("--use_cpu", "train on the CPU even where there is a GPU", bool, False)
+    training("--use_cpu", "train on the CPU even if there is a GPU", bool, False)
     training("--baseline", "also fit and score TF-IDF with a linear model", bool, False)
 
     output = parser.section("output")

@@ -151,7 +151,7 @@ def make_parser() -> cli.TrainingParser:
         const="inductor",
         metavar="BACKEND",
     )
-    training("--use_cpu", "train on the CPU even where there is a GPU", bool, False)
+    training("--use_cpu", "train on the CPU even if there is a GPU", bool, False)
     training(
         "--dataloader_num_workers",
         "processes that prepare batches (default: 2 with a GPU, otherwise none)",

@@ -34,7 +34,7 @@ LONGEST_MESSAGE = 1000
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a description, and ends the help of an option with its default where it has one."""
+    """Keeps the line breaks of a description, and ends the help of an option with its default, if it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         if not action.option_strings or action.default in (None, False, argparse.SUPPRESS) or action.default == []:
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
 
     def option(self, flag: str, help: str, kind=None, default=None, group=None, **more) -> None:
-        """Add an option as `add_argument` does, to a `group` of the help where one is given.
+        """Add an option as `add_argument` does, to a `group` of the help if one is given.
 
         An option whose `kind` is `bool` takes true or false, or stands alone for true.
         """

@@ -95,7 +95,7 @@ def foreign_config(fields: dict, where: str = "config.json"):
 
 
 def check_labels(fields: dict, where: str = "config.json") -> None:
-    """Raise ValueError where a field of `LABELS` has a value of the wrong type."""
+    """Raise ValueError if a field of `LABELS` has a value of the wrong type."""
     for name, (wanted, accept) in LABELS.items():
         if fields.get(name) is not None and not accept(fields[name]):
             raise ValueError(f"{where}: {name} must be {wanted}, got {str(fields[name])[:60]!r}")
@@ -454,7 +454,7 @@ def rename_weights(weights: dict[str, "torch.Tensor"], rename) -> dict[str, "tor
 
 
 def unpickling_problem(error: Exception) -> str:
-    """Explain why a pickle of weights was not opened, where torch's own message advises to open it anyway."""
+    """Explain why a pickle of weights was not opened; torch's own message advises opening it anyway."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         return f"it holds {found[1]}, which is not a tensor"

@@ -34,7 +34,7 @@ SMALLEST_BATCH, FEWEST_STEPS, MOST_EPOCHS = 8, 100, 20
 PATIENCE = 2
 # Fewer validation texts cannot tell one epoch from another.
 FEWEST_JUDGES = 100
-# The Hub's names of our metrics, where they differ.
+# The Hub's names of our metrics, if they differ.
 METRIC_TYPES = {
     "macro_f1": "f1",
     "micro_f1": "f1",

@@ -115,7 +115,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 2048 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
-    for _ in range(6):  # the first one warms up
+    for _ in range(6):  # the first run is a warm-up
         began = time.perf_counter()
         (a @ a)[0, 0].item()  # reading a number synchronizes
         seconds.append(time.perf_counter() - began)

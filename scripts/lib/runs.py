@@ -71,7 +71,7 @@ class Run:
         """
         for path in model.iterdir():
             path.chmod(0o644)
-        # The weights are moved last, so that they never stand beside older files.
+        # The weights are moved last, so that they are never beside older files.
         for path in sorted(model.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(path, self.work / path.name)
         model.rmdir()
@@ -290,7 +290,7 @@ def find_fault(checkpoint: Path) -> Optional[str]:
     """Say why a run cannot resume from a checkpoint, or None: a missing or damaged file, or weights not finite."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    try:  # written last
+    try:  # the last file of a checkpoint to be written
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "trainer_state.json is missing"

@@ -36,7 +36,7 @@ def score(problem: str, predicted: np.ndarray, truth: np.ndarray) -> dict[str, f
     }
     if problem == MULTI:
         return {**result, "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0))}
-    varies = len({*truth.tolist(), *predicted.tolist()}) > 1  # else scikit-learn warns, and returns 0
+    varies = len({*truth.tolist(), *predicted.tolist()}) > 1  # otherwise scikit-learn warns and returns 0
     return {**result, "matthews": float(matthews_corrcoef(truth, predicted)) if varies else 0.0}
 
 

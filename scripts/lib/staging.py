@@ -162,7 +162,7 @@ def open_stage(target: Path, argument: str) -> Iterator[Path]:
     while True:
         try:
             stage.mkdir()
-        except FileExistsError:  # exist_ok would raise where another run that ends removes it
+        except FileExistsError:  # exist_ok would raise if another run that ends removes it
             pass
         except PermissionError as error:
             raise ValueError(f"{argument}: {target.parent} cannot be written, {one_line(error)}") from error
