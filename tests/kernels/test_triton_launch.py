@@ -152,10 +152,22 @@ class CompiledKernel:
         return dispatch
 
 
-def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its_kind(monkeypatch):
-    pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
+@pytest.fixture
+def knobs(monkeypatch):
+    """Triton's knobs, where compiled kernels run again and none is kept yet."""
     monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
     monkeypatch.setattr(launch_triton, "_compiled", {})
+    return pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
+
+
+def launch(kernel, x, **changes):
+    """Launch a `CompiledKernel`; keyword arguments replace those of `launch_triton.launch`."""
+    sizes = {"tile": launch_triton.Tile(32, 32, 4, 2), "strides": {"stride": 16}, "constants": {"BLOCK": 64}}
+    usual = {**sizes, "tensors": {"x": x, "y": None}, "numbers": {"total": 1, "scale": 0.5}}
+    launch_triton.launch(kernel, (3, 2, 1), **usual | changes)
+
+
+def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its_kind(knobs):
     kernel, x = CompiledKernel(), torch.zeros(64)
     same = [{}, {"numbers": {"total": 2, "scale": 0.25}}, {"tensors": {"x": x[4:], "y": None}}]
     other = [
@@ -167,49 +179,32 @@ def test_a_compiled_kernel_runs_again_without_dispatch_only_for_arguments_of_its
         {"tile": launch_triton.Tile(32, 32, 8, 2)},
     ]
     for changes in (*same, *other, *other):
-        launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x) | changes)
+        launch(kernel, x, **changes)
     assert len(kernel.dispatched) == 1 + len(other)
     assert len(kernel.ran) == 2 + len(other)
     assert kernel.ran[0] == ((3, 2, 1), (x, None, 16, 2, 0.25, 64))
 
 
-def usual_arguments(x):
-    """Arguments of `launch` for a `CompiledKernel`."""
-    return {
-        "tile": launch_triton.Tile(32, 32, 4, 2),
-        "tensors": {"x": x, "y": None},
-        "strides": {"stride": 16},
-        "numbers": {"total": 1, "scale": 0.5},
-        "constants": {"BLOCK": 64},
-    }
-
-
 @pytest.mark.parametrize(
-    "knobs, name, value",
-    [("runtime", "debug", True), ("compilation", "instrumentation_mode", "fpsan")],
+    "group, name, value", [("runtime", "debug", True), ("compilation", "instrumentation_mode", "fpsan")]
 )
-def test_debugging_and_instrumentation_run_kernels_of_their_own(monkeypatch, knobs, name, value):
-    triton_knobs = pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
-    monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", True)
-    monkeypatch.setattr(launch_triton, "_compiled", {})
+def test_debugging_and_instrumentation_run_kernels_of_their_own(knobs, monkeypatch, group, name, value):
     kernel, x = CompiledKernel(), torch.zeros(64)
     for setting in (None, value, value, None):
         with monkeypatch.context() as patch:
             if setting is not None:
-                patch.setattr(getattr(triton_knobs, knobs), name, setting)
-            launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x))
+                patch.setattr(getattr(knobs, group), name, setting)
+            launch(kernel, x)
     assert (len(kernel.dispatched), len(kernel.ran)) == (2, 2)
 
 
-def test_nothing_is_kept_while_a_hook_changes_the_compiler_or_on_a_triton_that_was_not_tested(monkeypatch):
-    triton_knobs = pytest.importorskip("triton.knobs", reason="this Triton has no knobs")
+def test_nothing_is_kept_while_a_hook_changes_the_compiler_or_on_a_triton_that_was_not_tested(knobs, monkeypatch):
     kernel, x = CompiledKernel(), torch.zeros(64)
-    monkeypatch.setattr(launch_triton, "_compiled", {})
     for runs_compiled, hook in ((True, lambda: ("key", "hash")), (False, None)):
         monkeypatch.setattr(launch_triton, "_RUNS_COMPILED", runs_compiled)
-        monkeypatch.setattr(triton_knobs.runtime, "add_stages_inspection_hook", hook)
+        monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", hook)
         for _ in range(2):
-            launch_triton.launch(kernel, (3, 2, 1), **usual_arguments(x))
+            launch(kernel, x)
     assert (len(kernel.dispatched), len(kernel.ran)) == (4, 0) and not launch_triton._compiled
 
 
@@ -222,10 +217,9 @@ def test_compiled_kernels_run_again_up_to_the_triton_that_the_tests_run_with():
 
 
 def test_arguments_of_another_order_are_refused():
-    arguments = usual_arguments(torch.zeros(64)) | {"numbers": {"scale": 0.5, "total": 1}}
     message = "the kernel takes x, y, stride, total, scale, BLOCK, got x, y, stride, scale, total, BLOCK"
     with pytest.raises(TypeError, match=message):
-        launch_triton.launch(CompiledKernel(), (3, 2, 1), **arguments)
+        launch(CompiledKernel(), torch.zeros(64), numbers={"scale": 0.5, "total": 1})
 
 
 class Specialized:
