@@ -74,8 +74,9 @@ def check_tensor(name: str, tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
-def check_shape(name: str, tensor: torch.Tensor, expected: tuple) -> None:
-    """Raise ValueError unless `tensor` has the `expected` shape; the message names it."""
+def check_shape(name: str, tensor, expected: tuple) -> None:
+    """Raise TypeError unless `tensor` is one, ValueError unless it has the `expected` shape; the message names it."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {list(expected)}, got {list(tensor.shape)}")
 
@@ -93,26 +94,30 @@ def as_integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.long()
 
 
-def check_ids(name: str, ids: torch.Tensor, size: int, ignored: Optional[int] = None) -> None:
-    """Raise ValueError when one of some integers lies outside [0, size) and is not `ignored`; the message names it.
+def refuse(name: str, values: torch.Tensor, wrong: torch.Tensor, expected: str) -> None:
+    """Raise ValueError if some of `values` are `wrong`; the message names the first."""
+    if wrong.any():
+        position = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name} must {expected}, got {values[tuple(position)].item()} at {position}")
+
+
+def check_ids(name: str, ids, size: int, ignored: Optional[int] = None) -> torch.Tensor:
+    """`as_integers`; raises ValueError, too, when one lies outside [0, size) and is not `ignored`.
 
     Values are checked on the CPU only: on an accelerator this would force a synchronization.
     """
-    if ids.device.type != "cpu" or ids.numel() == 0 or is_traced():
-        return
-    low, high = ids.aminmax()
-    if low >= 0 and high < size:
-        return
-    outside = (ids < 0) | (ids >= size)
-    if ignored is not None:
-        outside &= ids != ignored
-    if outside.any():
-        position = outside.nonzero()[0].tolist()
-        raise ValueError(f"{name} must lie in [0, {size}), got {ids[tuple(position)].item()} at {position}")
+    ids = as_integers(name, ids)
+    if ids.device.type == "cpu" and ids.numel() and not is_traced():
+        low, high = ids.aminmax()
+        if low < 0 or high >= size:
+            outside = (ids < 0) | (ids >= size)
+            refuse(name, ids, outside if ignored is None else outside & (ids != ignored), f"lie in [0, {size})")
+    return ids
 
 
-def check_boundaries(cu_seq_lens_q: torch.Tensor, max_length_q: Optional[int], total: int) -> None:
+def check_boundaries(cu_seq_lens_q, max_length_q: Optional[int], total: int) -> None:
     """Raise ValueError unless `cu_seq_lens_q` and `max_length_q` describe `total` tokens; values as for `check_ids`."""
+    check_tensor("cu_seq_lens_q", cu_seq_lens_q)
     if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point() or cu_seq_lens_q.shape[0] < 1:
         raise ValueError(
             f"cu_seq_lens_q must be integers of shape [N + 1], got {cu_seq_lens_q.dtype} {list(cu_seq_lens_q.shape)}"

@@ -41,7 +41,7 @@ from transformers.utils import can_return_tuple
 
 from .bert_attention import eager_attention, sdpa_attention, slopes_on
 from .bert_attention_cpu import cpu_attention, cpu_declines
-from .bert_checks import as_integers, assert_on_device, check_ids, check_shape, check_tensor, is_plain, is_traced
+from .bert_checks import assert_on_device, check_ids, check_shape, check_tensor, is_plain, is_traced
 from .bert_compat import CompatiblePreTrainedModel, ask_attention, asked_attention, reserve_attention_names
 from .bert_linear_cpu import in_parts, linear
 from .bert_loss import answer_loss, class_loss, guess_problem_type, packed_labels, row_integers, sequence_loss
@@ -70,7 +70,6 @@ class Backend:
         max_channels: largest last dimension of the input, D for attention; None: no limit.
         dropout: whether it supports attention dropout.
         check: `(input, packed) -> reason or None` for what the other fields do not say, asked last.
-        returns_weights: whether it serves `output_attentions`.
     """
 
     function: Optional[Callable]
@@ -79,7 +78,6 @@ class Backend:
     max_channels: Optional[int] = None
     dropout: bool = True
     check: Optional[Callable] = None
-    returns_weights: bool = False
 
     def declines(self, x: torch.Tensor, packed: Optional[PackedBatch] = None, dropout_p=0.0) -> Optional[str]:
         """The reason why it cannot serve a call on x [..., channels], or None if it can."""
@@ -108,13 +106,12 @@ def fused_kernel_declines(x, packed):
     return "something needs to see torch's operators" if is_observed(x) else triton_declines(x.device)
 
 
-# Attention, in order of preference: `(qkv, packed, alibi_slopes, scale, dropout_p) -> context`, [T, 3, H, D] to
-# [T, H, D].
+# Attention, in order of preference: `(qkv [T, 3, H, D], packed, alibi_slopes, scale, dropout_p) -> [T, H, D]`.
 ATTENTION_BACKENDS = {
     "triton": Backend(triton_attention, FLOATS[:3], ("cuda",), 128, check=attention_kernel_declines),
     "cpu": Backend(cpu_attention, FLOATS, ("cpu",), dropout=False, check=cpu_declines),
     "sdpa": Backend(sdpa_attention, FLOATS),
-    "eager": Backend(eager_attention, FLOATS, returns_weights=True),
+    "eager": Backend(eager_attention, FLOATS),
 }
 
 # Kernels that fuse several of torch's operators; these operators serve every call that a kernel declines.
@@ -438,10 +435,7 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
 
 def extras(encoded: EncoderOutput) -> dict:
-    """Hidden states and attention weights by name, which every head returns beside its own fields.
-
-    It is no property of the output, as torch 2.6 could not compile its use.
-    """
+    """What every head returns beside its own fields; no property of the output, as torch 2.6 could not compile one."""
     return {"hidden_states": encoded.hidden_states, "attentions": encoded.attentions}
 
 
@@ -470,13 +464,12 @@ class BertModel(BertPreTrainedModel):
         """Ids or embeddings [B, S, ...] to hidden states [T, E]."""
         words, types = self.embeddings.word_embeddings, self.embeddings.token_type_embeddings
         if input_ids is not None:
-            input_ids = as_integers("input_ids", input_ids)
-            check_ids("input_ids", input_ids, getattr(words, "num_embeddings", self.config.vocab_size))
+            input_ids = check_ids("input_ids", input_ids, getattr(words, "num_embeddings", self.config.vocab_size))
         else:
             self.check_embeddings(inputs_embeds)
         if token_type_ids is not None:
-            token_type_ids = as_integers("token_type_ids", token_type_ids)
-            check_ids("token_type_ids", token_type_ids, getattr(types, "num_embeddings", self.config.type_vocab_size))
+            size = getattr(types, "num_embeddings", self.config.type_vocab_size)
+            token_type_ids = check_ids("token_type_ids", token_type_ids, size)
         if input_ids is not None and not (packed.keeps_padding or is_plain(words, nn.Embedding)):
             # Noise, attributions and adapters on the input embeddings rely on [B, S, E].
             input_ids, inputs_embeds = None, words(input_ids)
@@ -510,12 +503,12 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids: int64 [B, S], below `vocab_size`. Either these or `inputs_embeds`.
-            attention_mask: bool, integer or float [B, S], nonzero at real tokens; holes and left padding keep the
-                distances that the mask shows. None: all are real.
+            attention_mask: bool, integer or float [B, S], 1 at real tokens and 0 at padding; holes and left padding
+                keep the distances that the mask shows. None: all are real.
             token_type_ids: int64 [B, S] below `type_vocab_size`; None: 0 everywhere.
-            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the layout, not from these. A position
-                id that is not the previous one plus 1 starts a new sequence, as `DataCollatorWithFlattening` of
-                transformers writes them. Rows of several sequences have no padding.
+            position_ids: int64 [B, S] or [1, S]. ALiBi reads distances from the layout, not from these. Where they
+                restart, a new sequence starts, as `DataCollatorWithFlattening` of transformers writes it. Rows of
+                several sequences have no padding.
             inputs_embeds: floating [B, S, E] in place of `input_ids`.
             output_attentions: also return the attention weights, [B, H, S, S] per layer, served by eager attention.
             output_hidden_states: also return L + 1 hidden states [B, S, E], zero at padding.
@@ -849,8 +842,8 @@ class BertForMultipleChoice(BertHead):
         Raises:
             ValueError: see `BertModel.forward`; input of another rank, labels of another shape.
         """
-        name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        rank = 3 if inputs_embeds is None else 4
+        ids = inputs_embeds is None
+        name, tokens, rank = ("input_ids", input_ids, 3) if ids else ("inputs_embeds", inputs_embeds, 4)
         others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
         for other, x in ({} if tokens is None else {name: tokens, **others}).items():
             if x is None:

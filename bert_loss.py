@@ -66,6 +66,8 @@ def guess_problem_type(num_labels: int, labels: torch.Tensor) -> str:
 def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) -> torch.Tensor:
     """Loss of logits [N, C]; `BertForSequenceClassification.forward` says what labels each problem type takes."""
     if problem_type == "single_label_classification":
+        if labels.shape == logits.shape and labels.shape[-1] > 1:
+            raise ValueError(f"labels of several classes per text must be floating, got {labels.dtype}")
         return class_loss(logits, row_integers("labels", labels, logits.shape[0]), num_items_in_batch)
     if problem_type not in ("regression", "multi_label_classification"):
         raise ValueError(
@@ -76,8 +78,8 @@ def sequence_loss(logits, labels, problem_type: str, num_items_in_batch=None) ->
         labels = labels[:, None]
     if problem_type == "multi_label_classification" and labels.dim() == 1:
         raise ValueError(
-            f"labels must be integers, one of {logits.shape[-1]} classes per text, or have shape "
-            f"{list(logits.shape)} for several, got {labels.dtype} {list(labels.shape)}"
+            f"labels of multi_label_classification must have shape {list(logits.shape)}, got {labels.dtype} "
+            f"{list(labels.shape)}; one class per text takes integers and single_label_classification"
         )
     check_shape("labels", labels, logits.shape)
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits

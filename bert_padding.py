@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from .bert_checks import as_integers, assert_on_device, check_boundaries, check_shape, check_tensor, is_traced
+from .bert_checks import as_integers, assert_on_device, check_boundaries, check_shape, check_tensor, is_traced, refuse
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def pack_batch(
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank, shape or dtype; boundaries that
-            do not fit the tokens.
+        ValueError: both or neither of `input_ids` and `inputs_embeds`; a wrong rank, shape, dtype or mask; boundaries
+            or positions that do not fit the tokens.
     """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
@@ -231,15 +231,17 @@ def pack_batch(
     shape, device = tuple(tokens.shape[:2]), tokens.device
     for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if tensor is not None:
-            check_tensor(other, tensor)
             check_shape(other, tensor, shape)
+    # Integers on an accelerator are not checked, as in `check_ids`; masks that are added to scores are floating.
+    if attention_mask is not None and not is_traced() and (device.type == "cpu" or attention_mask.is_floating_point()):
+        wrong = (attention_mask != 0) & (attention_mask != 1)
+        refuse("attention_mask", attention_mask, wrong, "be 1 at tokens and 0 at padding")
     if position_ids is not None:
         position_ids = as_integers("position_ids", position_ids)
         if tuple(position_ids.shape) != (1, shape[1]):  # one row serves all
             check_shape("position_ids", position_ids, shape)
     keep_padding = keep_padding or is_traced()
     if cu_seq_lens_q is not None:
-        check_tensor("cu_seq_lens_q", cu_seq_lens_q)
         if attention_mask is not None or shape[0] != 1:
             raise ValueError(
                 "cu_seq_lens_q describes one row [1, T] without attention_mask, got "
@@ -258,6 +260,8 @@ def pack_batch(
             if attention_mask is not None and not real.all():
                 raise ValueError("position_ids restart within a row of a batch with padding; give each text a row")
             starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(shape)
+            wrong = starts & (position_ids != position_ids[:, :1])
+            refuse("position_ids", position_ids.expand(shape), wrong, "rise by 1 or restart as their row starts")
             starts = starts.flatten().nonzero().flatten()
             bounds = torch.cat((starts, starts.new_tensor([shape[0] * shape[1]])))
             return pack_flattened(bounds, None, shape, keep_padding)
@@ -270,8 +274,8 @@ def pack_padded(attention_mask: Optional[torch.Tensor], shape: tuple[int, int], 
     With a mask, three numbers per row are copied to the host, once.
 
     Args:
-        attention_mask: bool or any integer or float dtype, [B, S], on `device`; nonzero marks a real token. None: all
-            are real.
+        attention_mask: bool or any integer or float dtype, [B, S], on `device`; 1 marks a real token. None: all are
+            real.
         shape: (B, S).
         device: device of the tokens.
     """

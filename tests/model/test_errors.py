@@ -151,12 +151,34 @@ def test_a_token_id_outside_the_vocabulary_is_named_with_its_position(model, bad
         model(IDS, labels=labels)
 
 
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("number, dtype", [(-1e4, torch.float32), (0.5, torch.float16), (2, torch.int64)], ids=str)
+def test_a_mask_of_other_numbers_than_0_and_1_is_named(number, dtype, unpad):
+    """A mask made to be added to scores was read as its opposite: 0 at tokens is padding."""
+    model, mask = tiny_model(unpad_inputs=unpad), MASK.clone().to(dtype)
+    assert torch.equal(model(IDS, mask).logits, model(IDS, MASK.bool()).logits)
+    mask[1, 2] = number
+    with fails(f"attention_mask must be 1 at tokens and 0 at padding, got {mask[1, 2].item()} at [1, 2]"):
+        model(IDS, mask)
+
+
+@pytest.mark.parametrize(
+    "positions, wrong", [((5, 4, 3, 2, 1, 0), "4 at [0, 1]"), ((0, 1, 9, 10, 0, 1), "9 at [0, 2]")]
+)
+def test_positions_that_neither_rise_nor_restart_are_named(model, positions, wrong):
+    with fails(f"position_ids must rise by 1 or restart as their row starts, got {wrong}"):
+        model(IDS, position_ids=torch.tensor([positions]))
+
+
 def test_heads_name_wrong_labels():
     classifier = tiny_model(BertForSequenceClassification, num_labels=3)
-    with fails("labels must have shape [2], got [2, 3]"):
+    with fails("labels must have shape [2], got [2, 2]"):
+        classifier(IDS, labels=torch.zeros(2, 2, dtype=torch.long))
+    with fails("labels of several classes per text must be floating, got torch.int64"):
         classifier(IDS, labels=torch.zeros(2, 3, dtype=torch.long))
     with fails(
-        "labels must be integers, one of 3 classes per text, or have shape [2, 3] for several, got torch.float32 [2]"
+        "labels of multi_label_classification must have shape [2, 3], got torch.float32 [2]; "
+        "one class per text takes integers and single_label_classification"
     ):
         classifier(IDS, labels=torch.zeros(2))
     with fails("labels must have shape [2, 3], got [2, 2]"):
