@@ -56,7 +56,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
     """
     options = make_parser().parse_args(words)
     from lib.common import check_model  # after the parser, so that --help stays fast
-    from lib.records import read_texts
+    from lib.records import check_texts, read_texts
     from lib.sources import check_lengths
     from lib.staging import check_apart
 
@@ -68,6 +68,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
     if len(options.name) != len(options.model):
         raise ValueError(f"name: expected {len(options.model)} names, got {len(options.name)}")
     check_lengths(options.max_length)
+    check_texts(options.data, options.text_field)
     return options, list(read_texts(options.data, options.text_field))
 
 

@@ -65,7 +65,11 @@ def make_parser() -> cli.TrainingParser:
         nargs="+",
         metavar="DATA",
     )
-    data("--predict", "texts without labels; their predictions are written to predictions.csv", metavar="FILE")
+    data(
+        "--predict",
+        "texts without labels, also lines of a .txt file; their predictions are written to predictions.csv",
+        metavar="FILE",
+    )
     data(
         "--text_fields",
         "field that holds the text, or two fields for pairs of texts",

@@ -12,7 +12,9 @@ def main() -> None:
     """Parse the command line, predict and write the table."""
     parser = cli.Parser(__doc__)
     parser.add_argument("model", help="folder or Hub id of the model")
-    parser.add_argument("data", help=".jsonl, .json or .csv file with texts (also .gz), or a `datasets` id")
+    parser.add_argument(
+        "data", help=".jsonl, .json or .csv file, or .txt with a text a line (also .gz), or a `datasets` id"
+    )
     parser.add_argument("output", type=cli.new_file, help="CSV file to write: texts, predictions, probabilities")
     parser.option(
         "--text_fields", "one field with texts, or two with pairs", default=["text"], nargs="+", metavar="NAME"

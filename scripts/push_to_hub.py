@@ -53,6 +53,7 @@ IMAGE = re.compile(
 )
 # Only links to JSON, such as metrics.json, are followed; others may lead to files of a checkout.
 LINK = re.compile(r"(?<!!)\[[^\[\]]*\]\(\s*(?:<([^<>\n]+)>|([^)\s]+))")
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
@@ -64,10 +65,16 @@ def files_to_push(folder: Path) -> list[str]:
             code or files elsewhere.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"folder: {folder} holds an adapter; push it with the push_to_hub of its PEFT model, or save what that "
+                "model's merge_and_unload() returns and push that"
+            )
         raise ValueError(f"folder: expected a config.json in {folder}")
     missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"folder: missing {', '.join(missing)}")
+        hint = "; README.md is the model's card: write it, or let convert_checkpoint.py make a copy with one"
+        raise ValueError(f"folder: missing {', '.join(missing)}{hint if 'README.md' in missing else ''}")
     auto_map = read_json(folder / "config.json").get("auto_map")
     missing = [name for name in AUTO_CLASSES if not isinstance(auto_map, dict) or name not in auto_map]
     if missing:
@@ -236,12 +243,14 @@ def push(
         The commit's hash, or None for a dry run.
 
     Raises:
-        ValueError: the folder is not complete, or nobody is logged in.
+        ValueError: the name is not one of the Hub's, the folder is not complete, or nobody is logged in.
         OSError: the Hub refused, or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id: expected owner/name in letters, digits, '-', '_' and '.', got {repo_id!r}")
     api = connect(anonymous=dry_run)
     files = files_to_push(folder)
     sizes = {name: (folder / name).stat().st_size for name in files}

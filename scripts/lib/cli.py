@@ -29,6 +29,8 @@ OTHER_PACKAGES = {
     **dict.fromkeys(("gguf", "onnx", "onnxruntime", "onnxscript"), '".[export]"'),
 }
 LICENSE_NAME = re.compile(r"\w[\w.+-]*")
+# What is a value and no option: argparse before Python 3.14 takes -1e-4 for an option.
+NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 # The most characters of a message, which may quote a foreign value of a megabyte.
 LONGEST_MESSAGE = 1000
 
@@ -48,6 +50,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **kwargs):
         kwargs = {"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs}
         super().__init__(description=description, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER
         self.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
 
     def option(self, flag: str, help: str, kind=None, default=None, group=None, **more) -> None:
@@ -234,7 +237,7 @@ class TrainingParser(Parser):
         from transformers import HfArgumentParser, TrainingArguments
 
         others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
-        others.error = self.error
+        others.error, others._negative_number_matcher = self.error, NEGATIVE_NUMBER
         for action in others._actions:
             action.type = CHECKED.get(action.dest, action.type)
             if action.dest in self.refused or f"--{action.dest}" in self._option_string_actions:

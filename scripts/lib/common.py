@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from .cli import one_line
+from .cli import listed, one_line
 from .growth import check_backend, check_growth
 from .references import foreign_references, without_references
 
@@ -46,6 +46,8 @@ LARGEST_FILE = 2**26
 LARGEST_CARD = 2**20
 # The most levels of a JSON file, each of which takes several calls to walk.
 DEEPEST = 100
+# What the heads of the models that scripts load do, for messages.
+HEADS = {"ForMaskedLM": "masked language modeling", "ForSequenceClassification": "classification"}
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
@@ -179,7 +181,7 @@ def load_from(load, source: str, argument: str = "model", files: tuple[str, ...]
     Raises:
         ValueError: the source is neither, or cannot be loaded.
     """
-    check_model(source, argument, files)
+    check_folder(source, argument, files)
     try:
         return load(source, **options)
     except (ImportError, MemoryError):  # `cli.explain` words these
@@ -242,41 +244,69 @@ def own_config(fields: dict, source: str, argument: str = "model", **changes):
     )
 
 
-def load_model(head: str, source: str, trust_remote_code: bool = False, **changes):
+def load_model(
+    head: str, source: str, trust_remote_code: bool = False, new_head: Optional[list[str]] = None, **changes
+):
     """Load a model for a task: a MosaicBERT with this repository's code, any other with transformers' own.
 
     Args:
-        head: end of the class's name, such as `ForMaskedLM`.
+        head: end of the class's name, a key of `HEADS`.
         source: a folder or a Hub id.
         trust_remote_code: run the code of the source, if it brings any.
+        new_head: gets the names of the head's weights that are new, for a training; None: refuse to make new ones.
         **changes: fields of the config to set.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ValueError: it cannot be loaded, or needs foreign code or files and `trust_remote_code` is not set.
+        ValueError: it cannot be loaded, lacks weights of the encoder or, without `new_head`, of the head, or it needs
+            foreign code or files and `trust_remote_code` is not set.
     """
     import transformers
 
     auto_class = getattr(transformers, f"AutoModel{head}")
     if trust_remote_code:
-        return load_from(auto_class.from_pretrained, source, trust_remote_code=True, **changes)
+        return _load_whole(auto_class, head, source, new_head, trust_remote_code=True, **changes)
     fields = config_fields(source)
     if is_family(fields):
-        return own_model(head, source, own_config(fields, source, **changes))
+        return own_model(head, source, own_config(fields, source, **changes), new_head)
     foreign = next(foreign_references(fields), None)
     if foreign is not None:
         raise ValueError(
             f"model: {source!r} is not a MosaicBERT and refers to code or files of its own, {foreign}; if you trust "
             "these, pass --trust_remote_code"
         )
-    return load_from(auto_class.from_pretrained, source, trust_remote_code=False, **changes)
+    return _load_whole(auto_class, head, source, new_head, trust_remote_code=False, **changes)
 
 
-def own_model(head: str, source: str, config):
+def _load_whole(model_class, head: str, source: str, new_head: Optional[list[str]], **options):
+    """Load a model, and check here which weights were new, instead of transformers' report on them."""
+    from transformers.utils import logging
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": new_head is not None}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = load_from(model_class.from_pretrained, source, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    inner = f"{model.base_model_prefix}."
+    lacking = [name for name in new if name.startswith(inner) and not name.startswith(f"{inner}pooler.")]
+    if lacking:
+        raise ValueError(f"model: {source!r} lacks weights of its encoder ({listed(lacking, 3)})")
+    if new and new_head is None:
+        modules = sorted({name.rpartition(".")[0] for name in new})
+        raise ValueError(f"model: {source!r} holds no head for {HEADS[head]} (no weights of {listed(modules, 3)})")
+    if new:
+        new_head += new
+    return model
+
+
+def own_model(head: str, source: str, config, new_head: Optional[list[str]] = None):
     """Load a MosaicBERT as `load_model` does, in eval mode, so that it also saves this repository's code."""
-    model = load_from(repository_class(f"Bert{head}").from_pretrained, source, config=config)
+    model = _load_whole(repository_class(f"Bert{head}"), head, source, new_head, config=config)
     model.config.name_or_path = ""  # where a saved config looks for code
     return model
 
@@ -291,6 +321,13 @@ def is_family(fields: dict) -> bool:
 
 
 def check_model(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> None:
+    """Raise ValueError if a source is neither a folder with one of `files` nor on the Hub; those are fetched."""
+    check_folder(source, argument, files)
+    if not Path(source).is_dir():
+        find_checkpoint(source, argument=argument, patterns=files)
+
+
+def check_folder(source: str, argument: str, files: tuple[str, ...]) -> None:
     """Raise ValueError if a source is neither a folder that contains one of `files` nor a possible Hub id."""
     check_source(source, argument)
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in files):
@@ -298,18 +335,24 @@ def check_model(source: str, argument: str = "model", files: tuple[str, ...] = (
 
 
 def check_checkpoint(source: str) -> None:
-    """Raise ValueError if the source of a conversion is not a file, a folder with weights or a Hub id."""
+    """Raise ValueError if the source of a conversion is not a file of weights, a folder with weights or a Hub id."""
     if not Path(source).is_file():
         check_source(source, "source")
         if Path(source).is_dir():
             weight_files(Path(source))
+        return
+    with open(source, "rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # as torch's files start since 1.6, and before
+        raise ValueError(f"source: {source!r} is neither a checkpoint folder nor a file of weights that torch saved")
 
 
 def check_source(source: str, argument: str) -> None:
     """Raise ValueError if a source is neither a folder nor a possible Hub id; `argument` is its command-line name."""
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
-    if not source or (is_path and not Path(source).is_dir()):
+    if not source or Path(source).is_file():
         raise ValueError(f"{argument}: expected a folder or a Hub id (owner/name), got {source!r}")
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"{argument}: there is no folder {source!r}")
 
 
 def find_checkpoint(
@@ -337,6 +380,8 @@ def find_checkpoint(
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # the HTTP library behind it changes from release to release
+            if "/" in source and folder.parent.is_dir():  # this was meant to be a folder
+                raise ValueError(f"{argument}: there is no folder {source!r}") from error
             raise ValueError(
                 f"{argument}: {source!r} is not a local folder, and the Hub could not provide it: {one_line(error)}"
             ) from error

@@ -167,6 +167,16 @@ def find_device(name: Optional[str]) -> torch.device:
     return device
 
 
+def compare(losses: dict[int, float], first: dict[int, float]) -> str:
+    """Say how the losses of a model, by length, differ from those of the first model in the table."""
+    parts = []
+    for length in [length for length in losses if length in first]:
+        difference = losses[length] - first[length]
+        judged = f"{abs(difference):.4f} {'higher, so worse' if difference > 0 else 'lower, so better'}"
+        parts.append(f"{judged if difference else 'equal'} at length {length}")
+    return f"against the first model the loss is {'; '.join(parts)}" if parts else "no length of the first model"
+
+
 def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
     """Measure the models named by the options of evaluate_mlm.py, and print and write the table.
 
@@ -183,20 +193,29 @@ def evaluate(options: argparse.Namespace, texts: list[str]) -> list[dict]:
     if options.png:
         import matplotlib  # noqa: F401  (so that a missing package is noticed before the measurements)
 
-    rows = []
-    print(",".join(COLUMNS))
+    rows, losses, longest = [], [], 0
     for name, source, tokenizer in zip(options.name, options.model, tokenizers):
         model = load_model("ForMaskedLM", source, options.trust_remote_code)
         count_tokens(tokenizer, model.config.vocab_size)
         model.to(device, getattr(torch, options.dtype)).eval()
         several = len(options.max_length) > 1
         documents = sample_documents(texts, tokenizer, max(options.max_length), several, options.tokens)
+        longest = max(longest, *(len(ids) + 2 for ids in documents))
+        losses.append({})
         learned = not hasattr(model.config, "alibi_starting_size")  # its position table limits the length
         for length in options.max_length:
             if not learned or length <= model.config.max_position_embeddings:
                 row = measure(model, tokenizer, documents, length, options.batch_tokens)
+                if not rows:
+                    print(",".join(COLUMNS))
                 rows.append({"model": name, "length": length, **row})
+                losses[-1][length] = row["loss"]
                 print(",".join(str(rows[-1][column]) for column in COLUMNS), flush=True)
+    if longest < max(options.max_length):
+        print(f"the longest text read has {longest:,} tokens, fewer than --max_length {max(options.max_length):,}")
+    for name, own, tokenizer in zip(options.name[1:], losses[1:], tokenizers[1:]):
+        same = tokenizer.get_vocab() == tokenizers[0].get_vocab()
+        print(f"{name}: {compare(own, losses[0]) if same else 'another tokenizer: losses cannot be compared'}")
     if options.csv:
         write_csv(options.csv, COLUMNS, ([row[column] for column in COLUMNS] for row in rows))
     if options.png:

@@ -4,6 +4,7 @@ This module imports neither torch nor transformers, so that a mistake in the dat
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -13,7 +14,7 @@ from typing import Optional
 
 import numpy as np
 
-from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_records
+from .records import RECORD_FILES, find_files, is_file_name, kind_of, load_dataset, read_lines, read_records
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # Their names on the command line (--problem).
@@ -79,12 +80,19 @@ def read_task(options: argparse.Namespace) -> Task:
     if options.predict:
         parts["predict"] = load_examples([options.predict], options, "test", "predict", labelled=False)
     if "validation" not in parts:
-        parts["train"], parts["validation"] = split_examples(parts["train"])
+        whole = parts["train"]
+        parts["train"], parts["validation"] = split_examples(whole)
+        check_split(whole, parts["train"], options)
     problem, names = infer_problem(parts["train"], options.problem)
     truth = {name: encode_labels(part, problem, names) for name, part in parts.items() if name != "predict"}
     labels = f"{len(names)} classes ({', '.join(names[:5])}{', …' if names[5:] else ''})" if names else "numbers"
     counts = " and ".join(f"{len(truth[name]):,} {name}" for name in ("train", "validation", "test") if name in truth)
     print(f"{problem} with {labels}; {counts} examples", flush=True)
+    known = set(parts["train"].texts)
+    for name in truth.keys() - {"train"}:
+        again = sum(text in known for text in parts[name].texts)
+        if again:
+            print(f"{again:,} of {len(truth[name]):,} {name} texts are also in the training data", flush=True)
     for hint in hints(parts["train"].labels, problem, options.problem):
         print(f"hint: {hint}", flush=True)
     return Task(problem, names, parts, truth)
@@ -108,7 +116,8 @@ def load_examples(
     """
     argument = argument or f"{split}_data"
     found = Examples([], [], [])
-    for origin, record in _read_examples(sources, split, argument):
+    suffixes = RECORD_FILES if labelled else (*RECORD_FILES, ".txt")
+    for origin, record in _read_examples(sources, split, argument, suffixes, options.text_fields[0]):
         fields = [("text_fields", name) for name in options.text_fields]
         fields += [("label_field", options.label_field)] if labelled else []
         for option, name in fields:
@@ -123,6 +132,8 @@ def load_examples(
             found.labels.append(_read_label(record, options, origin))
     if not found.texts:
         raise ValueError(f"{argument}: there is no example in {', '.join(sources)}")
+    if labelled and not any(field.strip() for fields in found.texts for field in fields):
+        raise ValueError(f"{argument}: all {len(found.texts):,} texts are empty")
     if all(kind_of(source) == ".csv" for source in sources):
         found.labels = numbers_of(found.labels)
     for origin, label in zip(found.origins, found.labels):
@@ -132,21 +143,27 @@ def load_examples(
 
 
 def _read_label(record: dict, options: argparse.Namespace, origin: str):
-    name, label = options.label_field, record[options.label_field]
+    name, label = options.label_field, _stripped(record[options.label_field])
     if label is None or label == "" or label != label:
         raise ValueError(f"{origin}: {name!r} is empty")
-    parts = label if isinstance(label, list) else [label]
+    parts = [_stripped(part) for part in label] if isinstance(label, list) else [label]
     if not all(isinstance(part, (str, int, float)) for part in parts):
         raise ValueError(f"{origin}: expected a name, a number or a list of these in {name!r}, got {label!r}")
     if options.label_separator:
         if not isinstance(label, str):
             raise ValueError(f"{origin}: label_separator needs a string in {name!r}, got {label!r}")
-        return [part for part in label.split(options.label_separator) if part]
-    return parts if options.problem == "multi_label" else label
+        return [part.strip() for part in label.split(options.label_separator) if part.strip()]
+    return parts if options.problem == "multi_label" or isinstance(label, list) else label
 
 
-def _read_examples(sources: list[str], split: str, argument: str) -> Iterator[tuple[str, dict]]:
-    """Yield the origin of each example, for messages, and its fields."""
+def _stripped(label):
+    return label.strip() if isinstance(label, str) else label
+
+
+def _read_examples(
+    sources: list[str], split: str, argument: str, suffixes: Sequence[str], text_field: str
+) -> Iterator[tuple[str, dict]]:
+    """Yield the origin of each example, for messages, and its fields; a line of a `.txt` file is a text."""
     if len(sources) == 1 and not is_file_name(sources[0]):
         import datasets  # only needed for the Hub
 
@@ -157,8 +174,12 @@ def _read_examples(sources: list[str], split: str, argument: str) -> Iterator[tu
             classes = {k: names[k][v] if v is not None and v >= 0 else None for k, v in example.items() if k in names}
             yield f"{sources[0]}, example {number}", {**example, **classes}
         return
-    for path in find_files(sources, RECORD_FILES, argument):
-        for number, record in read_records(path):
+    for path in find_files(sources, suffixes, argument):
+        if kind_of(path) == ".txt":
+            records = ((number, {text_field: line.strip()}) for number, line in read_lines(path) if line.strip())
+        else:
+            records = read_records(path)
+        for number, record in records:
             yield f"{path}, line {number}", record
 
 
@@ -295,3 +316,30 @@ def split_examples(examples: Examples) -> tuple[Examples, Examples]:
     order = np.random.default_rng(0).permutation(count).tolist()
     held_out = max(1, count // 10, min(100, count // 5))
     return examples.part(order[held_out:]), examples.part(order[:held_out])
+
+
+def check_split(whole: Examples, train: Examples, options: argparse.Namespace) -> None:
+    """Raise ValueError if `split_examples` left no example of a label to train on, and say what to do."""
+    problem, names = infer_problem(whole, options.problem)
+    if problem == REGRESSION:
+        return
+
+    def named(examples: Examples) -> collections.Counter:
+        labels = (label if problem == MULTI else [label] for label in examples.labels)
+        return collections.Counter(label_name(name) for label in labels for name in label)
+
+    counts, kept = named(whole), named(train)
+    lost = [name for name in names if name not in kept]
+    single = sum(count == 1 for count in counts.values())
+    if lost and len(names) > 2 and single > len(whole.texts) / 2:
+        raise ValueError(
+            f"label_field: {single:,} of {len(names):,} different labels have a single example, such as "
+            f"{lost[0][:60]!r}; is {options.label_field!r} the field of the labels? Numbers to predict need --problem "
+            "regression"
+        )
+    if lost:
+        examples = "the only example" if counts[lost[0]] == 1 else f"all {counts[lost[0]]} examples"
+        raise ValueError(
+            f"label_field: the split that makes validation data took {examples} of {lost[0][:60]!r}; give "
+            "--validation_data, or more examples"
+        )

@@ -220,11 +220,13 @@ def train_seed(
         FloatingPointError: the loss or the weights became NaN or infinite.
     """
     set_seed(seed)
+    new_head: list[str] = []
     classes = {"id2label": dict(enumerate(task.names)), "label2id": {n: i for i, n in enumerate(task.names)}}
     model = load_model(
         "ForSequenceClassification",
         options.model,
         options.trust_remote_code,
+        new_head,
         problem_type=task.problem,
         num_labels=max(1, len(task.names)),
         **(classes if task.names else {}),
@@ -250,6 +252,7 @@ def train_seed(
     epochs = f"{own.num_train_epochs:g} epoch{'' if own.num_train_epochs == 1 else 's'}"
     chosen = f"learning rate {own.learning_rate:g}, {most}{epochs} of {steps:,} steps"
     head = f", {changes['classifier_pooling']} pooling" if changes else ""
+    head += ", a new head" if new_head else ""
     print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts{head}", flush=True)
     trainer = CarefulTrainer(
         seconds_between_logs=LOG_SECONDS if options.logging_steps is None else None,

@@ -408,10 +408,11 @@ def stream_sequences(
     features = datasets.Features({"text": datasets.Value("string")})
     parts = []
     for source in sources:
-        if not is_text_file(source) and not os.path.isdir(source):
+        are_texts = is_text_file(source)
+        if not are_texts and not os.path.isdir(source):
             parts.append(_load_dataset(source, text_field, streaming=True))
             continue
-        read, names = (_read_shards, [source]) if os.path.isdir(source) else (read_texts, find_files([source]))
+        read, names = (read_texts, find_files([source])) if are_texts else (_read_shards, [source])
         settings = {"read": read, "names": names, "text_field": text_field}
         parts.append(datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=settings))
     dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -201,7 +202,10 @@ def build_model(options: argparse.Namespace, vocabulary: int):
         empty_model("BertForMaskedLM", config)
         model = repository_class("BertForMaskedLM")(config)
     else:
-        model = own_model("ForMaskedLM", options.model, config)
+        new_head: list[str] = []
+        model = own_model("ForMaskedLM", options.model, config, new_head)
+        if new_head:
+            PartialState().print(f"{options.model} holds no head for masked language modeling: the head is new")
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
     lower_unused_biases(model, vocabulary)

@@ -1,5 +1,6 @@
 """Read text and labelled records from JSON lines, CSV and plain text, gzipped or not, and write CSV."""
 
+import collections
 import csv
 import glob
 import gzip
@@ -7,12 +8,13 @@ import itertools
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Union
 
-from .cli import one_line
+from .cli import listed, one_line
 from .staging import staged_file
 
 TEXT_FILES = (".jsonl", ".json", ".txt")
@@ -45,7 +47,7 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
         names = [source] if os.path.isfile(source) else glob.glob(source, recursive=True)
         matches = sorted(filter(os.path.isfile, names))
         if not matches:
-            raise ValueError(f"{argument}: no file matches {source!r}")
+            raise ValueError(f"{argument}: {_why_none(source, suffixes)}")
         for path in matches:
             if kind_of(path) not in suffixes:
                 raise ValueError(f"{argument}: expected {', '.join(suffixes)} files, or these with .gz, got {path!r}")
@@ -53,10 +55,24 @@ def find_files(sources: Sequence[str], suffixes: Sequence[str] = TEXT_FILES, arg
     return found
 
 
+def _why_none(source: str, suffixes: Sequence[str]) -> str:
+    if not os.path.isdir(source):
+        return f"no file matches {source!r}"
+    found = collections.Counter(
+        f"*{kind_of(name)}{'.gz' if name.endswith('.gz') else ''}"
+        for name in os.listdir(source)
+        if kind_of(name) in suffixes and os.path.isfile(os.path.join(source, name))
+    )
+    if not found:
+        return f"{source!r} is a folder, and holds no {', '.join(suffixes)} files"
+    return f"{source!r} is a folder; name its files, such as '{os.path.join(source, found.most_common(1)[0][0])}'"
+
+
 def check_texts(sources: Sequence[str], text_field: str = "text", argument: str = "data") -> list[str]:
-    """Find the files of `read_texts`, and read the first document of the first to report a wrong name early."""
+    """Find the files of `read_texts`, and read the first document to report a wrong name or empty files early."""
     files = find_files(sources, TEXT_FILES, argument)
-    next(read_texts(files[:1], text_field), None)
+    if next(read_texts(files, text_field), None) is None:
+        raise ValueError(f"{argument}: there is no text in {listed(files, 3)}")
     return files
 
 
@@ -112,7 +128,8 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}, line {number}: expected UTF-8, got the byte {error.object[error.start]:#x}"
+            f"{path}, line {number}: expected UTF-8, got the byte {error.object[error.start]:#x}; a Latin-1 file is "
+            f"converted by: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: the gzip file is damaged after line {number}") from error

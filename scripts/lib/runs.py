@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Optional
 
 from safetensors import SafetensorError, safe_open
 
-from .cli import one_line
 from .common import TOKENIZER_FILES
 from .staging import NEW, OLD, Input, check_target, locked, open_stage, replace, stage_of
 
@@ -162,6 +161,7 @@ def check_output(
         _refuse_results(folder, resumable)
     if resume not in (None, "last") and not os.path.isdir(resume):
         raise ValueError(f"resume_from_checkpoint: {resume}: there is no such folder")
+    _try_to_write(folder, next(path for path in (folder, *folder.parents) if path.exists()))
 
 
 def _check_folder(folder: Path, overwrite: bool, resume: Optional[str], inputs: dict[str, Input]) -> Path:
@@ -208,18 +208,24 @@ def _made(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; if the block raises, remove those that were made and are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(f"output_dir: {folder} cannot be written, {one_line(error)}") from error
+        _try_to_write(folder, folder)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
         raise
+
+
+def _try_to_write(folder: Path, place: Path) -> None:
+    """Raise ValueError if no file can be made in a place, the output folder, which is then made, or a parent of it."""
+    try:
+        if place == folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder} cannot be written, {error.strerror}: {place}") from error
 
 
 def _checkpoint_of(work: Path, finished: list[str], resume: Optional[str]) -> Optional[str]:

@@ -27,16 +27,14 @@ def is_text_file(source: str, argument: str = "data") -> bool:
     """Tell the name of text files from a folder of MDS shards and a `datasets` id.
 
     Raises:
-        ValueError: the name is empty, or that of another folder.
+        ValueError: the name is empty, or that of a folder of tokenized text.
     """
     if not source:
         raise ValueError(f"{argument}: expected names of files, folders or `datasets` ids, got ''")
     if os.path.isfile(os.path.join(source, "index.json")):
         return False
-    if os.path.isdir(source):
-        raise ValueError(
-            f"{argument}: expected files, got the folder {source!r}; for its files write '{source}/*.jsonl'"
-        )
+    if holds_documents(source):
+        raise ValueError(f"{argument}: expected texts, got the folder of tokenized texts {source!r}")
     return is_file_name(source)
 
 

@@ -39,6 +39,7 @@ def parser():
         ([], "the following arguments are required: source"),
         (["x", "--pad_vocab", "0"], "argument --pad_vocab: expected a positive integer, got '0'"),
         (["x", "--pad_vocab", "-3"], "argument --pad_vocab: expected a positive integer, got '-3'"),
+        (["x", "--pad_vocab", "-.5e-4"], "argument --pad_vocab: expected a positive integer, got '-.5e-4'"),
         (["x", "--seed", "-1"], "argument --seed: expected an integer from 0 to 4294967295, got '-1'"),
         (["x", "--seed", "4294967296"], "argument --seed: expected an integer from 0 to 4294967295, got"),
         (["x", "--workers", "-1"], "argument --workers: expected 0 or a positive integer, got '-1'"),

@@ -7,6 +7,7 @@ import evaluate_mlm
 import pytest
 import torch
 from conftest import ROOT
+from folders import write_complete_repository
 from lib import evaluation, pictures
 
 
@@ -86,6 +87,38 @@ def test_a_system_that_states_no_peak_of_memory_is_measured_without_it(tmp_path,
             pass
         assert memory["mib"] == pytest.approx(peak, nan_ok=True)
         (tmp_path / "status").write_text("VmRSS:\t  1000 kB\nVmHWM:\t  2048 kB\n")
+
+
+def test_the_models_are_compared_in_words(tmp_path, run_script, capsys):
+    """A table of a model that had become worse left that to its reader; 99 stood beside windows of 40 tokens."""
+    write_complete_repository(tmp_path / "first")
+    for name, fields in (("second", {}), ("third", {"seed": 1})):
+        write_complete_repository(tmp_path / name, **fields)
+    other = write_complete_repository(tmp_path / "other", vocab_size=27)
+    with open(tmp_path / "other" / "vocab.txt", "a") as file:
+        file.write("new\n")
+    assert other.config.vocab_size == 27
+    (tmp_path / "text.txt").write_text("the cat sat on the big red mat and " * 4 + "ran\n")
+    models = [tmp_path / name for name in ("first", "second", "third", "other")]
+    run_script(evaluate_mlm, "--model", *models, "--data", tmp_path / "text.txt", "--max_length", 99, "--device", "cpu")
+    header, *lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split(",")[4]) for line in lines[:4]]
+    difference = losses[2] - losses[0]
+    assert difference and lines[4:] == [
+        "the longest text read has 39 tokens, fewer than --max_length 99",
+        "second: against the first model the loss is equal at length 99",
+        f"third: against the first model the loss is {abs(difference):.4f} "
+        f"{'higher, so worse' if difference > 0 else 'lower, so better'} at length 99",
+        "other: another tokenizer: losses cannot be compared",
+    ]
+
+
+def test_losses_are_compared_at_the_lengths_of_both_models():
+    first = {32: 3.0, 64: 2.5}
+    assert evaluation.compare({32: 3.25, 64: 2.0, 128: 1.0}, first) == (
+        "against the first model the loss is 0.2500 higher, so worse at length 32; 0.5000 lower, so better at length 64"
+    )
+    assert evaluation.compare({128: 1.0}, first) == "no length of the first model"
 
 
 def test_documents_without_a_masked_token_are_named(plain_tokenizer):

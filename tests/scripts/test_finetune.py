@@ -11,7 +11,7 @@ import push_to_hub
 import pytest
 import yaml
 from corpora import WORDS, make_tokenizer
-from folders import set_fields, stock_bert
+from folders import add_classifier, set_fields, stock_bert, write_complete_repository
 from lib import examples, finetuning, runs, scores, training
 from models import tiny_model
 from repositories import write_repository
@@ -161,6 +161,7 @@ RECORDS = [
     (['{"text": "ba", "label": ["x"]}', '{"text": "ba", "label": "x"}'] * 9, "some labels are lists"),
     (['{"text": "ba", "label": "x"}'], "a single example cannot be split"),
     ([], "train_data: there is no example in .*a.jsonl"),
+    (['{"text": " ", "label": "x"}', '{"text": "", "label": "y"}'], "train_data: all 2 texts are empty"),
 ]
 
 
@@ -180,6 +181,71 @@ def test_bad_data_is_named(start, tmp_path, name, content, flags, message):
     (tmp_path / name).write_text("\n".join(content))
     with pytest.raises(ValueError, match=message):
         run(start, tmp_path, train_data=tmp_path / name, **flags)
+
+
+def test_white_space_around_labels_is_no_part_of_them(tmp_path):
+    """Four classes were made of two."""
+    rows = ["text,label,labels", "ba,a,a + b", "be,a ,b+", "bi, b, +a", "bo,b,b"]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    (tmp_path / "a.jsonl").write_text('{"text": "ba", "label": [" a", "b "]}')
+    for name, flags, expected in (
+        ("a.csv", [], ["a", "a", "b", "b"]),
+        ("a.csv", ["--label_field", "labels", "--label_separator", "+"], [["a", "b"], ["b"], ["a"], ["b"]]),
+        ("a.jsonl", [], [["a", "b"]]),
+    ):
+        options, _ = finetune_classification.make_parser().parse_own(["--train_data", "", "--output_dir", "", *flags])
+        assert examples.load_examples([str(tmp_path / name)], options, "train").labels == expected
+
+
+def test_texts_that_were_trained_on_are_counted_where_they_are_judged(tmp_path, capsys):
+    train = write_examples(tmp_path / "train.csv", lambda half: "ab"[half], 20)
+    other = write_examples(tmp_path / "other.csv", lambda half: "ba"[half], 12)
+    (tmp_path / "new.csv").write_text("text,label\nba,a\n")
+    line = ["--train_data", str(train), "--output_dir", "", "--validation_data", str(other), "--test_data"]
+    parser = finetune_classification.make_parser()
+    examples.read_task(parser.parse_own([*line, str(tmp_path / "new.csv")])[0])
+    assert "\n12 of 12 validation texts are also in the training data\n" in (shown := capsys.readouterr().out)
+    assert "test texts" not in shown
+    (tmp_path / "twice.csv").write_text("text,label\n" + "ba,a\nbe,b\n" * 20)
+    examples.read_task(parser.parse_own(["--train_data", str(tmp_path / "twice.csv"), "--output_dir", ""])[0])
+    assert "\n8 of 8 validation texts are also in the training data\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "labels, flags, message",
+    [
+        (
+            ["a"] * 40 + ["b"] * 2,
+            [],
+            "the split that makes validation data took all 2 examples of 'b'; give --validation",
+        ),
+        (
+            ["a"] * 41 + ["b"],
+            [],
+            "validation data took the only example of 'b'; give --validation_data, or more examples",
+        ),
+        (["a"] * 1 + ["b"], [], "validation data took the only example of '.'"),
+        (
+            [f"c{n}" for n in range(40)],
+            [],
+            "40 of 40 different labels have a single example, such as 'c.*'; is 'label' ",
+        ),
+        ([n / 7 for n in range(40)], ["--problem", "classification"], "Numbers to predict need --problem regression"),
+        ([["a"]] * 41 + [["b", "a"]], [], "validation data took the only example of 'b'"),
+    ],
+)
+def test_a_label_that_the_split_took_from_training_is_explained(labels, flags, message):
+    """The message said that every training example had one label, or that the training data had none of another."""
+    options, _ = finetune_classification.make_parser().parse_own(["--train_data", "", "--output_dir", "", *flags])
+    rows = labelled(labels)
+    numbers = [int(text[0]) for text in examples.split_examples(rows)[1].texts]
+    taken = [label for label in range(len(labels)) if labels[label] != labels[0]]
+    if len(taken) <= 2:  # give the rare labels to texts that are held out
+        for number, place in zip(taken, [number for number in numbers if number not in taken]):
+            labels[number], labels[place] = labels[place], labels[number]
+    train, _ = examples.split_examples(labelled(labels))
+    with pytest.raises(ValueError, match=f"^label_field: .*{message}"):
+        examples.check_split(labelled(labels), train, options)
 
 
 def labelled(labels):
@@ -271,7 +337,7 @@ def test_rates_follow_the_size_of_the_model_unless_they_are_given(start, train, 
         finetuning.finetune(*finetune_classification.parse(flags))
     shown = capsys.readouterr().out
     assert "single_label_classification with 2 classes (left, right); 13 train and 3 validation examples" in shown
-    line = "weights, learning rate 0.0003, 20 epochs of 2 steps of 8 texts, mean pooling\n"
+    line = "weights, learning rate 0.0003, 20 epochs of 2 steps of 8 texts, mean pooling, a new head\n"
     assert line in shown
 
 
@@ -304,6 +370,20 @@ def test_the_head_of_a_masked_language_model_reads_the_mean_unless_it_is_told_ot
         run(model, tmp_path / name, train_data=train, num_train_epochs=1, **flags)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "out", trust_remote_code=True)
         assert model.config.classifier_pooling == pooling and (model.bert.pooler is None) == (pooling == "mean")
+
+
+def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path, monkeypatch, capsys):
+    """The library refused it and named an option that no script has."""
+    write_complete_repository(tmp_path / "model", classifier_pooling="mean")
+    add_classifier(tmp_path / "model")
+    monkeypatch.setattr(training.CarefulTrainer, "train", stop)
+    for labels, end in (("ab", "mean pooling"), ("abc", "mean pooling, a new head")):
+        data = write_examples(tmp_path / f"{labels}.csv", labels.__getitem__, 20)
+        data.write_text(data.read_text() + f"ba,{labels[-1]}\n" * 9)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "model", tmp_path / labels, train_data=data)
+        shown = capsys.readouterr()
+        assert shown.out.endswith(f" of 8 texts, {end}\n") and "MISSING" not in shown.err + shown.out
 
 
 def test_a_stock_bert_keeps_its_pooling(start, train, tmp_path):

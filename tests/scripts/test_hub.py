@@ -412,13 +412,18 @@ def assert_refused(folder, message):
     [
         ("config.json", "expected a config.json"),
         ("bert_padding.py", "missing bert_padding.py"),
-        ("README.md", "missing README.md"),
+        ("README.md", "missing README.md; README.md is the model's card: write it, or let convert_checkpoint.py make"),
         ("model.safetensors", "expected model.safetensors, or the index"),
     ],
 )
 def test_a_folder_that_lacks_a_file_is_not_pushed(folder, name, message):
     (folder / name).unlink()
     assert_refused(folder, message)
+
+
+def test_an_adapter_is_left_to_peft(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert_refused(tmp_path, f"folder: {tmp_path} holds an adapter; push it with the push_to_hub of its PEFT model")
 
 
 ELSEWHERE = "leads to code or files outside of the repository: "

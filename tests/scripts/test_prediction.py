@@ -64,6 +64,15 @@ def test_words_that_no_tokenizer_splits_are_reported(tokenizer, capsys):
     assert "1 with text that becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
 
 
+def test_each_line_of_a_plain_file_is_a_text(classifier, tmp_path, run_script):
+    (tmp_path / "new.txt").write_text(f"{WORDS[0]}, {WORDS[1]}\n\n{WORDS[2]} \n", encoding="utf-8")
+    run_script(predict, classifier, tmp_path / "new.txt", tmp_path / "table.csv", "--text_fields", "body")
+    with open(tmp_path / "table.csv", newline="") as file:
+        assert [row["body"] for row in csv.DictReader(file)] == [f"{WORDS[0]}, {WORDS[1]}", WORDS[2]]
+    with pytest.raises(SystemExit, match="new.txt, line 1: text_fields must be among .'a'., got 'b'"):
+        run_script(predict, classifier, tmp_path / "new.txt", tmp_path / "two.csv", "--text_fields", "a", "b")
+
+
 def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokenizer, tmp_path, run_script, capsys):
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, size)) for size in (3, 40, 1, 12, 25, 7)]

@@ -19,8 +19,8 @@ import push_to_hub
 import pytest
 import torch
 from conftest import ROOT
-from corpora import WORDS, write_corpus
-from folders import SPECIAL
+from corpora import WORDS
+from folders import SPECIAL, change_weights, write_complete_repository
 from lib import packing, pretraining, recipe, runs, training
 from models import tiny_model
 from numerics import SAME, assert_same
@@ -159,6 +159,22 @@ def test_a_run_starts_from_the_weights_it_is_given(corpus, tokenizer, tmp_path):
     assert trainer.model.config.hidden_dropout_prob == 0.0
 
 
+def test_a_head_that_the_weights_lack_is_new_and_said_to_be(corpus, tokenizer, tmp_path, capsys):
+    """The training began with a random head without a word."""
+    folder = tmp_path / "model"
+    write_complete_repository(folder)
+    flags = command_line(corpus, tokenizer, tmp_path / "out")
+    options, _ = pretrain_mlm.parse([*flags[: flags.index("--config_fields")], "--model", str(folder)])
+    said = f"{folder} holds no head for masked language modeling: the head is new\n"
+    for weights, printed in (({}, ""), ({"cls__predictions__transform__dense__weight": None}, said)):
+        change_weights(folder, **weights)
+        pretraining.build_model(options, 26)
+        assert capsys.readouterr().out == printed
+    change_weights(folder, bert__encoder__layer__1__mlp__wo__weight=None)
+    with pytest.raises(ValueError, match="1 tensors of the encoder are missing from the weights, layers 1 among them"):
+        pretraining.build_model(options, 26)
+
+
 def test_loss_falls(corpus, tokenizer, tmp_path):
     flags = {"bf16": False, "max_steps": 30, "learning_rate": 1e-2, "save_steps": 100}
     run(command_line(corpus, tokenizer, tmp_path, **flags))
@@ -243,7 +259,7 @@ def test_sharded_training_by_trainer_equals_one_process_resumes_and_saves_a_whol
         ({"tokens_per_row": 20}, "tokens_per_row must be at least the longest sequence, 32, got 20"),
         ({"config": "here", "model": "there"}, "config must not be given with model"),
         ({"streaming": True, "num_train_epochs": 1}, "num_train_epochs needs data of a known size"),
-        ({"model": "./there"}, "model: expected a folder or a Hub id .owner/name., got './there'"),
+        ({"model": "./there"}, "model: there is no folder './there'"),
         ({"torch_compile": "fast"}, "torch_compile must be one of .*inductor.*, got 'fast'"),
         ({"max_seconds": 9, "lr_scheduler_type": "cosine"}, "max_seconds needs lr_scheduler_type linear"),
         ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint: nowhere: there is no such folder"),
@@ -392,7 +408,7 @@ def test_data_that_is_not_there_is_found_before_anything_is_written(corpus, toke
     for argument, name, message in (
         ("validation_data", "gone.txt", "no file matches 'gone.txt'"),
         ("validation_data", __file__, "expected .jsonl, .json, .txt files"),
-        ("validation_data", str(tmp_path), "expected files, got the folder"),
+        ("validation_data", str(tmp_path), "'.*' is a folder, and holds no .jsonl, .json, .txt files"),
     ):
         with pytest.raises(ValueError, match=f"{argument}: {message}"):
             run([*flags, f"--{argument}", name])
@@ -523,7 +539,7 @@ def test_tokenizing_names_the_option_that_is_wrong(corpus, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="train_data: no file matches 'gone.txt'"):
         tokenize(train_data="gone.txt")
     tokenize()
-    with pytest.raises(ValueError, match="train_data: expected files, got the folder '.*tokens'"):
+    with pytest.raises(ValueError, match="train_data: expected texts, got the folder of tokenized texts '.*tokens'"):
         tokenize(train_data=tmp_path / "tokens", output_dir=tmp_path / "again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens"]
 
@@ -535,7 +551,8 @@ def test_data_that_was_tokenized_elsewhere_trains_the_same(corpus, tokenizer, tm
     with pytest.raises(ValueError, match="output_dir: .*tokens is not empty; --overwrite replaces tokenized data"):
         pretrain_mlm.main()
     before = (tmp_path / "tokens/tokens.bin").read_bytes()
-    short = write_corpus(tmp_path / "short.jsonl", documents=0)
+    short = tmp_path / "short.txt"
+    short.write_text("ba be bi")
     flags[1] = str(short)
     again = ["pretrain_mlm.py", *flags, "--output_dir", str(tmp_path / "tokens"), "--overwrite"]
     monkeypatch.setattr(sys, "argv", again)

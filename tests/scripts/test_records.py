@@ -45,7 +45,11 @@ def test_csv_records_are_read_with_their_line(tmp_path):
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: the JSON is nested too deeply"),
         ("a.json", b'[{"text": "x"},\n{"text": 3}]', "a.json, line 2: expected a string in 'text', got 3"),
         ("a.json", b'[{"text": "x"},\n{"text" 3}]', "a.json, line 2: expected JSON, Expecting ':' delimiter"),
-        ("a.txt", "one\ncafé".encode("latin-1"), "a.txt, line 2: expected UTF-8, got the byte 0xe9"),
+        (
+            "a.txt",
+            "one\ncafé".encode("latin-1"),
+            "line 2: expected UTF-8, got the byte 0xe9; .*: iconv -f latin1 -t utf-8 .*a.txt$",
+        ),
         ("a.txt.gz", gzip.compress(b"one\n" * 9999, mtime=0)[:-20], "a.txt.gz: the gzip file is damaged after line"),
         ("a.txt.gz", b"one", "a.txt.gz: the gzip file is damaged after line 0"),
         ("a.csv", b"text,label\nx,y", "data: expected .jsonl, .json, .txt files, or these with .gz, got '.*a.csv'"),
@@ -85,9 +89,16 @@ def test_files_are_found_by_name_and_pattern(tmp_path, monkeypatch):
         str(tmp_path / name) for name in ("c.csv", "a.jsonl", "b.jsonl")
     ]
     assert find_files([str(tmp_path / "[odd].jsonl")], TEXT_FILES) == [str(tmp_path / "[odd].jsonl")]
-    for source in ("missing.jsonl", "*.txt", "folder.jsonl"):
+    for source in ("missing.jsonl", "*.txt", "fold*"):
         with pytest.raises(ValueError, match="no file matches '.*"):
             find_files([str(tmp_path / source)], TEXT_FILES)
+    for folder, kinds, message in (
+        (tmp_path, TEXT_FILES, rf"data: '{tmp_path}' is a folder; name its files, such as '{tmp_path}/\*\.jsonl'$"),
+        (tmp_path, (".csv",), rf"such as '{tmp_path}/\*\.csv'$"),
+        (tmp_path / "folder.jsonl", TEXT_FILES, "is a folder, and holds no .jsonl, .json, .txt files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_files([str(folder)], kinds)
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named(monkeypatch):

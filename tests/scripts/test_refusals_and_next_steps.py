@@ -33,6 +33,7 @@ def folder(tmp_path, text, monkeypatch):
     for name, table in (("topics.csv", [["body", "label"], *rows]), ("hole.csv", [["text", "label"], ["the", ""]])):
         with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
+    (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -44,28 +45,51 @@ REFUSALS = [
     ("convert_bert", "broken new --data documents.jsonl", "broken: expected model.safetensors or pytorch_model.bin"),
     ("convert_bert", "bert new --data topics.csv", "data: expected .jsonl, .json, .txt files, .* got 'topics.csv'"),
     ("convert_bert", "bert model --data documents.jsonl", "target: .*model exists and is not an empty folder"),
-    ("convert_checkpoint", "./gone new", r"source: expected a folder or a Hub id \(owner/name\), got './gone'"),
+    ("convert_checkpoint", "./gone new", "source: there is no folder './gone'"),
+    ("convert_checkpoint", "topics.csv new", "source: 'topics.csv' is neither a checkpoint folder nor a file of weigh"),
     ("convert_checkpoint", "broken new", "broken: expected model.safetensors or pytorch_model.bin"),
     ("convert_checkpoint", "model new --license a|b", "--license: expected an identifier such as apache"),
     ("convert_checkpoint", "model model", "target: .*model is model, which source reads; choose another folder"),
     ("evaluate_mlm", "--model model --data gone.txt", "data: no file matches 'gone.txt'"),
+    ("evaluate_mlm", "--model model --data empty.txt", "data: there is no text in empty.txt"),
+    ("evaluate_mlm", "--model model/gone --data documents.jsonl", "model: there is no folder 'model/gone'$"),
     ("evaluate_mlm", "--model . --data documents.jsonl", "model: the folder '.' holds no config.json"),
     ("evaluate_mlm", "--model model --data documents.jsonl --text_field body", "text_field must be one of .*'text'"),
     ("export", "broken new --format gguf", "broken: expected model.safetensors or pytorch_model.bin"),
     ("fill_mask", "no_mask", r"text must contain \[MASK\] once, got 'no_mask'"),
-    ("fill_mask", "[MASK] --model ./gone", "model: expected a folder or a Hub id .* got './gone'"),
+    ("fill_mask", "[MASK] --model ./gone", "model: there is no folder './gone'"),
+    (
+        "fill_mask",
+        "[MASK] --model topics.csv",
+        r"model: expected a folder or a Hub id \(owner/name\), got 'topics.csv'",
+    ),
     ("finetune_classification", "--train_data topics.csv --output_dir new", "text_fields must be among .*'body'"),
     ("finetune_classification", "--train_data hole.csv --output_dir new", "hole.csv, line 2: 'label' is empty"),
+    (
+        "finetune_classification",
+        "--train_data topics.csv --text_fields body --model nosuchmodel --output_dir new",
+        "model: 'nosuchmodel' is not a local folder, and the Hub could not provide it",
+    ),
+    (
+        "finetune_classification",
+        "--train_data topics.csv --output_dir /proc/new",
+        "/proc/new cannot be written, No such",
+    ),
+    ("finetune_classification", "--train_data a.csv --output_dir new --learning_rate -1e-4", "positive .* got '-1e-4'"),
     ("finetune_classification", "--model . --train_data hole.csv --output_dir new", "the folder '.' holds no config"),
     ("finetune_classification", "--train_data a.csv --output_dir new --epochs 3", "there is no option --epochs"),
     ("predict", "model gone.csv new.csv", "data: no file matches 'gone.csv'"),
     ("predict", ". hole.csv new.csv", "model: the folder '.' holds no config.json"),
     ("pretrain_mlm", "--train_data gone.txt --output_dir new", "train_data: no file matches 'gone.txt'"),
+    ("pretrain_mlm", "--train_data empty.txt --output_dir new", "train_data: there is no text in empty.txt"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir /proc/new", "/proc/new cannot be written, No such"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --text_field x", "text_field must be one of"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir model", "output_dir: .*model holds model.safetensors"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --model .", "the folder '.' holds no config"),
     ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --learningrate 1", "did you mean --learning_rate"),
     ("push_to_hub", "bert me/bert --dry_run", "folder: missing .*bert_layers.py"),
+    ("push_to_hub", "model me/a/b --dry_run", "repo_id: expected owner/name in letters, digits, .* got 'me/a/b'"),
+    ("push_to_hub", "model me", "repo_id: expected owner/name .* got 'me'"),
     ("push_to_hub", "model me/model", "not logged in to the Hub; run `hf auth login` or set HF_TOKEN"),
 ]
 

@@ -9,7 +9,7 @@ import finetune_classification
 import predict
 import pretrain_mlm
 import pytest
-from folders import set_fields, stock_bert, write_complete_repository
+from folders import add_classifier, change_weights, set_fields, stock_bert, write_complete_repository
 from lib import common
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertForMaskedLM
@@ -56,8 +56,10 @@ def run(tmp_path, text, run_script):
     labels = "".join(json.dumps({"text": "the cat sat", "label": label}) + "\n" for label in "abababab")
     (tmp_path / "labels.jsonl").write_text(labels)
 
-    def run(command, model, *flags):
+    def run(command, model, *flags, whole=True):
         script, words = COMMANDS[command]
+        if command == "predict" and whole:
+            add_classifier(model)
         places = {"MODEL": model, "TEXT": text, "LABELS": tmp_path / "labels.jsonl", "OUT": tmp_path / "out"}
         places["TABLE"] = tmp_path / "table.csv"
         run_script(script, *(places.get(word, word) for word in words), *flags)
@@ -147,10 +149,33 @@ def test_a_tokenizer_without_a_mask_is_named(tmp_path, run, command):
         run(command, tmp_path / "model")
 
 
+@pytest.mark.parametrize("command", ["fill_mask", "evaluate_mlm", "predict"])
+@pytest.mark.parametrize("make", [write_complete_repository, stock_bert])
+def test_a_model_without_the_head_is_refused(tmp_path, run, command, make):
+    """Its answers came from a head of random weights."""
+    folder, head = tmp_path / "model", "cls.predictions.transform.LayerNorm, cls.predictions.transform.dense"
+    make(folder)
+    added = {f"cls__predictions__transform__{name}": None for name in ("LayerNorm__weight", "dense__weight")}
+    if command == "predict":
+        add_classifier(folder)
+        added, head = {"classifier__weight": None}, "classifier"
+    change_weights(folder, **added)
+    task = "classification" if command == "predict" else "masked language modeling"
+    with pytest.raises(SystemExit, match=rf"model: '.*model' holds no head for {task} \(no weights of {head}\)$"):
+        run(command, folder, whole=False)
+    change_weights(folder, bert__encoder__layer__1__attention__output__dense__weight=None)
+    with pytest.raises(
+        SystemExit, match="model: .*(encoder are missing from the weights|lacks weights of its encoder)"
+    ):
+        run(command, folder, whole=False)
+
+
 def test_the_flag_runs_the_code(tmp_path):
     stock_bert(tmp_path / "model")
     mark = refer(tmp_path / "model", OTHER)
     model = common.load_model("ForMaskedLM", str(tmp_path / "model"), trust_remote_code=True)
+    with pytest.raises(ValueError, match="holds no head for classification"):
+        common.load_model("ForSequenceClassification", str(tmp_path / "model"), trust_remote_code=True)
     assert mark.exists() and type(model).__name__ == "OtherForMaskedLM" and isinstance(model, BertForMaskedLM)
 
 
@@ -159,7 +184,7 @@ def test_models_load_alike_with_and_without_the_flag(tmp_path):
     write_complete_repository(tmp_path / "model")
     changes = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "single_label_classification"}
     configs = [
-        common.load_model("ForSequenceClassification", str(tmp_path / "model"), flag, **changes).config.to_dict()
+        common.load_model("ForSequenceClassification", str(tmp_path / "model"), flag, [], **changes).config.to_dict()
         for flag in (False, True)
     ]
     for config in configs:  # where it came from; saving sets the other

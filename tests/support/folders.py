@@ -4,6 +4,7 @@ import json
 
 import torch
 from models import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 from transformers import BertForMaskedLM as StockBertForMaskedLM
 
@@ -24,6 +25,21 @@ def write_tokenizer(folder, words=WORDS):
     content = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "mask_token": "[MASK]", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
     return len(vocabulary)
+
+
+def change_weights(folder, **weights):
+    """Add or replace weights of a model folder, by names with `__` for dots; None removes one."""
+    path = folder / "model.safetensors"
+    weights = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in weights.items()}}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path, {"format": "pt"})
+
+
+def add_classifier(folder):
+    """Let the weights of a masked language model also hold those of a classifier of two classes."""
+    size = json.loads((folder / "config.json").read_text())["hidden_size"]
+    head = {"classifier__weight": torch.randn(2, size), "classifier__bias": torch.randn(2)}
+    pooler = {"bert__pooler__dense__weight": torch.eye(size), "bert__pooler__dense__bias": torch.zeros(size)}
+    change_weights(folder, **head, **pooler)
 
 
 def write_complete_repository(folder, **fields):
