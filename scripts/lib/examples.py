@@ -79,10 +79,10 @@ def read_task(options: argparse.Namespace) -> Task:
     parts = {name: load_examples(data, options, name) for name, data in sources.items() if data}
     if options.predict:
         parts["predict"] = load_examples([options.predict], options, "test", "predict", labelled=False)
-    if "validation" not in parts:
-        whole = parts["train"]
-        parts["train"], parts["validation"] = split_examples(whole)
-        check_split(whole, parts["train"], options)
+    is_split = "validation" not in parts
+    if is_split:
+        parts["train"], parts["validation"] = split_examples(parts["train"])
+    check_names(parts["train"], parts["validation"], options, is_split)
     problem, names = infer_problem(parts["train"], options.problem)
     truth = {name: encode_labels(part, problem, names) for name, part in parts.items() if name != "predict"}
     labels = f"{len(names)} classes ({', '.join(names[:5])}{', …' if names[5:] else ''})" if names else "numbers"
@@ -318,8 +318,19 @@ def split_examples(examples: Examples) -> tuple[Examples, Examples]:
     return examples.part(order[held_out:]), examples.part(order[:held_out])
 
 
-def check_split(whole: Examples, train: Examples, options: argparse.Namespace) -> None:
-    """Raise ValueError if `split_examples` left no example of a label to train on, and say what to do."""
+def check_names(train: Examples, validation: Examples, options: argparse.Namespace, is_split: bool) -> None:
+    """Explain why the training data lacks a label of the validation data, if it can be told.
+
+    Args:
+        train, validation: the examples.
+        options: of the command line.
+        is_split: whether `split_examples` made the two.
+
+    Raises:
+        ValueError: most labels have a single example, or the split took all examples of one.
+    """
+    columns = ("texts", "labels", "origins")
+    whole = Examples(*(getattr(train, column) + getattr(validation, column) for column in columns))
     problem, names = infer_problem(whole, options.problem)
     if problem == REGRESSION:
         return
@@ -337,7 +348,7 @@ def check_split(whole: Examples, train: Examples, options: argparse.Namespace) -
             f"{lost[0][:60]!r}; is {options.label_field!r} the field of the labels? Numbers to predict need --problem "
             "regression"
         )
-    if lost:
+    if lost and is_split:
         examples = "the only example" if counts[lost[0]] == 1 else f"all {counts[lost[0]]} examples"
         raise ValueError(
             f"label_field: the split that makes validation data took {examples} of {lost[0][:60]!r}; give "

@@ -243,9 +243,14 @@ def test_a_label_that_the_split_took_from_training_is_explained(labels, flags, m
     if len(taken) <= 2:  # give the rare labels to texts that are held out
         for number, place in zip(taken, [number for number in numbers if number not in taken]):
             labels[number], labels[place] = labels[place], labels[number]
-    train, _ = examples.split_examples(labelled(labels))
+    parts = examples.split_examples(labelled(labels))
     with pytest.raises(ValueError, match=f"^label_field: .*{message}"):
-        examples.check_split(labelled(labels), train, options)
+        examples.check_names(*parts, options, True)
+    if "split" not in message and "validation" not in message:
+        with pytest.raises(ValueError, match=f"^label_field: .*{message}"):
+            examples.check_names(*parts, options, False)
+    else:
+        examples.check_names(*parts, options, False)
 
 
 def labelled(labels):
