@@ -1,5 +1,6 @@
 """Runs programs in forks of a process that has imported torch; a file apart, because each fork imports it first."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -32,6 +33,7 @@ def call(program: str, arguments: list, cwd, environment: dict, stdin: str) -> s
 
 
 def _run(program, arguments, cwd, environment, files):
+    gc.freeze()  # what is preloaded outlives every collection
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
