@@ -291,11 +291,15 @@ def _load_whole(model_class, head: str, source: str, new_head: Optional[list[str
         model, info = load_from(model_class.from_pretrained, source, **options)
     finally:
         logging.set_verbosity(verbosity)
-    new = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    # Before 5.0 the mismatched keys are names, since then tuples of a name and two shapes.
+    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    new = sorted({*info["missing_keys"], *mismatched})
     inner = f"{model.base_model_prefix}."
     lacking = [name for name in new if name.startswith(inner) and not name.startswith(f"{inner}pooler.")]
     if lacking:
-        raise ValueError(f"model: {source!r} lacks weights of its encoder ({listed(lacking, 3)})")
+        raise ValueError(
+            f"model: {source!r} lacks weights of the encoder that its config describes ({listed(lacking, 3)})"
+        )
     if new and new_head is None:
         modules = sorted({name.rpartition(".")[0] for name in new})
         raise ValueError(f"model: {source!r} holds no head for {HEADS[head]} (no weights of {listed(modules, 3)})")

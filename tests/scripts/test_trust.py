@@ -9,6 +9,7 @@ import finetune_classification
 import predict
 import pretrain_mlm
 import pytest
+import torch
 from folders import add_classifier, change_weights, set_fields, stock_bert, write_complete_repository
 from lib import common
 from tokenizers import Tokenizer, models
@@ -165,9 +166,23 @@ def test_a_model_without_the_head_is_refused(tmp_path, run, command, make):
         run(command, folder, whole=False)
     change_weights(folder, bert__encoder__layer__1__attention__output__dense__weight=None)
     with pytest.raises(
-        SystemExit, match="model: .*(encoder are missing from the weights|lacks weights of its encoder)"
+        SystemExit, match="model: .*(encoder are missing from the weights|lacks weights of the encoder that)"
     ):
         run(command, folder, whole=False)
+
+
+@pytest.mark.parametrize("make", [write_complete_repository, stock_bert])
+def test_only_a_head_may_be_new_or_of_another_shape(tmp_path, make):
+    folder = tmp_path / "model"
+    size = make(folder).config.hidden_size
+    add_classifier(folder)
+    for classes, new in ((2, []), (3, ["classifier.bias", "classifier.weight"])):
+        found = []
+        model = common.load_model("ForSequenceClassification", str(folder), new_head=found, num_labels=classes)
+        assert found == new and model.classifier.weight.shape == (classes, size)
+    change_weights(folder, bert__embeddings__token_type_embeddings__weight=torch.zeros(3, size))
+    with pytest.raises(ValueError, match=r"encoder that its config describes \(bert.embeddings.token_type_embeddings"):
+        common.load_model("ForSequenceClassification", str(folder), new_head=[])
 
 
 def test_the_flag_runs_the_code(tmp_path):
