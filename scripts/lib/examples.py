@@ -7,7 +7,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Optional
@@ -292,9 +291,9 @@ def encode_labels(examples: Examples, problem: str, names: list[str]) -> np.ndar
     for origin, label in zip(examples.origins, named):
         unknown = [name for name in label if name not in number]
         if unknown:
-            known = ", ".join(itertools.islice(names, 10)) + (", …" if names[10:] else "")
+            known = ", ".join(name[:60] for name in names[:10]) + (", …" if names[10:] else "")
             raise ValueError(
-                f"{origin}: label_field: the training data has no example of {unknown[0]!r}, only of {known}"
+                f"{origin}: label_field: the training data has no example of {unknown[0][:60]!r}, only of {known}"
             )
     if problem == SINGLE:
         return np.array([number[name] for (name,) in named])
@@ -341,11 +340,11 @@ def check_names(train: Examples, validation: Examples, options: argparse.Namespa
 
     counts, kept = named(whole), named(train)
     lost = [name for name in names if name not in kept]
-    single = sum(count == 1 for count in counts.values())
-    if lost and len(names) > 2 and single > len(whole.texts) / 2:
+    single = [name for name, count in kept.items() if count == 1]
+    if lost and len(kept) > 2 and len(single) > len(train.texts) / 2:
         raise ValueError(
-            f"label_field: {single:,} of {len(names):,} different labels have a single example, such as "
-            f"{lost[0][:60]!r}; is {options.label_field!r} the field of the labels? Numbers to predict need --problem "
+            f"label_field: {len(single):,} of {len(kept):,} labels have a single training example, such as "
+            f"{single[0][:60]!r}; is {options.label_field!r} the field of the labels? For numbers pass --problem "
             "regression"
         )
     if lost and is_split:

@@ -129,7 +129,7 @@ def read_lines(path: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}, line {number}: expected UTF-8, got the byte {error.object[error.start]:#x}; a Latin-1 file is "
-            f"converted by: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}"
+            f"converted by: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > NEW"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: the gzip file is damaged after line {number}") from error

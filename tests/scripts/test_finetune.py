@@ -228,9 +228,9 @@ def test_texts_that_were_trained_on_are_counted_where_they_are_judged(tmp_path, 
         (
             [f"c{n}" for n in range(40)],
             [],
-            "40 of 40 different labels have a single example, such as 'c.*'; is 'label' ",
+            "32 of 32 labels have a single training example, such as 'c.*'; is 'label' ",
         ),
-        ([n / 7 for n in range(40)], ["--problem", "classification"], "Numbers to predict need --problem regression"),
+        ([n / 7 for n in range(40)], ["--problem", "classification"], "For numbers pass --problem regression"),
         ([["a"]] * 41 + [["b", "a"]], [], "validation data took the only example of 'b'"),
     ],
 )

@@ -48,7 +48,7 @@ def test_csv_records_are_read_with_their_line(tmp_path):
         (
             "a.txt",
             "one\ncafé".encode("latin-1"),
-            "line 2: expected UTF-8, got the byte 0xe9; .*: iconv -f latin1 -t utf-8 .*a.txt$",
+            "line 2: expected UTF-8, got the byte 0xe9; .*: iconv -f latin1 -t utf-8 .*a.txt > NEW$",
         ),
         ("a.txt.gz", gzip.compress(b"one\n" * 9999, mtime=0)[:-20], "a.txt.gz: the gzip file is damaged after line"),
         ("a.txt.gz", b"one", "a.txt.gz: the gzip file is damaged after line 0"),
