@@ -27,7 +27,7 @@ from lib.records import check_texts
 from lib.staging import staged_folder
 
 # Options for a first training on a CPU, as in the README.
-TEN_MINUTES = "--max_seconds 600 --tokens_per_row 4096 --global_batch_size 32 --learning_rate 3e-4".split()
+TEN_MINUTES = "--max_seconds 600 --tokens_per_row 2048 --global_batch_size 32 --learning_rate 3e-4".split()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import subprocess
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -24,13 +25,13 @@ def requirements():
     return [line for group in groups for line in group.split("\n") if line]
 
 
-def resolve(target):
+def resolve(uv, target):
     """Resolves from metadata only, as a machine without pip or uv settings of its own would; downloads no wheel."""
     python, platform = target
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     # Wheels of recent PyTorch releases start at macOS 14; the resolver assumes an older one.
     environment |= {"MACOSX_DEPLOYMENT_TARGET": "14.0", "UV_HTTP_RETRIES": "1"}
-    command = [pytest.importorskip("uv").find_uv_bin(), "pip", "compile", "-", "--constraint", PINS]
+    command = [uv, "pip", "compile", "-", "--constraint", PINS]
     command += ["--no-config", "--no-python-downloads", "--only-binary", ":all:", "--no-annotate", "--no-header"]
     return subprocess.run(
         [*command, "--python-version", python, "--python-platform", platform],
@@ -41,8 +42,9 @@ def resolve(target):
 @pytest.fixture(scope="module")
 def resolved():
     """What the resolver says for each target. It waits for the index most of the time, so all of them wait at once."""
+    uv = pytest.importorskip("uv").find_uv_bin()
     with ThreadPool(len(TARGETS)) as pool:
-        return dict(zip(TARGETS, pool.map(resolve, TARGETS)))
+        return dict(zip(TARGETS, pool.map(partial(resolve, uv), TARGETS)))
 
 
 @pytest.mark.parametrize("python, platform", TARGETS)
