@@ -1,6 +1,7 @@
 # Every command builds what it needs; on a fresh machine start with `make demo` or `make test`.
 PYTHON ?= python3
 PIP = pip install --disable-pip-version-check --constraint constraints.txt
+PACKAGES = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 # `make test` runs on the pinned release, `make floors` on the lowest.
 RELEASES = 4.57.6 5.0.0 5.3.0 5.17.0 5.24.0
 # The tests that meet transformers itself: loading, saving, training, the numbers and the messages.
@@ -77,12 +78,17 @@ releases: .venv/test  ## loading, tying and saving on every minor release of tra
 	.venv/bin/$(PIP) ruff
 	touch $@
 
-# Each release brings its own huggingface_hub and tokenizers, so only torch and the tools are pinned here.
-.venv-%/ready: constraints.txt
-	$(PYTHON) -m venv .venv-$*
-	grep -vE "^(transformers|peft|sentence-transformers|datasets)==" constraints.txt > .venv-$*/constraints.txt
-	.venv-$*/bin/pip install --disable-pip-version-check --constraint .venv-$*/constraints.txt \
-		setuptools torch transformers==$* accelerate einops pytest
+# The environments of the matrix read torch, the largest package, from this one.
+.venv-matrix/ready: constraints.txt
+	$(PYTHON) -m venv .venv-matrix
+	.venv-matrix/bin/$(PIP) setuptools torch accelerate einops pytest
+	touch $@
+
+# A release brings its own huggingface_hub and tokenizers. What it finds in .venv-matrix is not installed again.
+.venv-%/ready: .venv-matrix/ready
+	$(PYTHON) -m venv --without-pip .venv-$*
+	.venv-matrix/bin/python $(PACKAGES) > $$(.venv-$*/bin/python $(PACKAGES))/matrix.pth
+	.venv-matrix/bin/pip --python .venv-$*/bin/python install --disable-pip-version-check transformers==$*
 	touch $@
 
 clean:

@@ -42,7 +42,8 @@ def _run(program, arguments, cwd, environment, files):
             os.dup2(opened.fileno(), number)
     sys.stdin, sys.stdout, sys.stderr = (open(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
     sys.argv = ["-c", *arguments]
-    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+    standard = (sys.prefix, sys.base_prefix)
+    installed = [path for path in sys.path if path.startswith(standard) or path.endswith("site-packages")]
     sys.path[:] = ["", *filter(None, environment["PYTHONPATH"].split(os.pathsep)), *installed]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(program, "<string>", "exec"), main.__dict__)
