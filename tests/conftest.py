@@ -1,11 +1,10 @@
 """Makes the repository root importable as the package `mosaicbert`, the way the Hub and pip see its files, and keeps
 tests away from the network and from the user's cache."""
 
-import atexit
 import gc
 import importlib.util
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Read when huggingface_hub and transformers are imported, so set before either is.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mosaicbert-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+multiprocessing.util.Finalize(None, shutil.rmtree, (os.environ["HF_HOME"], True), exitpriority=0)
 
 
 def _import_root_as_package(name: str) -> None:
@@ -127,6 +126,8 @@ def interpreted():
         return output
 
     yield run
+    connection.close()
+    process.join(10)
     process.kill()
 
 

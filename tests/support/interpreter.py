@@ -25,10 +25,11 @@ def patch_once_a_launch() -> None:
 
 
 def serve(connection) -> None:
-    """Run pytest with the arguments that arrive, and answer each time with its exit status and output."""
+    """Run pytest with the arguments that arrive and answer with status and output, until the other end closes."""
     patch_once_a_launch()
-    while True:
-        arguments = ["-p", "no:cacheprovider", *connection.recv()]
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            status = pytest.main(arguments)
-        connection.send((int(status), output.getvalue()))
+    with contextlib.suppress(EOFError):
+        while True:
+            arguments = ["-p", "no:cacheprovider", *connection.recv()]
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                status = pytest.main(arguments)
+            connection.send((int(status), output.getvalue()))
