@@ -39,21 +39,21 @@ class Promise(NamedTuple):
 PROMISES = {
     "loads": Promise(
         "**Loads** by every auto class",
-        "from folder and Hub cache, saved and loaded again, by each attention backend",
+        "from a folder and the Hub cache, saved and loaded again, with each attention backend",
         "yes",
     ),
     "parity": Promise(
         "**Is the published model**",
-        "largest relative error, states to gradients, head sizes 16 to 64; kernels in Triton's interpreter",
+        "largest relative error of outputs and gradients; Triton kernels in the interpreter",
         "{error:.0e}",
     ),
     "extrapolation": Promise(
         "**Reads longer texts**",
-        "loss on a speech of 7,281 tokens, in pieces of 128 / whole",
+        "loss on a speech of 7,281 tokens, in pieces of 128 / as a whole",
         "{short:.3f} / {long:.3f}",
     ),
     "conversion": Promise(
-        "**Converts old checkpoints**", "each published family, Composer's file: same numbers", "yes"
+        "**Converts old checkpoints**", "same outputs for every published family and a Composer file", "yes"
     ),
 }
 
