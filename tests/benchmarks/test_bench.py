@@ -289,7 +289,7 @@ def test_the_serving_table_has_milliseconds_and_a_dash_for_what_was_not_measured
     lines = bench.serving_table().splitlines()
     assert lines[0].startswith("| workload | dtype | ours, torch | ours, ONNX Runtime | ours, OpenVINO |")
     assert "| one text of 16 tokens | float32 | 65 | 1,250 | – | – | – | – |" in lines
-    assert lines[-1].startswith("Milliseconds a forward. ")
+    assert lines[-1].startswith("Milliseconds per forward pass. ")
 
 
 def test_a_file_without_markers_is_refused():
