@@ -407,7 +407,8 @@ def serving_table() -> str:
             times = [f"{float(row['p50']) * 1000:,.0f}" if row else "–" for row in found]
             lines.append(f"| {' | '.join([case.what, case.dtype, *times])} |")
         newest = rows[processor, cases[0].name, "ours"]
-        lines += ["", "Milliseconds per forward pass. {processor}, {threads} threads; commit {commit}.".format(**newest)]
+        made = "{processor}, {threads} threads; commit {commit}".format(**newest)
+        lines += ["", f"Milliseconds per forward pass. {made}."]
     return "\n".join(lines).strip()
 
 
