@@ -1,6 +1,6 @@
 """Time this model against the published formula and against what users would pick instead.
 
-python benchmarks/bench.py attention|model|train|pretrain|serve|startup|host
+python benchmarks/bench.py attention|model|train|pretrain|serve|sorted|startup|host
                                                               measure the cases of this command, append rows to a CSV
 python benchmarks/bench.py model --case "C3" --repeats 5      one case
 python benchmarks/bench.py compare --with PATH                this checkout against another one, in one process
@@ -61,7 +61,7 @@ LABELS = {
     "ModernBERT": "ModernBERT-base, SDPA",
     "one SDPA call": "one SDPA call over all keys, no bias",
     "eager": "our eager path",
-    "one large product": "one large matrix product (ratio: model FLOP utilisation)",
+    "one large product": "one large matrix product (ratio: model FLOP utilization)",
     "ours": "MosaicBERT, this code",
 }
 

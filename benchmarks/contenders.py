@@ -554,7 +554,7 @@ class Pretraining(Training):
     def product(self):
         """One large bfloat16 matrix product, and the tokens that our step processes with as many FLOPs.
 
-        So its time a token over ours is our model FLOP utilisation.
+        So its time a token over ours is our model FLOP utilization.
         """
         size = 8192 if self.case.device == "cuda" else 512
         matrix = torch.randn(size, size, dtype=torch.bfloat16, device=self.case.device)

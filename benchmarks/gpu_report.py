@@ -255,7 +255,7 @@ def summarize(out: Path, outcomes: dict, seconds: float, rehearsed: bool) -> str
         "# GPU report",
         *(["**A rehearsal on the CPU with tiny sizes: ignore its numbers.**"] if rehearsed else []),
         f"{'; '.join(about)}. {seconds:.0f} s in all.",
-        "Ratios are the baseline's time per token divided by ours (p20–p80); in pretraining, model FLOP utilisation.",
+        "Ratios are the baseline's time per token divided by ours (p20–p80); in pretraining, model FLOP utilization.",
         "## Goals",
         markdown_table(["case", "workload", "baseline", "measured", "goal", "reached"], goal_rows(out, outcomes)),
         "## Parts",

@@ -128,7 +128,7 @@ def test_a_failing_case_lets_others_run_where_that_was_asked_for(monkeypatch, tm
         run(monkeypatch, *arguments)
 
 
-def test_utilisation_is_the_share_of_the_flops_of_a_large_product():
+def test_utilization_is_the_share_of_the_flops_of_a_large_product():
     case = replace(next(case for case in CASES if case.name == "G14-base"), device="cpu", lengths=(8, 8))
     workload = Pretraining(case, TINY)
     _, tokens = workload.contender("one large product")
