@@ -1,4 +1,4 @@
-"""Time this model against the published formula and against what users would pick instead.
+"""Time this model against the published MosaicBERT and against what users would pick instead.
 
 python benchmarks/bench.py attention|model|train|pretrain|serve|sorted|startup|host
                                                               measure the cases of this command, append rows to a CSV
@@ -55,12 +55,12 @@ COLUMNS = (
 ).split()
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LABELS = {
-    "published": "published formula",
+    "published": "published MosaicBERT",
     "BERT": "BERT-base, SDPA",
     "BERT, cut at 512": "BERT of the same size, SDPA, cut at 512",
     "ModernBERT": "ModernBERT-base, SDPA",
     "one SDPA call": "one SDPA call over all keys, no bias",
-    "eager": "our eager path",
+    "eager": "our eager attention",
     "one large product": "one large matrix product (ratio: model FLOP utilization)",
     "ours": "MosaicBERT, this code",
 }
@@ -459,12 +459,12 @@ def plot(path: Path) -> None:
         raise ValueError('nothing to draw; run: python benchmarks/bench.py model --case "length-*"')
     rows = [row for row in rows if row["processor"] == rows[-1]["processor"]]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (("p50", "seconds a forward pass"), ("peak_memory_mib", "peak memory, MiB")))
+    panels = zip(figure.subplots(1, 2), (("p50", "seconds per forward pass"), ("peak_memory_mib", "peak memory, MiB")))
     for axes, (column, label) in panels:
         for name in dict.fromkeys(row["backend"] for row in rows):
             points = sorted((int(row["S"]), float(row[column])) for row in rows if row["backend"] == name)
             axes.loglog(*zip(*points), marker="o", markersize=3, label=LABELS[name], base=2)
-        axes.set(xlabel="tokens of one text", ylabel=label)
+        axes.set(xlabel="length of the text (tokens)", ylabel=label)
         axes.set_yscale("log", base=10)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small", frameon=False)

@@ -77,14 +77,17 @@ MODERN = {"ModernBERT": None}
 
 CPU_CASES = (
     Case("C1-2", "model", "encoder, 8 texts of 48 to 512 tokens", RAGGED, {"published": 3.3, "BERT": 3.2, **MODERN}),
-    Case("C3", "model", "encoder, one text of 2,048", LONG, {"published": 3.2, "BERT": 1.3, **MODERN}),
+    Case("C3", "model", "encoder, one text of 2,048 tokens", LONG, {"published": 3.2, "BERT": 1.3, **MODERN}),
     *(
         Case(f"C4-{name}", "model", f"encoder, {what}, bfloat16", lengths, {"published": 1.0, **goal}, dtype="bfloat16")
         for name, what, lengths, goal in (
             ("ragged", "8 texts of 48 to 512 tokens", RAGGED, {"BERT": 2.3}),
-            ("long", "one text of 2,048", LONG, {"BERT": 1.1}),
+            ("long", "one text of 2,048 tokens", LONG, {"BERT": 1.1}),
             ("full", "8 texts of 128 tokens", EIGHT, {"BERT": 0.85}),
-            *((f"{length}", f"one text of {length:,}", (length,), {}) for length in (16, 64, 256, 512, 1024, 4096)),
+            *(
+                (f"{length}", f"one text of {length:,} tokens", (length,), {})
+                for length in (16, 64, 256, 512, 1024, 4096)
+            ),
         )
     ),
     Case("C5-4096", "attention", "attention, 4,096 tokens", (4096,), {"one SDPA call": 2.0, "eager": None}),
@@ -93,7 +96,7 @@ CPU_CASES = (
     Case("C7-short", "model", "encoder, 64 texts of 5 to 32 tokens", SHORT, {"BERT": 2.5, "published": None}),
     Case("C7-full", "model", "encoder, 8 texts of 128 tokens", EIGHT, {"BERT": 1.4, "published": None}),
     Case("C8", "train", "MLM step, 8 texts of 48 to 512 tokens", RAGGED, {"published": 2.0, "BERT": None}, mode="step"),
-    Case("C9", "startup", "`python` to the answer of fill-mask, shipped checkpoint", (9,), {"BERT": 1 / 1.1}),
+    Case("C9", "startup", "start of Python to answer of fill-mask, shipped checkpoint", (9,), {"BERT": 1 / 1.1}),
     *(
         Case(f"{name}-512", "model", f"encoder, 16 texts, {what}", lengths, {"BERT": None, "published": None})
         for name, what, lengths in (
@@ -105,7 +108,7 @@ CPU_CASES = (
         Case(
             f"host-{mode}-{length}",
             "host",
-            f"Python of one attention call, {mode}, {count} × {length:,} tokens",
+            f"Python time of one attention call, {mode}, {count} × {length:,} tokens",
             (length,) * count,
             {"empty autograd.Function": None},
             mode=mode,
@@ -150,20 +153,20 @@ SERVING_CASES = tuple(
     for dtype in ("float32", "bfloat16")
     for name, what, lengths in (
         ("16", "one text of 16 tokens", (16,)),
-        ("128", "one text of 128", (128,)),
-        ("full", "8 texts of 128", EIGHT),
-        ("512", "one text of 512", (512,)),
-        ("ragged", "8 texts of 48 to 512", RAGGED),
-        ("long", "one text of 2,048", LONG),
+        ("128", "one text of 128 tokens", (128,)),
+        ("full", "8 texts of 128 tokens", EIGHT),
+        ("512", "one text of 512 tokens", (512,)),
+        ("ragged", "8 texts of 48 to 512 tokens", RAGGED),
+        ("long", "one text of 2,048 tokens", LONG),
     )
 )
 
-# For the plot of cost against length. The published formula holds five [12, S, S] buffers: 3.2 GiB each at 8,192.
+# For the plot of cost against length. The published MosaicBERT holds five [12, S, S] buffers: 3.2 GiB each at 8,192.
 LENGTH_CASES = tuple(
     Case(
         f"length-{length}",
         "model",
-        f"encoder, one text of {length:,}",
+        f"encoder, one text of {length:,} tokens",
         (length,),
         {**({"published": None} if length <= 4096 else {}), "BERT": None, "ModernBERT": None},
     )

@@ -1,4 +1,4 @@
-"""The contenders (our model, the published formula, and the alternatives of users) and the check of their numbers.
+"""The contenders (our model, the published MosaicBERT, and the alternatives of users) and the check of their numbers.
 
 A contender is a function without arguments that does the work once. Letters as in `bert_layers.py`.
 """
@@ -116,7 +116,7 @@ class ChunkedSelfAttention(SelfAttention):
 
 
 class Judge(PublishedModel):
-    """The published formula with `chunked_formula` in place of its padded attention."""
+    """The published MosaicBERT with `chunked_formula` in place of its padded attention."""
 
     attention = ChunkedSelfAttention
 
@@ -363,7 +363,7 @@ class Encoder:
         return (ids * mask).to(self.case.device), mask.to(self.case.device)
 
     def published(self, dtype=None, kind=PublishedModel):
-        """The published formula, or the judge, over the weights of our model; `dtype` converts them."""
+        """The published MosaicBERT, or the judge, over the weights of our model; `dtype` converts them."""
         state = dict(self.model.named_parameters())
         if dtype is not None and dtype != self.dtype:
             state = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""The published formula as a baseline: what the published MosaicBERT computes today, over the weights of our model.
+"""The published MosaicBERT as a baseline: what it computes today, over the weights of our model.
 
 Linear layers see packed tokens. Around the attention of every layer the tokens are padded and unpadded again, and
 attention is matmul and softmax with a float32 bias [B, H, S, S], built each forward, in which padded keys get -10,000.

@@ -276,7 +276,7 @@ def test_the_table_has_a_column_for_each_processor(monkeypatch, tmp_path):
     head, _, *lines = bench.table().splitlines()
     assert "| baseline | One | Two | memory, MiB | case |" in head
     assert "| BERT-base, SDPA | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) | 1 / 1 | C7-short |" in lines[0]
-    assert "| published formula | – | 3.00 (3.00–3.00) | 1 / 1 | C7-short |" in lines[1]
+    assert "| published MosaicBERT | – | 3.00 (3.00–3.00) | 1 / 1 | C7-short |" in lines[1]
     assert [line.split(",")[0] for line in lines[2:] if line] == ["Measured on One", "Measured on Two"]
 
 
