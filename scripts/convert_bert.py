@@ -21,7 +21,7 @@ then start near the frequencies and leave them sooner than with a scale of 1 or 
 from pathlib import Path
 
 from lib.cards import write_card
-from lib.cli import LICENSE, Parser, command, not_negative, positive_integer, run, say_end
+from lib.cli import LICENSE, Parser, command, not_negative, positive_integer, run, say_end, text_length, whole_number
 from lib.common import find_checkpoint, weight_files
 from lib.records import check_texts
 from lib.staging import staged_folder
@@ -38,9 +38,9 @@ def main() -> None:
     parser.option(
         "--data", ".txt, .json or .jsonl files (also .gz), or quoted patterns", nargs="+", required=True, metavar="FILE"
     )
-    parser.option("--layers", "encoder layers to keep (default: all)", int, nargs="+", metavar="N")
+    parser.option("--layers", "encoder layers to keep (default: all)", whole_number, nargs="+", metavar="N")
     parser.option("--pad_vocab", "make the vocabulary a multiple of N", positive_integer, 64)
-    parser.option("--max_length", "tokens in a window of text", positive_integer, 128)
+    parser.option("--max_length", "tokens in a window of text", text_length, 128)
     parser.option("--tokens", "tokens to fit and report on", positive_integer, 25_000)
     parser.option("--ridge", "keep v short; 0 is exact, but v may be long", not_negative, 1e-6)
     parser.option("--revision", "branch, tag or commit of a Hub id")

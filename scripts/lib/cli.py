@@ -108,6 +108,7 @@ def _number(kind: type, accept: Callable[[float], bool], expected: str) -> Calla
 positive_integer = _number(int, lambda number: number > 0, "a positive integer")
 whole_number = _number(int, lambda number: True, "0 or a positive integer")
 seed = _number(int, lambda number: number < 2**32, "an integer from 0 to 4294967295")  # NumPy's generators take 32 bits
+text_length = _number(int, lambda number: number > 2, "an integer of at least 3")  # [CLS], a token and [SEP]
 positive_number = _number(float, lambda number: 0 < number < math.inf, "a positive number")
 not_negative = _number(float, lambda number: 0 <= number < math.inf, "a number of at least 0")
 share = _number(float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
@@ -145,24 +146,25 @@ def truth(text: str) -> bool:
     return words[text.lower()]
 
 
-# Stricter types for the options of `TrainingArguments` whose bad values would fail late or go unnoticed.
+# Types of the numbers among the options of `TrainingArguments`, whose own would take any number, after seconds.
 CHECKED = {
-    "adam_beta1": share,
-    "adam_beta2": share,
-    "adam_epsilon": not_negative,
-    "dataloader_num_workers": whole_number,
-    "gradient_accumulation_steps": whole_number,
-    "max_grad_norm": not_negative,
-    "per_device_eval_batch_size": positive_integer,
-    "per_device_train_batch_size": positive_integer,
-    "weight_decay": not_negative,
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "warmup_ratio"), share),
+    **dict.fromkeys(("adam_epsilon", "eval_delay", "max_grad_norm", "neftune_noise_alpha"), not_negative),
+    **dict.fromkeys(("warmup_steps", "weight_decay"), not_negative),
+    **dict.fromkeys(("dataloader_num_workers", "gradient_accumulation_steps", "save_total_limit"), whole_number),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout"), positive_integer),
+    **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps"), positive_integer),
+    **dict.fromkeys(("per_device_eval_batch_size", "per_device_train_batch_size"), positive_integer),
+    "data_seed": seed,
+    "eval_steps": positive_number,
+    "save_steps": positive_number,
 }
 # Arguments of `add_argument` for an option that takes true or false, and alone means true.
 FLAG = {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 # How `--help` shows the value of an option.
 METAVARS = {
-    **dict.fromkeys((positive_integer, whole_number, seed), "N"),
+    **dict.fromkeys((positive_integer, whole_number, seed, text_length), "N"),
     **dict.fromkeys((positive_number, not_negative, share, positive_share), "X"),
 }
 
@@ -195,7 +197,7 @@ class TrainingParser(Parser):
         self.add_argument("--help_all", action="store_true", help="also show the options of transformers' Trainer")
 
     def parse_own(self, words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
-        """Parse the own options of a command line without importing torch or transformers.
+        """Parse the own options of a command line, and check `CHECKED`, without importing torch or transformers.
 
         Returns:
             The own options, and the remaining words.
@@ -211,6 +213,11 @@ class TrainingParser(Parser):
                 self.exit(2, f"{self.prog}: {flag}: {self.refused[flag.lstrip('-')]}\n")
             if flag not in self._option_string_actions and flag not in trainer_flags():  # transformers takes dashes too
                 self.error("unrecognized")
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.error, early._negative_number_matcher = self.error, NEGATIVE_NUMBER
+        for name, kind in CHECKED.items():
+            early.add_argument(f"--{name}", type=kind)
+        early.parse_known_args(rest)
         return options, rest
 
     def parse_others(self, options: argparse.Namespace, rest: list[str]):
@@ -239,7 +246,6 @@ class TrainingParser(Parser):
         others = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
         others.error, others._negative_number_matcher = self.error, NEGATIVE_NUMBER
         for action in others._actions:
-            action.type = CHECKED.get(action.dest, action.type)
             if action.dest in self.refused or f"--{action.dest}" in self._option_string_actions:
                 action.help = argparse.SUPPRESS
         return others
