@@ -55,7 +55,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
         ValueError: options contradict each other, a folder holds no model, or see `read_texts`.
     """
     options = make_parser().parse_args(words)
-    from lib.common import check_model  # after the parser, so that --help stays fast
+    from lib.common import check_whole  # after the parser, so that --help stays fast
     from lib.records import check_texts, read_texts
     from lib.sources import check_lengths
     from lib.staging import check_apart
@@ -63,7 +63,7 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, li
     for argument in ("csv", "png"):
         check_apart(getattr(options, argument), argument, data=options.data, model=options.model)
     for model in options.model:
-        check_model(model)
+        check_whole(model, options.trust_remote_code, "ForMaskedLM")
     options.name = options.name or [Path(model).resolve().name for model in options.model]
     if len(options.name) != len(options.model):
         raise ValueError(f"name: expected {len(options.model)} names, got {len(options.name)}")

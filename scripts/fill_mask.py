@@ -6,7 +6,7 @@ python scripts/fill_mask.py "The capital of France is [MASK]."
 from pathlib import Path
 
 from lib import cli
-from lib.common import REPOSITORY, check_model, check_special, count_tokens, load_model, load_words, read_json
+from lib.common import REPOSITORY, check_special, check_whole, count_tokens, load_model, load_words, read_json
 
 
 def check_text(text: str, mask: str) -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.option("--model", "folder or Hub id (default: this repository)", default=str(REPOSITORY))
     parser.option("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
-    check_model(options.model)
+    check_whole(options.model, options.trust_remote_code, "ForMaskedLM")
     settings = Path(options.model, "tokenizer_config.json")
     mask = read_json(settings).get("mask_token") if settings.is_file() else None
     if isinstance(mask, str):

@@ -84,7 +84,7 @@ def make_parser() -> cli.TrainingParser:
         "--max_length",
         "truncate longer texts to this many tokens (default: the length of the longest text, unless a batch of the "
         "longest texts exceeds --tokens_per_batch)",
-        cli.positive_integer,
+        cli.text_length,
     )
     data(
         "--tokens_per_batch",
@@ -150,14 +150,14 @@ def parse(words: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, "T
     """
     parser = make_parser()
     options, rest = parser.parse_own(words)
-    from lib.common import check_model  # after the parser, so that --help stays fast
+    from lib.common import check_whole  # after the parser, so that --help stays fast
     from lib.examples import read_task
     from lib.runs import check_output
     from lib.sources import inputs
 
     check_output(Path(options.output_dir), options.overwrite, **inputs(options))
     if options.model is not None:
-        check_model(options.model)
+        check_whole(options.model, options.trust_remote_code)
     task = read_task(options)
     return options, parser.parse_others(options, rest), task
 

@@ -20,18 +20,18 @@ def main() -> None:
         "--text_fields", "one field with texts, or two with pairs", default=["text"], nargs="+", metavar="NAME"
     )
     parser.option(
-        "--max_length", "truncate longer texts to this many tokens (default: --tokens_per_batch)", cli.positive_integer
+        "--max_length", "truncate longer texts to this many tokens (default: --tokens_per_batch)", cli.text_length
     )
     parser.option("--tokens_per_batch", "approximate number of tokens per batch", cli.positive_integer, 16_384)
     parser.option("--device", "such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.option("--trust_remote_code", **cli.TRUST)
     options = parser.parse_args()
-    from lib.common import check_model, count_tokens, load_model, load_words
+    from lib.common import check_whole, count_tokens, load_model, load_words
     from lib.examples import load_examples
     from lib.staging import check_apart
 
     check_apart(options.output, "output", data=options.data, model=options.model)
-    check_model(options.model)
+    check_whole(options.model, options.trust_remote_code, "ForSequenceClassification")
     examples = load_examples([options.data], options, "test", "data", labelled=False)
     from lib import prediction
     from lib.evaluation import find_device

@@ -187,7 +187,7 @@ def make_parser() -> cli.TrainingParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that contradict each other or name unusable files, before torch is imported."""
-    from lib.common import TOKENIZER_FILES, check_model  # after the parser, so that --help stays fast
+    from lib.common import TOKENIZER_FILES, check_model, check_whole, is_family  # after the parser, so that --help stays fast
     from lib.runs import check_output
     from lib.sources import check_lengths, check_sources, holds_documents, inputs
     from lib.staging import check_target
@@ -206,8 +206,8 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"output_dir: {folder} is not empty; --overwrite replaces tokenized data")
     else:
         check_output(folder, options.overwrite, options.resume_from_checkpoint, True, **inputs(options))
-    if options.model is not None:
-        check_model(options.model)
+    if options.model is not None and not is_family(check_whole(options.model, False)):
+        raise ValueError(f"model: {options.model!r} is not a MosaicBERT; convert_bert.py makes one of a BERT")
     if options.tokenizer is not None:
         check_model(options.tokenizer, "tokenizer", TOKENIZER_FILES)
     for argument in ("train_data", "validation_data"):

@@ -46,8 +46,9 @@ LARGEST_FILE = 2**26
 LARGEST_CARD = 2**20
 # The most levels of a JSON file, each of which takes several calls to walk.
 DEEPEST = 100
-# What the heads of the models that scripts load do, for messages.
+# What the heads of the models that scripts load do, for messages, and the module of a BERT that all of them have.
 HEADS = {"ForMaskedLM": "masked language modeling", "ForSequenceClassification": "classification"}
+HEAD_MODULES = {"ForMaskedLM": "cls.predictions", "ForSequenceClassification": "classifier"}
 # Length limits in tokenizer files. ALiBi has no maximum length, and padding is the caller's choice.
 LIMITS = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("model_max_length",)}
 
@@ -301,11 +302,14 @@ def _load_whole(model_class, head: str, source: str, new_head: Optional[list[str
             f"model: {source!r} lacks weights of the encoder that its config describes ({listed(lacking, 3)})"
         )
     if new and new_head is None:
-        modules = sorted({name.rpartition(".")[0] for name in new})
-        raise ValueError(f"model: {source!r} holds no head for {HEADS[head]} (no weights of {listed(modules, 3)})")
+        raise _no_head(source, head, sorted({name.rpartition(".")[0] for name in new}))
     if new:
         new_head += new
     return model
+
+
+def _no_head(source: str, head: str, modules: list[str]) -> ValueError:
+    return ValueError(f"model: {source!r} holds no head for {HEADS[head]} (no weights of {listed(modules, 3)})")
 
 
 def own_model(head: str, source: str, config, new_head: Optional[list[str]] = None):
@@ -324,11 +328,47 @@ def is_family(fields: dict) -> bool:
     )
 
 
-def check_model(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> None:
-    """Raise ValueError if a source is neither a folder with one of `files` nor on the Hub; those are fetched."""
+def check_model(source: str, argument: str = "model", files: tuple[str, ...] = ("config.json",)) -> Path:
+    """Raise ValueError if a source is neither a folder with one of `files` nor on the Hub; those are fetched.
+
+    Returns:
+        The folder.
+    """
     check_folder(source, argument, files)
-    if not Path(source).is_dir():
-        find_checkpoint(source, argument=argument, patterns=files)
+    return find_checkpoint(source, argument=argument, patterns=files)[0]
+
+
+def check_whole(source: str, trust_remote_code: bool, head: Optional[str] = None) -> dict:
+    """Raise early what `load_model` would, if the files of a source show that it lacks weights or a BERT's head.
+
+    Pickled weights, and those that are still on the Hub, are left to `load_model`, and so is a head of foreign code.
+
+    Args:
+        source, trust_remote_code: as `load_model` takes them.
+        head: a key of `HEADS` that the source must have; None: any.
+
+    Returns:
+        The fields of its config.json.
+
+    Raises:
+        ValueError: see `check_model` and `weight_files`; or the head is missing.
+    """
+    folder = check_model(source)
+    fields = read_json(folder / "config.json")
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and Path(source).is_dir():
+        weight_files(folder)
+    if head is None or trust_remote_code or fields.get("model_type") != "bert":
+        return fields
+    if whole.is_file():
+        from safetensors import safe_open
+
+        names = load_from(lambda _: safe_open(whole, "np").keys(), source)
+    else:
+        names = read_json(index).get("weight_map") if index.is_file() else None
+    if names and not any(name.startswith(f"{HEAD_MODULES[head]}.") for name in names):
+        raise _no_head(source, head, [HEAD_MODULES[head]])
+    return fields
 
 
 def check_folder(source: str, argument: str, files: tuple[str, ...]) -> None:

@@ -70,10 +70,8 @@ def read_task(options: argparse.Namespace) -> Task:
     """Read all data that the options of finetune_classification.py name, and print the problem that they pose.
 
     Raises:
-        ValueError: more than two text fields, or see `load_examples`, `infer_problem` and `encode_labels`.
+        ValueError: see `load_examples`, `infer_problem` and `encode_labels`.
     """
-    if not 1 <= len(options.text_fields) <= 2:
-        raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
     sources = {name: getattr(options, f"{name}_data") for name in ("train", "validation", "test")}
     parts = {name: load_examples(data, options, name) for name, data in sources.items() if data}
     if options.predict:
@@ -110,9 +108,11 @@ def load_examples(
         labelled: whether to read labels too.
 
     Raises:
-        ValueError: a file is of another kind, a field is missing, a text is not a string, or a label is missing; names
+        ValueError: there are more than two text fields, a file is of another kind, a field is missing, a text is not a string, or a label is missing; names
             the file and the line.
     """
+    if not 1 <= len(options.text_fields) <= 2:
+        raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
     argument = argument or f"{split}_data"
     found = Examples([], [], [])
     suffixes = RECORD_FILES if labelled else (*RECORD_FILES, ".txt")

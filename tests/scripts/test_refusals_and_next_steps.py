@@ -2,9 +2,11 @@
 
 import csv
 import importlib
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,10 @@ import pytest
 from conftest import ROOT
 from folders import stock_bert, write_complete_repository
 from lib import pretraining, sources
+from models import tiny_model
+from safetensors.torch import load_file
+
+from mosaicbert.bert_layers import BertForSequenceClassification
 
 TRAINED = "--max_length 16 --tokens_per_row 64 --max_steps 2 --global_batch_size 4 --use_cpu --peak_tflops 1e-3".split()
 
@@ -26,6 +32,7 @@ TRAINED = "--max_length 16 --tokens_per_row 64 --max_steps 2 --global_batch_size
 @pytest.fixture
 def folder(tmp_path, text, monkeypatch):
     """A folder to work in, with a model, a BERT, documents and two tables with labels, one of them with a fault."""
+    monkeypatch.chdir(tmp_path)
     write_complete_repository(tmp_path / "model")
     stock_bert(tmp_path / "bert")
     os.rename(text, tmp_path / "documents.jsonl")
@@ -36,11 +43,34 @@ def folder(tmp_path, text, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tmp_path / "bert", tmp_path / "shards")
+    names = list(load_file(tmp_path / "bert/model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "shards/model.safetensors.index.json").write_text(json.dumps(index))
+    os.rename(tmp_path / "shards/model.safetensors", tmp_path / "shards/model-00001-of-00001.safetensors")
+    tiny_model(BertForSequenceClassification).save_pretrained(tmp_path / "classifier")
+    (tmp_path / "damaged").mkdir()
+    shutil.copy("model/config.json", "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"\0" * 9)
     return tmp_path
 
 
+NO_MLM = r"holds no head for masked language modeling \(no weights of cls.predictions\)$"
+NO_CLASSIFIER = r"holds no head for classification \(no weights of classifier\)$"
+TOPICS = "--train_data topics.csv --text_fields body --output_dir new"
 REFUSALS = [
+    *(("predict", f"{name} topics.csv new.csv", f"model: '{name}' {NO_CLASSIFIER}") for name in ("model", "shards")),
+    ("predict", "damaged topics.csv new.csv", "model: 'damaged' cannot be loaded, Error"),
+    ("predict", "classifier topics.csv new.csv --text_fields a b c", "text_fields must name one or two fields"),
+    ("predict", "classifier topics.csv new.csv --max_length 2", "--max_length: expected an integer of at least 3"),
+    ("evaluate_mlm", "--model model classifier --data documents.jsonl", f"model: 'classifier' {NO_MLM}"),
+    ("fill_mask", "[MASK] --model classifier", f"model: 'classifier' {NO_MLM}"),
+    ("finetune_classification", f"--model broken {TOPICS}", "broken: expected model.safetensors or pytorch_model.bin"),
+    ("finetune_classification", f"{TOPICS} --weight_decay -1e-4", "--weight_decay: .* at least 0, got '-1e-4'"),
+    ("finetune_classification", f"{TOPICS} --data_seed -1", "--data_seed: expected an integer from 0 to .* got '-1'"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --adam_beta1 2", "from 0 to 1, got '2'"),
+    ("pretrain_mlm", "--train_data documents.jsonl --output_dir new --model bert", "'bert' is not a MosaicBERT; conv"),
+    ("convert_bert", "bert new --data documents.jsonl --layers 0 -1", "--layers: expected 0 or a positive .* got '-1'"),
     ("convert_bert", "bert new --data gone.txt", "data: no file matches 'gone.txt'"),
     ("convert_bert", "broken new --data documents.jsonl", "broken: expected model.safetensors or pytorch_model.bin"),
     ("convert_bert", "bert new --data topics.csv", "data: expected .jsonl, .json, .txt files, .* got 'topics.csv'"),
@@ -78,7 +108,7 @@ REFUSALS = [
     ("finetune_classification", "--train_data a.csv --output_dir new --learning_rate -1e-4", "positive .* got '-1e-4'"),
     ("finetune_classification", "--model . --train_data hole.csv --output_dir new", "the folder '.' holds no config"),
     ("finetune_classification", "--train_data a.csv --output_dir new --epochs 3", "there is no option --epochs"),
-    ("predict", "model gone.csv new.csv", "data: no file matches 'gone.csv'"),
+    ("predict", "classifier gone.csv new.csv", "data: no file matches 'gone.csv'"),
     ("predict", ". hole.csv new.csv", "model: the folder '.' holds no config.json"),
     ("pretrain_mlm", "--train_data gone.txt --output_dir new", "train_data: no file matches 'gone.txt'"),
     ("pretrain_mlm", "--train_data empty.txt --output_dir new", "train_data: there is no text in empty.txt"),
