@@ -187,7 +187,7 @@ def make_parser() -> cli.TrainingParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that contradict each other or name unusable files, before torch is imported."""
-    from lib.common import TOKENIZER_FILES, check_model, check_whole, is_family  # after the parser, so that --help stays fast
+    from lib.common import TOKENIZER_FILES, check_model, check_whole, is_family  # late, so that --help stays fast
     from lib.runs import check_output
     from lib.sources import check_lengths, check_sources, holds_documents, inputs
     from lib.staging import check_target

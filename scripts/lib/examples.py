@@ -108,8 +108,8 @@ def load_examples(
         labelled: whether to read labels too.
 
     Raises:
-        ValueError: there are more than two text fields, a file is of another kind, a field is missing, a text is not a string, or a label is missing; names
-            the file and the line.
+        ValueError: there are more than two text fields, a file is of another kind, a field is missing, a text is not a
+            string, or a label is missing; names the file and the line.
     """
     if not 1 <= len(options.text_fields) <= 2:
         raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
