@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .cli import one_line
 from .common import check_special, read_json, vocabulary_size
 from .records import TEXT_FILES, find_files, load_dataset, pieces, read_texts
 from .sources import SHORTEST, holds_documents, is_text_file
+from .staging import shared_folder
 
 IGNORED = -100  # label of a token that is not predicted
 SHUFFLE_BUFFER = 20_000  # sequences in memory to shuffle a stream
@@ -93,46 +93,33 @@ def tokenize(parts: Sequence[Iterable[str]], tokenizer: PreTrainedTokenizerBase,
     Args:
         parts: the texts, one iterable per source. An iterable that occurs twice is tokenized once.
         tokenizer: of the model.
-        folder: to make; it appears only when complete.
+        folder: an empty one to write to.
 
     Raises:
-        ValueError: no document has `SHORTEST` tokens, or the folder cannot be made.
+        ValueError: no document has `SHORTEST` tokens.
     """
     dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "int32")
-    stage = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        stage.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cache_dir: {folder.parent} cannot be written, {one_line(error)}") from error
     unique = {id(part): part for part in parts}
     sizes, owners, total, said = [], [], 0, time.monotonic()
-    try:
-        progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
-        with open(stage / "tokens.bin", "wb") as file, progress as bar:
-            owned = ((number, text) for number, part in unique.items() for text in part)
-            for number, ids in encode(owned, tokenizer, dtype):
-                file.write(ids.tobytes())
-                sizes.append(len(ids))
-                owners.append(number)
-                bar.update(len(ids))
-                total += len(ids)
-                if bar.disable and time.monotonic() - said > 10:
-                    said = time.monotonic()
-                    print(f"tokenized {total:,} tokens of {len(sizes):,} documents", flush=True)
-        if max(sizes, default=0) < SHORTEST:
-            raise ValueError(TOO_SHORT)
-        ends = np.cumsum(sizes)
-        bounds, owners = np.stack([ends - sizes, ends], axis=1), np.array(owners)
-        np.save(stage / "bounds.npy", np.concatenate([bounds[owners == id(part)] for part in parts]))
-        about = {"dtype": dtype.name, "tokens": int(ends[-1]), "vocabulary": hash_vocabulary(tokenizer)}
-        (stage / "documents.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        try:
-            os.rename(stage, folder)
-        except OSError:
-            if not holds_documents(folder):  # another process was faster
-                raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    progress = tqdm(desc="tokenize", unit=" tokens", unit_scale=True, disable=None)
+    with open(folder / "tokens.bin", "wb") as file, progress as bar:
+        owned = ((number, text) for number, part in unique.items() for text in part)
+        for number, ids in encode(owned, tokenizer, dtype):
+            file.write(ids.tobytes())
+            sizes.append(len(ids))
+            owners.append(number)
+            bar.update(len(ids))
+            total += len(ids)
+            if bar.disable and time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"tokenized {total:,} tokens of {len(sizes):,} documents", flush=True)
+    if max(sizes, default=0) < SHORTEST:
+        raise ValueError(TOO_SHORT)
+    ends = np.cumsum(sizes)
+    bounds, owners = np.stack([ends - sizes, ends], axis=1), np.array(owners)
+    np.save(folder / "bounds.npy", np.concatenate([bounds[owners == id(part)] for part in parts]))
+    about = {"dtype": dtype.name, "tokens": int(ends[-1]), "vocabulary": hash_vocabulary(tokenizer)}
+    (folder / "documents.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def encode(
@@ -259,7 +246,7 @@ def load_documents(
         One entry per tokenized folder, and one for all text.
 
     Raises:
-        ValueError: see `open_sources`, `tokenize` and `Documents`.
+        ValueError: see `open_sources`, `shared_folder`, `tokenize` and `Documents`.
     """
     check_special(tokenizer, "cls_token", "sep_token", "mask_token")
     documents = [Documents(source, tokenizer) for source in sources if holds_documents(source)]
@@ -270,7 +257,8 @@ def load_documents(
         name = hashlib.sha256(state.encode()).hexdigest()[:32]
         folder = Path(cache_dir or Path(HF_HOME, "mosaicbert")) / name
         if not holds_documents(folder):
-            tokenize(parts, tokenizer, folder)
+            with shared_folder(folder, "cache_dir") as stage:
+                tokenize(parts, tokenizer, stage)
         documents.append(Documents(folder, tokenizer))
     return documents
 

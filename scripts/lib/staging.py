@@ -5,6 +5,7 @@ import ctypes
 import glob
 import itertools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +23,8 @@ RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 # Folders in a stage: the new content of the target, and the old content that it replaces.
 NEW, OLD = "new", "old"
+# Names of the folders that `shared_folder` yields.
+SHARED = re.compile(r"\.[0-9a-f]{32}\.[0-9]+")
 
 # An input of a script: a name, a pattern, a Hub id, several of these, or nothing.
 Input = Union[None, str, Path, Sequence[str]]
@@ -132,6 +135,45 @@ def staged_folder(
 
 
 @contextlib.contextmanager
+def shared_folder(target: Path, argument: str) -> Iterator[Path]:
+    """Yield an empty folder of this process beside a target in a cache, which several processes may make at once.
+
+    It becomes the target if the block succeeds, unless another process was faster. What killed processes left in the
+    cache, for any target, is cleared where folders can be locked.
+
+    Args:
+        target: the folder to make; its name is a hash.
+        argument: the name of the cache on the command line.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    stage = target.with_name(f".{target.name}.{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for path in filter(SHARED.fullmatch, os.listdir(target.parent)):
+                with contextlib.suppress(ValueError, OSError), locked(target.parent / path, argument) as descriptor:
+                    if descriptor is not None:
+                        shutil.rmtree(target.parent / path)
+            stack.callback(shutil.rmtree, stage, ignore_errors=True)
+            while True:
+                stage.mkdir(exist_ok=True)
+                with contextlib.suppress(ValueError, FileNotFoundError):  # another process has just cleared it
+                    descriptor = stack.enter_context(locked(stage, argument))
+                    if descriptor is None or os.path.samestat(os.fstat(descriptor), os.stat(stage)):
+                        break
+        except OSError as error:
+            raise ValueError(f"{argument}: {target.parent} cannot be written, {one_line(error)}") from error
+        yield stage
+        try:
+            os.rename(stage, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+@contextlib.contextmanager
 def staged_file(target: Union[str, Path]) -> Iterator[Path]:
     """Yield a name beside a file for its new content, which replaces it if the block succeeds."""
     target = Path(os.path.realpath(target))
@@ -228,7 +270,7 @@ def locked(folder: Path, argument: str, target: Optional[Path] = None) -> Iterat
         target: for the message; None: the folder itself.
 
     Yields:
-        The descriptor that holds the lock, None on Windows.
+        The descriptor that holds the lock; None on Windows and on a network file system that locks no folders.
 
     Raises:
         ValueError: another run holds it.
@@ -244,7 +286,8 @@ def locked(folder: Path, argument: str, target: Optional[Path] = None) -> Iterat
         except BlockingIOError as error:
             raise ValueError(f"{argument}: another run is writing {target or folder}") from error
         except OSError:
-            pass  # a network file system that locks no folders
+            yield None
+            return
         yield descriptor
     finally:
         _descriptors.discard(descriptor)

@@ -22,6 +22,7 @@ def sequences_of(source, tokenizer, lengths=(32,), shares=(1.0,), **settings):
 @pytest.fixture
 def tokens(corpus, tokenizer, tmp_path):
     """A folder of tokenized documents."""
+    (tmp_path / "tokens").mkdir()
     packing.tokenize(packing.open_sources([str(corpus)], "text"), tokenizer, tmp_path / "tokens")
     return tmp_path / "tokens"
 
@@ -230,7 +231,7 @@ def test_tokenized_documents_that_do_not_fit_are_named(tokens, tokenizer):
 def test_a_long_tokenization_without_a_bar_prints_its_progress(corpus, tokenizer, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 7))
     monkeypatch.setattr(packing.time, "monotonic", lambda: next(clock))
-    packing.tokenize([[" ".join(WORDS)] * 6], tokenizer, tmp_path / "tokens")
+    packing.tokenize([[" ".join(WORDS)] * 6], tokenizer, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"tokenized {40 * n:,} tokens of {n} documents" for n in (2, 4, 6)]
 

@@ -313,6 +313,50 @@ def test_runs_that_take_turns_never_meet_a_stage_that_is_gone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+# Makes a folder of a cache again and again in processes that are stopped one file operation later each.
+SHARE = """
+import json, sys
+from pathlib import Path
+from interruptions import stopped_ever_later
+from lib import staging
+
+cache = Path(sys.argv[1]) / "cache"
+
+def make(letter):
+    with staging.shared_folder(cache / (letter * 32), "cache_dir") as stage:
+        (stage / "a").write_text(letter)
+
+results = []
+for _ in stopped_ever_later(lambda: None, lambda: make("a"), "kill"):
+    make("b")
+    results.append(sorted("/".join(path.relative_to(cache).parts) for path in cache.rglob("*")))
+print(json.dumps(results))
+"""
+
+
+def test_what_a_killed_process_left_in_a_cache_is_cleared_by_the_next_whatever_it_makes(tmp_path):
+    """A folder stayed for each text whose tokenization was killed."""
+    results = json.loads(run_python(SHARE, tmp_path))
+    first, second = ([name * 32, f"{name * 32}/a"] for name in "ab")
+    assert len(results) > 5 and results[-1] == first + second
+    assert all(result in (second, first + second) for result in results)
+
+
+def test_a_cache_spares_what_a_live_process_makes_and_what_is_not_its_own(tmp_path):
+    mine = tmp_path / ".config.1"
+    mine.mkdir()
+    with staging.shared_folder(tmp_path / ("a" * 32), "cache_dir") as stage:
+        (stage / "a").write_text("live")
+        other = stage.rename(tmp_path / f".{'a' * 32}.1")  # as that of another process
+        with staging.shared_folder(tmp_path / ("b" * 32), "cache_dir"):
+            assert (other / "a").exists() and mine.exists()
+        with staging.shared_folder(tmp_path / ("a" * 32), "cache_dir") as faster:
+            (faster / "a").write_text("faster")
+        other.rename(stage)
+    assert (tmp_path / ("a" * 32) / "a").read_text() == "faster"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config.1", "a" * 32, "b" * 32]
+
+
 def test_files_are_as_readable_as_new_files_are(tmp_path):
     old = os.umask(0o022)
     try:
