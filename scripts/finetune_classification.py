@@ -94,7 +94,11 @@ def make_parser() -> cli.TrainingParser:
     )
 
     training = parser.section("training")
-    training("--model", "folder or Hub id to start from (default: this repository)")
+    training(
+        "--model",
+        "folder or Hub id to start from; a classifier keeps its head if its labels are the same, in the same order, or "
+        "have no names (default: this repository)",
+    )
     training("--trust_remote_code", **cli.TRUST)
     training("--seeds", "train once per seed and keep the best model", cli.seed, [0], nargs="+")
     training(

@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
+import torch
 from huggingface_hub import EvalResult
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from .cards import hub_task, in_markdown, write_card
-from .cli import command, say_end
-from .common import REPOSITORY, config_fields, count_tokens, is_family, load_model, load_words, say_float32, write_json
+from .cli import command, listed, say_end
+from .common import (
+    REPOSITORY,
+    check_labels,
+    config_fields,
+    count_tokens,
+    is_family,
+    load_model,
+    load_words,
+    say_float32,
+    write_json,
+)
 from .examples import REGRESSION, SINGLE, Task
 from .pictures import draw_confusion, draw_losses
 from .prediction import predict, tokenize
@@ -82,6 +93,28 @@ def pooling(options: argparse.Namespace) -> dict[str, str]:
     elif wanted:
         raise ValueError(f"classifier_pooling: {options.model!r} is not a MosaicBERT and has its own pooling")
     return {"classifier_pooling": wanted} if wanted else {}
+
+
+def old_labels(source: str) -> list[str]:
+    """Read the names of a classifier's labels from its config; [] for another model, and for labels without names."""
+    fields = config_fields(source)
+    check_labels(fields, "model")
+    named = fields.get("id2label") if hub_task(fields) == "text-classification" else None
+    names = [name for _, name in sorted((named or {}).items(), key=lambda item: int(item[0]))]
+    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
+
+
+def renew_head(model) -> list[str]:
+    """Make the last layer of a classifier new, as transformers does; returns its name."""
+    renewed, encoder = [], f"{model.base_model_prefix}."
+    for name, module in model.named_modules():
+        is_last = isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+        if is_last and not name.startswith(encoder):
+            torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+            renewed.append(name)
+    return renewed
 
 
 def finetune(options: argparse.Namespace, arguments: TrainingArguments, task: Task) -> dict:
@@ -221,6 +254,7 @@ def train_seed(
     """
     set_seed(seed)
     new_head: list[str] = []
+    old = old_labels(options.model)
     classes = {"id2label": dict(enumerate(task.names)), "label2id": {n: i for i, n in enumerate(task.names)}}
     model = load_model(
         "ForSequenceClassification",
@@ -233,6 +267,9 @@ def train_seed(
         **changes,
     ).float()
     count_tokens(tokenizer, model.config.vocab_size)
+    is_other = bool(old and task.names) and old != task.names
+    if is_other and not new_head:
+        new_head += renew_head(model)
     if not is_finite(*model.parameters()):
         raise ValueError(f"model: the weights of {options.model!r} hold NaN or infinity")
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -252,7 +289,8 @@ def train_seed(
     epochs = f"{own.num_train_epochs:g} epoch{'' if own.num_train_epochs == 1 else 's'}"
     chosen = f"learning rate {own.learning_rate:g}, {most}{epochs} of {steps:,} steps"
     head = f", {changes['classifier_pooling']} pooling" if changes else ""
-    head += ", a new head" if new_head else ""
+    head += ", a new head" if new_head else ", the old head"
+    head += f" (the old labels are {listed(old, 5)})" if is_other else ""
     print(f"seed {seed}: {weights:,} weights, {chosen} of {texts_a_step} texts{head}", flush=True)
     trainer = CarefulTrainer(
         seconds_between_logs=LOG_SECONDS if options.logging_steps is None else None,

@@ -9,12 +9,14 @@ import finetune_classification
 import numpy as np
 import push_to_hub
 import pytest
+import torch
 import yaml
 from corpora import WORDS, make_tokenizer
 from folders import add_classifier, set_fields, stock_bert, write_complete_repository
 from lib import examples, finetuning, runs, scores, training
 from models import tiny_model
 from repositories import write_repository
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 
@@ -173,6 +175,12 @@ RECORDS = [
         ("a.csv", ["text,label", "ba,x", "be,"], {}, "a.csv, line 3: 'label' is empty"),
         ("a.jsonl", ['{"text": "ba", "label": 1}'], {"label_separator": "+"}, "label_separator needs a string in"),
         ("a.jsonl", [], {"text_fields": ["a", "b", "c"]}, "text_fields must name one or two fields"),
+        (
+            "a.csv",
+            ["label,b", "a,b"],
+            {"text_fields": ["b", "label"]},
+            "label_field must not be among text_fields .'b', ",
+        ),
         ("a.txt", ["ba"], {}, "train_data: expected .jsonl, .json, .csv files"),
         ("a.csv", ["text,label", "a,x", "b,y"], {"validation_data": "gone.csv"}, "validation_data: no file matches"),
     ],
@@ -382,13 +390,39 @@ def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path, monkeypatch, cap
     write_complete_repository(tmp_path / "model", classifier_pooling="mean")
     add_classifier(tmp_path / "model")
     monkeypatch.setattr(training.CarefulTrainer, "train", stop)
-    for labels, end in (("ab", "mean pooling"), ("abc", "mean pooling, a new head")):
+    for labels, end in (("ab", "mean pooling, the old head"), ("abc", "mean pooling, a new head")):
         data = write_examples(tmp_path / f"{labels}.csv", labels.__getitem__, 20)
         data.write_text(data.read_text() + f"ba,{labels[-1]}\n" * 9)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "model", tmp_path / labels, train_data=data)
         shown = capsys.readouterr()
         assert shown.out.endswith(f" of 8 texts, {end}\n") and "MISSING" not in shown.err + shown.out
+
+
+@pytest.mark.parametrize("make", [write_complete_repository, stock_bert])
+def test_a_classifier_keeps_its_head_for_the_same_labels_only(tmp_path, monkeypatch, capsys, make):
+    """A head for as many other labels was trained on, and so was one for the same labels in another order."""
+    make(tmp_path / "model")
+    add_classifier(tmp_path / "model")
+    data = write_examples(tmp_path / "train.csv", "ab".__getitem__, 20)
+    old = load_file(tmp_path / "model/model.safetensors")["classifier.weight"]
+    models = []
+    monkeypatch.setattr(training.CarefulTrainer, "train", lambda self: models.append(self.model) or stop())
+    for labels, end in (
+        (["a", "b"], "the old head"),
+        (["LABEL_0", "LABEL_1"], "the old head"),
+        (["b", "a"], "a new head (the old labels are b, a)"),
+        (["x", "y"], "a new head (the old labels are x, y)"),
+        (["x", "y", "z"], "a new head (the old labels are x, y, z)"),
+    ):
+        fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        architecture = "BertForSequenceClassification"
+        set_fields(tmp_path / "model/config.json", architectures=[architecture], **fields)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "model", tmp_path / "new", train_data=data)
+        assert capsys.readouterr().out.endswith(f", {end}\n")
+        assert torch.equal(models[-1].classifier.weight, old) == (end == "the old head")
+        assert models[-1].config.id2label == {0: "a", 1: "b"}
 
 
 def test_a_stock_bert_keeps_its_pooling(start, train, tmp_path):
