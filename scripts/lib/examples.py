@@ -108,11 +108,15 @@ def load_examples(
         labelled: whether to read labels too.
 
     Raises:
-        ValueError: there are more than two text fields, a file is of another kind, a field is missing, a text is not a
-            string, or a label is missing; names the file and the line.
+        ValueError: there are more than two text fields, or the label is in one, a file is of another kind, a field is
+            missing, a text is not a string, or a label is missing; names the file and the line.
     """
     if not 1 <= len(options.text_fields) <= 2:
         raise ValueError(f"text_fields must name one or two fields, got {options.text_fields}")
+    if labelled and options.label_field in options.text_fields:
+        raise ValueError(
+            f"label_field must not be among text_fields {options.text_fields}, got {options.label_field!r}"
+        )
     argument = argument or f"{split}_data"
     found = Examples([], [], [])
     suffixes = RECORD_FILES if labelled else (*RECORD_FILES, ".txt")

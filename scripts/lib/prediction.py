@@ -16,6 +16,8 @@ from .records import pieces
 SHORTEST = 16
 # The most distinct characters that one line names.
 SHOWN = 8
+# What pandas and others write for a hole in a table, in lower case.
+HOLES = {"nan", "none", "null", "<na>"}
 
 
 def task_of(config) -> Task:
@@ -81,13 +83,17 @@ def fitting_length(lengths: Sequence[int], batch_size: int, tokens_per_batch: in
 
 
 def describe(texts: list[tuple[str, ...]], lengths: list[int], ids: list[list[int]], tokenizer, limit: int) -> str:
-    """Write a line about what a model will not see: cut and empty texts, and characters that its vocabulary lacks."""
+    """Write a line about what a model will not see: cut and empty texts, holes, and characters it has no token for."""
     parts = [f"{len(texts):,} texts of up to {max(lengths):,} tokens"]
     cut = sum(length > limit for length in lengths)
     parts.append(f"{cut:,} cut at {limit:,} (see --max_length)" if cut else "none cut")
     empty = sum(not "".join(fields).strip() for fields in texts)
     if empty:
         parts.append(f"{empty:,} empty")
+    stripped = [{field.strip() for field in fields} for fields in texts]
+    holes = [found for row in stripped if (found := {field for field in row if field.lower() in HOLES})]
+    if holes:
+        parts.append(f"{len(holes):,} with {' or '.join(sorted(set().union(*holes)))} in place of a text")
     if tokenizer.unk_token_id is not None:
         unknown = [fields for fields, row in zip(texts, ids) if tokenizer.unk_token_id in row]
         if unknown:

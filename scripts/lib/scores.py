@@ -106,6 +106,8 @@ def fit_baseline(problem: str, train_texts, train_labels, texts) -> np.ndarray:
 def write_predictions(path: Path, fields: list[str], examples: Examples, task: Task, logits: np.ndarray) -> None:
     """Write predictions as CSV: each text, its prediction, and the probability of each class.
 
+    A column of texts whose name another column has gets the suffix ` (text)`.
+
     Args:
         path: of the file.
         fields: names of the text fields.
@@ -113,7 +115,8 @@ def write_predictions(path: Path, fields: list[str], examples: Examples, task: T
         task: the problem and the classes.
         logits: [N, C], of the model.
     """
-    columns = {**_columns(fields, examples), **_predictions(task, logits)}
+    found = _predictions(task, logits)
+    columns = {**_columns(fields, examples, [*found]), **found}
     write_csv(path, columns, zip(*columns.values()))
 
 
@@ -140,15 +143,20 @@ def write_errors(
         weight = (np.abs(logits) * (predicted != truth)).max(-1)
         is_wrong = (predicted != truth).any(-1)
     order = [row for row in np.argsort(-weight, kind="stable") if is_wrong[row]]
-    columns = {"origin": examples.origins, **_columns(fields, examples), "label": _words(task, truth)}
-    columns |= _predictions(task, logits)
+    found = {"label": _words(task, truth), **_predictions(task, logits)}
+    columns = {"origin": examples.origins, **_columns(fields, examples, ["origin", *found]), **found}
     rows = list(zip(*columns.values()))
     write_csv(path, columns, (rows[row] for row in order))
     return len(order)
 
 
-def _columns(fields: list[str], examples: Examples) -> dict[str, list]:
-    return {name: [text[number] for text in examples.texts] for number, name in enumerate(fields)}
+def _columns(fields: list[str], examples: Examples, taken: list[str]) -> dict[str, list]:
+    columns = {}
+    for number, name in enumerate(fields):
+        while name in taken or name in columns:
+            name += " (text)"
+        columns[name] = [text[number] for text in examples.texts]
+    return columns
 
 
 def _predictions(task: Task, logits: np.ndarray) -> dict[str, list]:

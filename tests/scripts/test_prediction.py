@@ -7,8 +7,8 @@ import numpy as np
 import predict
 import pytest
 from corpora import WORDS
-from lib import prediction
-from lib.examples import Examples
+from lib import prediction, scores
+from lib.examples import MULTI, REGRESSION, Examples, Task
 from models import tiny_model
 from repositories import write_repository
 
@@ -59,6 +59,12 @@ def test_cut_empty_and_unknown_texts_are_reported_in_one_line(tokenizer, capsys)
     assert "none cut" in capsys.readouterr().out
 
 
+def test_texts_that_are_the_word_for_a_hole_are_counted(tokenizer, capsys):
+    texts = [(WORDS[0], " nan"), ("None", "NaN"), ("nan", WORDS[1]), (f"{WORDS[0]} nan", WORDS[1]), ("", "")]
+    prediction.tokenize({"train": Examples(texts, [], [])}, tokenizer, None, 1, 1000)
+    assert "none cut; 1 empty; 3 with NaN or None or nan in place of a text; " in capsys.readouterr().out
+
+
 def test_words_that_no_tokenizer_splits_are_reported(tokenizer, capsys):
     prediction.tokenize({"test": Examples([(WORDS[0] * 200,)], [], [])}, tokenizer, None, 1, 1000)
     assert "1 with text that becomes [UNK] (words too long for the tokenizer)" in capsys.readouterr().out
@@ -91,3 +97,29 @@ def test_each_text_gets_its_own_prediction_whatever_its_batch(classifier, tokeni
         assert row["body"] == text and row["predicted"] == ["left", "middle", "right"][int(np.argmax(chances))]
         found = [float(row[f"p({name})"]) for name in ("left", "middle", "right")]
         assert found == pytest.approx(chances, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts", "names", "header"),
+    [
+        (["label", "predicted"], 2, ["a"], ["label (text)", "predicted (text)", "label", "predicted", "p(a)"]),
+        (["p(a)", "p(a) (text)"], 2, ["a"], ["p(a) (text)", "p(a) (text) (text)", "label", "predicted", "p(a)"]),
+        (["text", "text"], 2, ["a"], ["text", "text (text)", "label", "predicted", "p(a)"]),
+        (["origin"], 1, [], ["origin (text)", "label", "predicted"]),
+    ],
+)
+def test_no_column_of_texts_hides_another(tmp_path, fields, texts, names, header):
+    """A text field `predicted` got the predictions, and its texts were lost."""
+    rows = Examples([tuple(f"text {number}" for number in range(texts))], [], ["a.csv, line 2"])
+    task, logits = Task(MULTI if names else REGRESSION, names, {}, {}), np.ones((1, 1), np.float32)
+    truth = np.zeros((1, 1) if names else 1, np.float32)
+    scores.write_errors(tmp_path / "errors.csv", fields, rows, task, logits, truth)
+    scores.write_predictions(tmp_path / "predictions.csv", fields, rows, task, logits)
+    found = {}
+    for name in ("errors", "predictions"):
+        with open(tmp_path / f"{name}.csv", newline="") as file:
+            found[name], row = csv.reader(file)
+            start = row.index("text 0")
+        assert len(set(found[name])) == len(row) and tuple(row[start : start + texts]) == rows.texts[0]
+    assert found["errors"] == ["origin", *header]
+    assert found["predictions"][texts:] == header[texts + 1 :]
