@@ -6,6 +6,7 @@ Functions import torch and transformers where they use them, so that a script's 
 import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -341,7 +342,7 @@ def check_model(source: str, argument: str = "model", files: tuple[str, ...] = (
 def check_whole(source: str, trust_remote_code: bool, head: Optional[str] = None) -> dict:
     """Raise early what `load_model` would, if the files of a source show that it lacks weights or a BERT's head.
 
-    Pickled weights, and those that are still on the Hub, are left to `load_model`, and so is a head of foreign code.
+    Weights that are still on the Hub are left to `load_model`, and so is the head of another kind of model.
 
     Args:
         source, trust_remote_code: as `load_model` takes them.
@@ -355,20 +356,32 @@ def check_whole(source: str, trust_remote_code: bool, head: Optional[str] = None
     """
     folder = check_model(source)
     fields = read_json(folder / "config.json")
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not whole.is_file() and Path(source).is_dir():
-        weight_files(folder)
-    if head is None or trust_remote_code or fields.get("model_type") != "bert":
+    try:
+        path = folder / weight_files(folder)[0]
+    except ValueError:
+        if Path(source).is_dir():
+            raise
         return fields
-    if whole.is_file():
+    if head is not None and not trust_remote_code and fields.get("model_type") == "bert":
+        names = load_from(lambda _: _names_of_weights(path), source)
+        if names is not None and f"{HEAD_MODULES[head]}." not in names:
+            raise _no_head(source, head, [HEAD_MODULES[head]])
+    return fields
+
+
+def _names_of_weights(path: Path) -> Optional[str]:
+    """Return a text with the names of the weights of a file or an index, read without torch; None if that is hard."""
+    if path.suffix == ".json":
+        return " ".join(read_json(path)["weight_map"])
+    if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        names = load_from(lambda _: safe_open(whole, "np").keys(), source)
-    else:
-        names = read_json(index).get("weight_map") if index.is_file() else None
-    if names and not any(name.startswith(f"{HEAD_MODULES[head]}.") for name in names):
-        raise _no_head(source, head, [HEAD_MODULES[head]])
-    return fields
+        return " ".join(safe_open(path, "np").keys())
+    if not zipfile.is_zipfile(path):  # as torch's files are since 1.6
+        return None
+    with zipfile.ZipFile(path) as archive:
+        pickled = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return next((archive.open(name).read(LARGEST_FILE).decode("utf-8", "replace") for name in pickled), None)
 
 
 def check_folder(source: str, argument: str, files: tuple[str, ...]) -> None:

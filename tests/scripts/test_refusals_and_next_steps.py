@@ -18,6 +18,7 @@ import finetune_classification
 import pretrain_mlm
 import push_to_hub
 import pytest
+import torch
 from conftest import ROOT
 from folders import stock_bert, write_complete_repository
 from lib import pretraining, sources
@@ -49,6 +50,8 @@ def folder(tmp_path, text, monkeypatch):
     (tmp_path / "shards/model.safetensors.index.json").write_text(json.dumps(index))
     os.rename(tmp_path / "shards/model.safetensors", tmp_path / "shards/model-00001-of-00001.safetensors")
     tiny_model(BertForSequenceClassification).save_pretrained(tmp_path / "classifier")
+    shutil.copytree(tmp_path / "bert", tmp_path / "pickle", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(tmp_path / "bert/model.safetensors"), tmp_path / "pickle/pytorch_model.bin")
     (tmp_path / "damaged").mkdir()
     shutil.copy("model/config.json", "damaged")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"\0" * 9)
@@ -59,7 +62,9 @@ NO_MLM = r"holds no head for masked language modeling \(no weights of cls.predic
 NO_CLASSIFIER = r"holds no head for classification \(no weights of classifier\)$"
 TOPICS = "--train_data topics.csv --text_fields body --output_dir new"
 REFUSALS = [
-    *(("predict", f"{name} topics.csv new.csv", f"model: '{name}' {NO_CLASSIFIER}") for name in ("model", "shards")),
+    ("predict", "model topics.csv new.csv", f"model: 'model' {NO_CLASSIFIER}"),
+    ("predict", "shards topics.csv new.csv", f"model: 'shards' {NO_CLASSIFIER}"),
+    ("predict", "pickle topics.csv new.csv", f"model: 'pickle' {NO_CLASSIFIER}"),
     ("predict", "damaged topics.csv new.csv", "model: 'damaged' cannot be loaded, Error"),
     ("predict", "classifier topics.csv new.csv --text_fields a b c", "text_fields must name one or two fields"),
     ("predict", "classifier topics.csv new.csv --max_length 2", "--max_length: expected an integer of at least 3"),
