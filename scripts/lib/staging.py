@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Optional, Union
@@ -24,7 +25,7 @@ AT_FDCWD = -100
 # Folders in a stage: the new content of the target, and the old content that it replaces.
 NEW, OLD = "new", "old"
 # Names of the folders that `shared_folder` yields.
-SHARED = re.compile(r"\.[0-9a-f]{32}\.[0-9]+")
+SHARED = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]+")
 
 # An input of a script: a name, a pattern, a Hub id, several of these, or nothing.
 Input = Union[None, str, Path, Sequence[str]]
@@ -148,7 +149,6 @@ def shared_folder(target: Path, argument: str) -> Iterator[Path]:
     Raises:
         ValueError: the folder cannot be made.
     """
-    stage = target.with_name(f".{target.name}.{os.getpid()}")
     with contextlib.ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +156,10 @@ def shared_folder(target: Path, argument: str) -> Iterator[Path]:
                 with contextlib.suppress(ValueError, OSError), locked(target.parent / path, argument) as descriptor:
                     if descriptor is not None:
                         shutil.rmtree(target.parent / path)
-            stack.callback(shutil.rmtree, stage, ignore_errors=True)
             while True:
-                stage.mkdir(exist_ok=True)
+                stage = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # containers share process ids
+                stack.callback(shutil.rmtree, stage, ignore_errors=True)
+                stage.mkdir()
                 with contextlib.suppress(ValueError, FileNotFoundError):  # another process has just cleared it
                     descriptor = stack.enter_context(locked(stage, argument))
                     if descriptor is None or os.path.samestat(os.fstat(descriptor), os.stat(stage)):
